@@ -1,0 +1,1 @@
+"""The ledger's tables, views and roles, as Alembic migrations."""

@@ -1,0 +1,1 @@
+"""Pure values and the rules about them. Importing anything here does nothing."""

@@ -1,0 +1,79 @@
+"""The errors Farthing raises on purpose, and the exit code that each one means.
+
+    FarthingError
+    ├── ConfigurationError   a wrong job, setting or argument           exit 2, nothing was spent
+    ├── UnknownPrice         no price row for this model and instant    exit 2, nothing was spent
+    ├── LedgerUnavailable    Postgres cannot be reached or is too old   exit 2
+    ├── BudgetExhausted      the next reservation does not fit          exit 3, resumable
+    ├── ProviderStopped      key, balance or breaker stopped the run    exit 3, resumable
+    ├── LeaseLost            another lane owns the shard now            (inside a lane)
+    └── LedgerMismatch       the ledger does not prove                  exit 4
+
+Every message is one a user can act on: what is wrong, then what to do. None may hold a key, a DSN or
+document text (G15).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class FarthingError(Exception):
+    """Base of every error that Farthing raises on purpose."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a file, and where: `job.yaml:7: input.idd: unknown key; did you mean id?`."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class ConfigurationError(FarthingError):
+    """A job, a setting or an argument is wrong. Raised before any money moves, with every problem at once."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: Problem | str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+
+class UnknownPrice(FarthingError):
+    """No price row covers this model, currency and instant, so the attempt may not be made."""
+
+    exit_code = 2
+
+
+class LedgerUnavailable(FarthingError):
+    """Postgres cannot be reached, refuses us, or its tables are older than this code."""
+
+    exit_code = 2
+
+
+class BudgetExhausted(FarthingError):
+    """The next reservation does not fit under the run's cap."""
+
+    exit_code = 3
+
+
+class ProviderStopped(FarthingError):
+    """The provider said stop: a bad key, no balance, or too many failures in a row."""
+
+    exit_code = 3
+
+
+class LeaseLost(FarthingError):
+    """Another lane owns this shard now; what this lane holds may no longer be committed."""
+
+
+class LedgerMismatch(FarthingError):
+    """The ledger's rows do not add up to what they claim."""
+
+    exit_code = 4

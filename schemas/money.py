@@ -1,0 +1,56 @@
+"""Exact money: integers of pico units (1e-12) of one currency, never a float and never converted.
+
+A price with six decimals per million tokens is an exact integer of pico-dollars per token; of nano-dollars
+it is not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from enum import StrEnum
+
+PICO = 10**12
+
+
+class Currency(StrEnum):
+    """A currency that DeepSeek keeps a price card and a balance in."""
+
+    USD = "USD"
+    CNY = "CNY"
+
+    @property
+    def sign(self) -> str:
+        return {"USD": "$", "CNY": "¥"}[self.value]
+
+
+@dataclass(frozen=True, slots=True)
+class Money:
+    """An exact sum: `Money(25 * PICO, Currency.USD)` is twenty-five dollars."""
+
+    pico: int
+    currency: Currency
+
+    @classmethod
+    def parse(cls, text: str) -> Money:
+        """Read `25 USD` or `0.5 CNY`; a bare number is dollars. Raises ValueError with what to write instead."""
+        amount, _, code = text.strip().partition(" ")
+        try:
+            pico = Decimal(amount.replace("_", "")) * PICO
+            currency = Currency(code.strip().upper() or "USD")
+        except (InvalidOperation, ValueError):
+            raise ValueError(f"{text!r} is not a sum of money; write it like `25 USD` or `180 CNY`") from None
+        if not pico.is_finite() or pico != pico.to_integral_value() or pico < 0:
+            raise ValueError(f"{text!r} is not a sum of money; it must be finite, >= 0 and whole pico units")
+        return cls(int(pico), currency)
+
+    @property
+    def decimal(self) -> Decimal:
+        """The sum in whole units, exact."""
+        return Decimal(self.pico).scaleb(-12)
+
+    def __str__(self) -> str:
+        """For people: two decimals from one unit up, else enough to show three digits."""
+        value = self.decimal
+        places = 2 if abs(value) >= 1 or not value else min(12, 2 - value.adjusted())
+        return f"{self.currency.sign}{value:,.{places}f}"
