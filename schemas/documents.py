@@ -63,9 +63,7 @@ class Manifest:
         for file in self.files:
             seen.update(f"{file.path}\0{file.size}\0{file.sha256}\0{file.rows}\n".encode())
         for shard in self.shards:
-            seen.update(
-                f"{shard.file_no}\0{shard.first_row}\0{shard.row_count}\0{shard.document_count}\n".encode()
-            )
+            seen.update(f"{shard.file_no}\0{shard.first_row}\0{shard.row_count}\0{shard.document_count}\n".encode())
         return f"sha256:{seen.hexdigest()}"
 
 

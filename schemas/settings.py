@@ -11,9 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Farthing's environment. A setting that is empty counts as not set."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="FARTHING_", frozen=True, extra="ignore", env_ignore_empty=True
-    )
+    model_config = SettingsConfigDict(env_prefix="FARTHING_", frozen=True, extra="ignore", env_ignore_empty=True)
 
     database_url: SecretStr | None = None
     home: Path = Path(".farthing")
