@@ -22,6 +22,7 @@ from jsonschema.protocols import Validator
 from jsonschema.validators import Draft202012Validator, validator_for
 from pydantic import BaseModel, ValidationError
 from pydantic.errors import PydanticUserError
+from pydantic_core import ErrorDetails
 
 from schemas.errors import FarthingError
 
@@ -31,7 +32,7 @@ LONGEST_PROBLEM = 200
 #: Deeper JSON is refused: no real answer needs it, and every reader of it recurses.
 DEEPEST = 100
 
-_FENCED = re.compile(r"```[a-zA-Z]*\s*\n(.*?)\n?\s*```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # An odd number of backslashes before the u makes it an escape; pairs of surrogates are one real character.
 _ESCAPES = re.compile(r"\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4})")
@@ -119,7 +120,7 @@ def _model_checker(model: type[BaseModel]) -> Checker:
             return model.model_validate_json(cleaned, context=context).model_dump(mode="json", by_alias=True)
         except ValidationError as error:
             problems = error.errors(include_url=False, include_context=False, include_input=False)
-            raise AnswerRejected(*(_place(item["loc"]) + item["msg"] for item in problems)) from None
+            raise AnswerRejected(*(_place(item["loc"]) + _rule(item) for item in problems)) from None
         except Exception as error:
             # A job's own validator broke on this one answer; that may cost the answer, never the lane.
             raise AnswerRejected(f"the answer could not be checked ({type(error).__name__})") from error
@@ -138,8 +139,17 @@ def _schema_checker(validator: Validator) -> Checker:
     return check
 
 
+def _rule(problem: ErrorDetails) -> str:
+    """The broken rule in pydantic's words, or in those of the model's own validator."""
+    if problem["type"].startswith("union_tag"):
+        return "names none of the possible kinds"  # pydantic's message repeats the value
+    return problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+
+
 def _describe_violation(violation: SchemaViolation) -> str:
     """The place and the rule; the library's own message would repeat the value, hence perhaps the document."""
+    if violation.validator == "required":
+        return f"{_place(tuple(violation.absolute_path))}{violation.message}"  # it names the missing key only
     rule = canonical_json({str(violation.validator): violation.validator_value})
     return f"{_place(tuple(violation.absolute_path))}must fit {rule}"
 

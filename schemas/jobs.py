@@ -17,13 +17,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from schemas.answers import Answer, AnswerRejected, canonical_json
 from schemas.money import Money
 
 __all__ = ["TIERS", "Answer", "AnswerRejected", "Confidence", "Escalate", "Input", "Job", "Tier", "When"]
 
+OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
 SCHEMA_PLACEHOLDER = "{{answer_schema}}"
 SCHEMA_INTRODUCTION = "Answer with one JSON object that fits this JSON Schema:"
 _PLACEHOLDER = re.compile(r"\{\{[^{}\n]*\}\}")
@@ -120,6 +121,28 @@ TIERS: Mapping[str, Tier] = {
 }
 
 
+def _check_path(path: str) -> str:
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme not in ("s3", "gs"):
+        raise ValueError(f"{scheme}:// is not supported; use a local glob, s3:// or gs://")
+    return path
+
+
+def _check_condition(condition: tuple[str, str, Any]) -> tuple[str, str, Any]:
+    column, operator, value = condition
+    if operator not in OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; use one of {' '.join(OPERATORS)}")
+    if (operator in ("in", "not in")) != isinstance(value, list):
+        raise ValueError("`in` and `not in` take a list, the other operators one value")
+    if value is None or value == [] or (isinstance(value, list) and None in value):
+        raise ValueError(f"nothing equals null, so the condition on {column!r} would select no row")
+    return condition
+
+
+#: One condition of a filter: column, operator, value.
+Condition = Annotated[tuple[str, str, Any], AfterValidator(_check_condition)]
+
+
 class Input(_Part):
     """What a job reads: a Parquet glob (local, s3:// or gs://) and the columns that matter.
 
@@ -127,12 +150,19 @@ class Input(_Part):
     answers, if there is one: it is never sent, only compared (`Job.measure`).
     """
 
-    path: str = Field(min_length=1)
+    path: Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
     id: ColumnName
     text: ColumnName
     partition: ColumnName | None = None
-    filter: tuple[tuple[str, str, Any], ...] | None = None
+    filter: tuple[Condition, ...] | None = None
     label: ColumnName | None = None
+
+    @model_validator(mode="after")
+    def _need_three_columns(self) -> Self:
+        named = [self.id, self.text, *([self.label] if self.label else [])]
+        if len(set(named)) < len(named):
+            raise ValueError("id, text and label must be three different columns")
+        return self
 
 
 class Escalate(_Part):

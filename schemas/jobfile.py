@@ -1,0 +1,304 @@
+"""Job files: alone responsible for reading the text of a `job.yaml`, with every problem at once and on its line.
+
+Scalars are taken as the text that was written, and each field parses its own: so a sum of money or a threshold is
+never a float, and `name: no` is a name. The one exception is `input.filter`, whose values are what YAML says.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic_core import ErrorDetails
+
+from schemas.errors import ConfigurationError, Problem
+from schemas.jobs import TIERS, Confidence, Escalate, Input, Tier, When, check_job_name
+from schemas.money import Money
+
+Loc = tuple[int | str, ...]
+T = TypeVar("T")
+
+DEFAULT_CONCURRENCY = 256
+_LONGEST_SHARD = 5000
+_LAST = 1 << 30  # problems of other files follow those of the job file
+
+
+class Draft:
+    """A job file as it was written: its values as text, the line of each, and the problems found so far."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.where = where
+        self.values: Any = {}
+        self._lines: dict[Loc, int] = {}
+        self._problems: list[tuple[int, Problem | str]] = []
+        self._seen: set[int] = set()
+        self._read_document(text)
+
+    def add(self, loc: Loc, what: str) -> None:
+        """Note a problem with the value at `loc`, on its line or that of the nearest part that has one."""
+        known = next(loc[:size] for size in range(len(loc), -1, -1) if loc[:size] in self._lines or not size)
+        name = ".".join(map(str, loc))
+        self._note(self._lines.get(known, 1), f"{name}: {what}" if name else what)
+
+    def _mapping(self, key: str) -> dict[str, Any]:
+        """The top-level mapping at `key`, even if it is wrong; {} where it is no mapping."""
+        value = self.values.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def place(self, key: str) -> str:
+        """Where the top-level `key` stands, or would: `jobs/x/job.yaml:7`."""
+        return f"{self.where}:{self._lines.get((key,), 1)}"
+
+    def gather(self, load: Callable[[], T]) -> T | None:
+        """What `load` returns; where it raises ConfigurationError, its problems join this file's."""
+        try:
+            return load()
+        except ConfigurationError as error:
+            self._problems += [(_LAST, problem) for problem in error.problems]
+            return None
+
+    def text(self, key: str, default: str) -> str | None:
+        """The top-level text at `key`, even if the rest of the file is wrong; None where it is no text."""
+        value = self.values.get(key, default)
+        return value if isinstance(value, str) and value else None
+
+    def raise_problems(self) -> None:
+        """Raise ConfigurationError with everything noted, this file's first and in its order; else do nothing."""
+        if self._problems:
+            raise ConfigurationError(*(problem for _, problem in sorted(self._problems, key=lambda each: each[0])))
+
+    def validate(self) -> JobFile | None:
+        """The file's values, checked; None (and problems noted) if anything is wrong with them."""
+        if self._problems and not self.values:
+            return None  # it could not be read at all; that every key is missing is no news
+        try:
+            return JobFile.model_validate(self.values, context=tuple(self._mapping("tiers")))
+        except ValidationError as error:
+            for item in error.errors(include_url=False):
+                loc = _shown_loc(item["loc"])
+                self.add(loc, _explain(item, loc))
+            return None
+
+    def check_fields(self, fields: Sequence[str]) -> None:
+        """Note every answer field that the file names and the answer, which has `fields`, does not."""
+        confidence, measure = self._mapping("confidence"), self.values.get("measure")
+        listed = confidence.get("fields")
+        named: list[tuple[Loc, object]] = [
+            (("confidence", "field"), confidence.get("field")),
+            (("measure",), measure),
+        ]
+        if isinstance(listed, list):
+            named += [(("confidence", "fields", number), name) for number, name in enumerate(listed)]
+        for loc, name in named:
+            if isinstance(name, str) and name and name not in fields:
+                self.add(loc, f"the answer has no field {name!r}{suggest(name, fields)}")
+        self._check_label(measure, fields)
+
+    def _check_label(self, measure: object, fields: Sequence[str]) -> None:
+        label = self._mapping("input").get("label")
+        if measure is not None and label is None:
+            self.add(("measure",), "there is nothing to measure against; name its column with `input: {label: …}`")
+        if measure is None and label is not None and label not in fields:
+            self.add(("input", "label"), "say which answer field it is compared with: `measure: FIELD`")
+
+    def _note(self, line: int, what: str) -> None:
+        self._problems.append((line, Problem(f"{self.where}:{line}", what)))
+
+    def _read_document(self, text: str) -> None:
+        try:
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            self._note(mark.line + 1 if mark else 1, f"not valid YAML: {error.problem or error.context}")
+        except (yaml.YAMLError, RecursionError) as error:
+            self._note(1, f"not valid YAML: {type(error).__name__}; save it as plain UTF-8 text")
+        else:
+            self._read_root(node)
+
+    def _read_root(self, node: yaml.Node | None) -> None:
+        if isinstance(node, yaml.MappingNode):
+            self.values = self._read(node, ())
+        else:
+            self._note(1, "a job file is a mapping: `name: …`, `input: …` and so on")
+
+    def _read(self, node: yaml.Node, loc: Loc) -> Any:
+        self._lines.setdefault(loc, node.start_mark.line + 1)
+        if id(node) in self._seen:
+            return self.add(loc, "YAML aliases are not supported; write the value out")
+        self._seen.add(id(node))
+        if loc == ("input", "filter"):
+            return self._read_typed(node, loc)
+        if isinstance(node, yaml.MappingNode):
+            return self._read_mapping(node, loc)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._read(inner, (*loc, number)) for number, inner in enumerate(node.value)]
+        return None if node.tag == "tag:yaml.org,2002:null" else self._read_scalar(node, loc)
+
+    def _read_scalar(self, node: yaml.Node, loc: Loc) -> str:
+        if not node.tag.startswith("tag:yaml.org,2002:"):
+            self.add(loc, f"the tag {node.tag} means nothing here; remove it")
+        return str(node.value)
+
+    def _read_mapping(self, node: yaml.MappingNode, loc: Loc) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else "?"
+            inner = (*loc, name)
+            if name in found:
+                self._note(key.start_mark.line + 1, f"{'.'.join(map(str, inner))}: given twice; keep one")
+                continue
+            self._lines[inner] = key.start_mark.line + 1
+            found[name] = self._read(value, inner)
+        return found
+
+    def _read_typed(self, node: yaml.Node, loc: Loc) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            for number, condition in enumerate(node.value):
+                self._lines[(*loc, number)] = condition.start_mark.line + 1
+        try:
+            return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
+        except (yaml.YAMLError, ValueError) as error:
+            self.add(loc, f"a value cannot be read ({type(error).__name__}); quote it if it is text")
+            return None
+
+
+def _refine_tiers(given: object) -> object:
+    """Each override laid over the defaults of the tier that it names, so that it is checked as a whole tier."""
+    if not isinstance(given, dict):
+        return given
+    return {name: _refined_tier(name, overrides) for name, overrides in given.items()}
+
+
+def _refined_tier(name: str, overrides: object) -> object:
+    if not isinstance(overrides, dict):
+        return overrides
+    if "name" in overrides:
+        raise ValueError(f"{name} must not hold a name; the key is the name")
+    thinking = {"true": True, "false": False}.get(str(overrides.get("thinking")).lower())
+    return {"name": name, **Tier.defaults(name, thinking), **overrides}
+
+
+def _resolve_tier(name: object, info: ValidationInfo) -> Tier:
+    """The tier a ladder names: one of the job's own, or one that we know."""
+    tiers: dict[str, Tier] = TIERS | info.data.get("tiers", {})
+    if isinstance(name, str) and name in tiers:
+        return tiers[name]
+    if isinstance(name, str) and name in (info.context or ()):
+        return TIERS["flash"].model_copy(update={"name": name})  # its definition is the problem, reported there
+    raise ValueError(f"unknown tier {name!r}{suggest(str(name), tiers)}")
+
+
+def _ladder_is_a_ladder(ladder: tuple[Tier, ...]) -> tuple[Tier, ...]:
+    names = [tier.name for tier in ladder]
+    if len(set(names)) < len(names):
+        raise ValueError("a tier is named twice; every rung must differ")
+    return ladder
+
+
+def _spread_concurrency(given: object, info: ValidationInfo) -> object:
+    """One number is that number for every tier of the ladder; a tier that is not named gets the default."""
+    names = [tier.name for tier in info.data.get("ladder", ())]
+    if not isinstance(given, dict):
+        return dict.fromkeys(names or ["flash"], given)
+    if strangers := [name for name in given if names and name not in names]:
+        raise ValueError(f"{strangers[0]} is not in the ladder{suggest(strangers[0], names)}")
+    return dict.fromkeys(names, DEFAULT_CONCURRENCY) | given
+
+
+def _parse_budget(given: object) -> Money:
+    if isinstance(given, Money):
+        return given
+    if not isinstance(given, str):
+        raise ValueError("write a sum of money, like `25 USD`")
+    budget = Money.parse(given)
+    if budget.pico == 0:
+        raise ValueError("a budget of nothing can pay for nothing; write a sum, like `25 USD`")
+    return budget
+
+
+class JobFile(BaseModel):
+    """The keys of a `job.yaml`. `prompt` and `answer` are still names of files here."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(check_job_name)]
+    input: Input
+    prompt: Annotated[str, Field(min_length=1)] = "prompt.md"
+    answer: Annotated[str, Field(min_length=1)] = "answer.py:Answer"
+    tiers: Annotated[dict[str, Tier], BeforeValidator(_refine_tiers)] = {}
+    ladder: Annotated[
+        tuple[Annotated[Tier, BeforeValidator(_resolve_tier)], ...],
+        Field(min_length=1),
+        AfterValidator(_ladder_is_a_ladder),
+    ]
+    escalate: Escalate = Escalate()
+    confidence: Confidence = Confidence()
+    budget: Annotated[Money, BeforeValidator(_parse_budget)]
+    when: When = When.NOW
+    tolerance: Decimal = Field(default=Decimal("0.01"), ge=0, le=1)
+    shard_rows: int = Field(default=1000, ge=1, le=_LONGEST_SHARD)
+    concurrency: Annotated[
+        dict[str, Annotated[int, Field(ge=1, le=5000)]],
+        BeforeValidator(_spread_concurrency),
+        Field(default=DEFAULT_CONCURRENCY, validate_default=True),
+    ]
+    measure: Annotated[str, Field(min_length=1)] | None = None
+
+
+def _shown_loc(loc: Loc) -> Loc:
+    """pydantic marks a mapping's key itself with `[key]`; the key's own place says as much."""
+    return tuple(part for part in loc if part != "[key]")
+
+
+def _explain(item: ErrorDetails, loc: Loc) -> str:
+    explain = _EXPLANATIONS.get(item["type"])
+    return explain(item, loc) if explain else item["msg"].removeprefix("Value error, ")
+
+
+def _explain_missing(item: ErrorDetails, loc: Loc) -> str:
+    if loc[:2] == ("input", "filter"):
+        return "a condition is a list of three: `[column, operator, value]`"
+    if loc[0] == "tiers" and loc[-1] == "model":
+        return f"is required, since {loc[1]} is not a tier we know{suggest(str(loc[1]), TIERS)}"
+    return "is required"
+
+
+def _explain_extra(item: ErrorDetails, loc: Loc) -> str:
+    if loc in (("escalate", "target"), ("escalate", "delta")):
+        return "thresholds with a guarantee are not built yet; write `escalate: {below: 0.85}`"
+    return f"unknown key{suggest(str(loc[-1]), _known_keys(loc[:-1]))}"
+
+
+def _explain_string(item: ErrorDetails, loc: Loc) -> str:
+    return "has no value" if item["input"] is None else item["msg"]
+
+
+_EXPLANATIONS: dict[str, Callable[[ErrorDetails, Loc], str]] = {
+    "missing": _explain_missing,
+    "extra_forbidden": _explain_extra,
+    "string_type": _explain_string,
+    "model_type": lambda item, loc: "must be a mapping, like `{key: value}`",
+    "dict_type": lambda item, loc: "must be a mapping, like `{key: value}`",
+    "tuple_type": lambda item, loc: "must be a list, like `[one, two]`",
+}
+
+
+def _known_keys(loc: Loc) -> Iterable[str]:
+    parts: dict[Loc, type[BaseModel]] = {
+        (): JobFile,
+        ("input",): Input,
+        ("escalate",): Escalate,
+        ("confidence",): Confidence,
+    }
+    return sorted(set(parts.get(loc, Tier).model_fields) - ({"name"} if loc[:1] == ("tiers",) else set()))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean id?`, or the whole choice where nothing is close."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are: {', '.join(names)}"
