@@ -360,6 +360,37 @@ def test_which_row_is_dearest_depends_on_the_bounds_of_the_attempt(tmp_path: Pat
     assert book.dearest("m", USD, start, end, input_bound=1001, max_tokens=100).miss_pico == 4_000_000
 
 
+def banded(start: str, off_peak: int, peak: int) -> str:
+    return f"""
+[[row]]
+model = "m"
+currency = "USD"
+valid_from = {start}:00Z
+off_peak = {{ miss = "{off_peak}", output = "1" }}
+peak = {{ miss = "{peak}", output = "1" }}
+source = "a test"
+"""
+
+
+@pytest.mark.parametrize(
+    ("edge", "old", "new", "dearest"),
+    [
+        ("01:00", (5, 10), (1, 3), 5),  # the old row ends as peak begins: its peak price never holds
+        ("04:00", (1, 2), (1, 10), 2),  # the new row begins as peak ends: its peak price does not hold yet
+        ("12:00", (1, 10), (2, 20), 2),
+    ],
+)
+def test_a_row_that_changes_on_a_band_edge_lends_no_price_it_did_not_hold(
+    tmp_path: Path, edge: str, old: tuple[int, int], new: tuple[int, int], dearest: int
+) -> None:
+    text = PEAK + banded("2026-01-01T00:00", *old) + banded(f"2026-11-24T{edge}", *new)
+    (tmp_path / "m.toml").write_text(text, "utf-8")
+    instant = utc(f"2026-11-24T{edge}")
+    book = load_price_book(tmp_path)
+    assert book.dearest("m", USD, instant - SECOND, instant + SECOND).miss_pico == dearest * 10**6
+    assert book.next_change("m", USD, instant - SECOND) == instant
+
+
 INSTANTS = st.datetimes(datetime(2026, 4, 24), datetime(2026, 12, 30)).map(lambda naive: naive.replace(tzinfo=UTC))
 MINUTE = timedelta(minutes=1)
 
