@@ -18,7 +18,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 from aiohttp import web
@@ -245,6 +245,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--blank", type=float, default=10.0, help="seconds between blank lines while queued (default: 10)")
     add("--cache-build", type=float, default=3.0, help="seconds until a new prefix unit serves (default: 3)")
     add("--tokens", choices=("exact", "fast"), default="exact", help="fast: four bytes are one token")
+    add("--while-used", action="store_true", help="stop when no process uses it (set by sandbox/service.py)")
     return parser.parse_args(arguments)
 
 
@@ -253,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = read_options(arguments)
     folder = options.home / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "server.lock").open("a") as lock:
+    # The last one opened is let go first: whoever gets a turn must never find a server that is about to leave.
+    with _open(folder, "turn") as turn, _open(folder, "users") as users, _open(folder, "server.lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             server = build(options)
@@ -263,11 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (SandboxError, ValueError, OSError) as error:
             print(f"the sandbox cannot start: {error}", file=sys.stderr)
             return 2
-        asyncio.run(_serve(server, options))
+        asyncio.run(_serve(server, options, turn, users))
     return 0
 
 
-async def _serve(server: DeepSeek, options: argparse.Namespace) -> None:
+def _open(folder: Path, name: str) -> IO[str]:
+    return (folder / name).open("a")
+
+
+async def _serve(server: DeepSeek, options: argparse.Namespace, turn: IO[str], users: IO[str]) -> None:
     load()  # now, not in the first request
     stopped = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -275,9 +281,37 @@ async def _serve(server: DeepSeek, options: argparse.Namespace) -> None:
     runner = await start(server.app())
     port = await _bind(runner, options)
     _publish(options, port)
+    watch = None
+    if options.while_used:
+        watch = asyncio.create_task(_leave_when_unused(options.home / FOLDER / "kept", turn, users, stopped))
     await stopped.wait()
+    if watch is not None:
+        watch.cancel()
     await runner.cleanup()
     server.house.bill.close()
+
+
+async def _leave_when_unused(kept: Path, turn: IO[str], users: IO[str], stopped: asyncio.Event) -> None:
+    """Stop when nobody holds `users` any more, as after the SIGKILL of the last one (see sandbox/service.py).
+
+    Both locks are then held to the end, so that nobody can come to rely on a server that is about to leave.
+    """
+    while not stopped.is_set():
+        await asyncio.sleep(2)
+        if not _lock_now(turn):
+            continue
+        if not kept.exists() and _lock_now(users):
+            stopped.set()
+        else:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+
+
+def _lock_now(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 async def start(app: web.Application) -> web.AppRunner:

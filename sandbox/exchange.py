@@ -98,13 +98,10 @@ class Exchange:
     def _look_up(self, prompt: bytes) -> Usage:
         cache, ask, now = self.house.cache, self.ask, time.monotonic()
         namespace = (ask.user_id, ask.model, ask.effort)
-        links = chain(prompt, namespace)
-        hit = cache.look_up(links, self._tokens, now)
-        cache.learn(links, now)
-        whole = prompt + encode_turn_end(self.draft.ids)
-        longer = chain(whole, namespace, len(links), links[-1] if links else None)
-        if longer:
-            cache.learn(links + longer, now)
+        asked = chain(prompt, namespace)
+        hit = cache.look_up(asked, now)
+        cache.learn(asked, now)
+        cache.learn_answered(chain(prompt + encode_turn_end(self.draft.ids), namespace, asked), now)
         return Usage(hit, self._tokens - hit, self.reasoning + self.written, self.reasoning)
 
     async def work(self) -> None:
@@ -227,7 +224,7 @@ class Exchange:
 
     def raw(self, body: bytes) -> bytes:
         """A whole 200 reply as it would leave the socket, for those who cut it."""
-        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n"
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
         lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers().items())
         return f"{head}{lines}\r\n".encode() + body
 

@@ -135,13 +135,13 @@ def _other(value: Any) -> Any:
 
 
 def state_confidence(schema: Schema, example: Any, confidence: float) -> Any:
-    """A confidence as the field `confidence` can say it: a bin of its scale, a percentage, or a number."""
+    """A confidence as the field `confidence` can say it: a bin of its scale, a percentage, or one of ten numbers."""
     node = schema.properties.get("confidence", {})
     if scale := node.get("enum"):
         place = int(confidence * len(scale))
         return scale[-1 - place] if str(scale[0]).lower().replace("_", " ") in _SURE_FIRST else scale[place]
-    if node.get("type") == "integer" or isinstance(example, int):
+    if node.get("type") == "integer" or (isinstance(example, int) and not isinstance(example, bool)):
         return round(confidence * node.get("maximum", 100))
     if node.get("type") == "string" or isinstance(example, str):
         return ("almost no chance", "unlikely", "about even", "likely", "almost certain")[int(confidence * 5)]
-    return round(confidence * node.get("maximum", 1), 2)
+    return round((int(confidence * 10) + 0.5) / 10 * node.get("maximum", 1), 2)

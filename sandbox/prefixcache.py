@@ -2,32 +2,52 @@
 
 A hit needs a whole stored unit. Units end where an earlier prompt or its answer ended, where two prompts were
 seen to part, and at fixed intervals of long prompts; they serve after a build delay and vanish when idle. So
-A+B misses, A+C misses (A is stored now), A+D hits A. Only hashes are kept, one per 128 tokens.
+A+B misses, A+C misses (A is stored now), A+D hits A. Only hashes are kept: one per 128 tokens, and one for the
+rest of a prompt, which must be met whole but is not reported.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 from sandbox.tokens import WIDTH
 
 BLOCK = 128
+_SIZE = BLOCK * WIDTH
 
 
-def chain(ids: bytes, namespace: Hashable, start: int = 0, link: int | None = None) -> list[int]:
-    """One hash per whole block, each over all blocks before it. `start` and `link` continue an earlier chain."""
-    size = BLOCK * WIDTH
-    last = hash(namespace) if link is None else link
-    links = []
-    for at in range(start * size, len(ids) - size + 1, size):
-        last = hash((last, ids[at : at + size]))
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A prompt as one hash per whole block, each over all blocks before it, and the ids that are left over."""
+
+    root: int
+    links: tuple[int, ...]
+    ids: bytes
+
+    @property
+    def end(self) -> tuple[int, bytes]:
+        """The last link and the rest behind it: together they stand for the whole prompt."""
+        return self.links[-1] if self.links else self.root, self.ids[len(self.links) * _SIZE :]
+
+    def link(self, depth: int) -> int:
+        return self.links[depth - 1] if depth else self.root
+
+
+def chain(ids: bytes, namespace: Hashable, begun: Chain | None = None) -> Chain:
+    """Hash a prompt's packed ids. `begun` is the chain of a prompt that these ids begin with."""
+    root = hash(namespace)
+    links = list(begun.links) if begun else []
+    last = links[-1] if links else root
+    for at in range(len(links) * _SIZE, len(ids) - _SIZE + 1, _SIZE):
+        last = hash((last, ids[at : at + _SIZE]))
         links.append(last)
-    return links
+    return Chain(root, tuple(links), ids)
 
 
 class PrefixCache:
-    """Units by chain hash. Times are seconds of whatever clock the caller uses throughout."""
+    """Units by hash. Times are seconds of whatever clock the caller uses throughout."""
 
     def __init__(
         self, build_s: float = 3.0, idle_s: float = 6 * 3600.0, capacity: int = 200_000, interval: int = 64
@@ -38,51 +58,79 @@ class PrefixCache:
         self._interval = interval
         self._seen: OrderedDict[int, None] = OrderedDict()
         self._units: OrderedDict[int, tuple[float, float]] = OrderedDict()  # ready at, last used at
+        self._rests: OrderedDict[int, int] = OrderedDict()  # behind a link: the lengths of stored rests, as bits
 
     def __len__(self) -> int:
-        return len(self._seen) + len(self._units)
+        return len(self._seen) + len(self._units) + len(self._rests)
 
-    def look_up(self, links: list[int], prompt_tokens: int, now: float) -> int:
+    def look_up(self, prompt: Chain, now: float) -> int:
         """Hit tokens of a prompt. Its last token is always computed, so a whole prompt never hits entirely."""
-        for depth in range(min(len(links), (prompt_tokens - 1) // BLOCK), 0, -1):
-            if self._serve(links[depth - 1], now):
+        tokens = len(prompt.ids) // WIDTH
+        for depth in range(min(len(prompt.links), (tokens - 1) // BLOCK), 0, -1):
+            if self._serve(prompt.link(depth), now) or self._serve_rest(prompt, depth, now):
                 return depth * BLOCK
         return 0
 
-    def learn(self, links: list[int], now: float) -> None:
-        """Store a prompt (or a prompt with its answer): its end, its intervals, and where it left an earlier one."""
-        shared = self._shared(links)
-        ends = {shared, len(links), *range(self._interval, len(links), self._interval)}
-        for depth in ends - {0}:
+    def learn(self, prompt: Chain, now: float) -> None:
+        """Store a prompt: its end, its intervals, and the place where it parts from an earlier one."""
+        shared = self._shared(prompt.links)
+        if shared:
+            self._store(prompt.link(shared), now)
+        self.learn_answered(prompt, now)
+
+    def learn_answered(self, prompt: Chain, now: float) -> None:
+        """Store a prompt with its answer behind it. It parts from nothing: its own prompt is no earlier one."""
+        links = prompt.links
+        for depth in range(self._interval, len(links), self._interval):
             self._store(links[depth - 1], now)
+        self._store_end(prompt, now)
         for link in links:
             self._seen[link] = None
             self._seen.move_to_end(link)
         self._forget()
 
-    def _shared(self, links: list[int]) -> int:
+    def _shared(self, links: tuple[int, ...]) -> int:
         for depth, link in enumerate(links):
             if link not in self._seen:
                 return depth
         return len(links)
 
-    def _serve(self, link: int, now: float) -> bool:
-        unit = self._units.get(link)
-        if unit is None or unit[0] > now:
+    def _serve(self, unit: int, now: float) -> bool:
+        times = self._units.get(unit)
+        if times is None or times[0] > now:
             return False
-        if now - unit[1] > self._idle_s:
-            del self._units[link]
+        if now - times[1] > self._idle_s:
+            del self._units[unit]
             return False
-        self._units[link] = (unit[0], now)
-        self._units.move_to_end(link)
+        self._units[unit] = (times[0], now)
+        self._units.move_to_end(unit)
         return True
 
-    def _store(self, link: int, now: float) -> None:
-        if link not in self._units:
-            self._units[link] = (now + self._build_s, now)
+    def _serve_rest(self, prompt: Chain, depth: int, now: float) -> bool:
+        """Whether an earlier prompt that ended inside the next block is met whole."""
+        link = prompt.link(depth)
+        lengths = self._rests.get(link, 0)
+        start = depth * _SIZE
+        left = (len(prompt.ids) - start) // WIDTH
+        return any(
+            self._serve(hash((link, prompt.ids[start : start + length * WIDTH])), now)
+            for length in range(1, min(left, BLOCK - 1) + 1)
+            if lengths >> length & 1
+        )
+
+    def _store_end(self, prompt: Chain, now: float) -> None:
+        link, rest = prompt.end
+        if not rest:
+            return self._store(link, now)
+        self._rests[link] = self._rests.get(link, 0) | 1 << len(rest) // WIDTH
+        self._rests.move_to_end(link)
+        return self._store(hash((link, rest)), now)
+
+    def _store(self, unit: int, now: float) -> None:
+        if unit not in self._units:
+            self._units[unit] = (now + self._build_s, now)
 
     def _forget(self) -> None:
-        while len(self._seen) > self._capacity:
-            self._seen.popitem(last=False)
-        while len(self._units) > self._capacity:
-            self._units.popitem(last=False)
+        for kept in (self._seen, self._units, self._rests):
+            while len(kept) > self._capacity:
+                kept.popitem(last=False)

@@ -1,0 +1,239 @@
+"""Starting, sharing and stopping the emulated DeepSeek of a home.
+
+The server is a detached child that holds `server.lock` for as long as it lives, so a lock, which the kernel lets
+go of even after SIGKILL, says whether it is alive; a process id alone never does. Every process that uses it holds
+`users` shared; the last to leave stops it unless `up` marked it `kept`. Should the last one be killed, the server
+notices and leaves by itself. Starting and stopping happen one at a time under `turn`. The bill outlives all of that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from sandbox.bill import FOLDER, BillTotal, read_bill
+from sandbox.deepseek import ENDPOINT
+from sandbox.errors import SandboxError
+
+Option = str | int | float | Path | Sequence[str | Path] | None
+START_S = 60.0
+STOP_S = 10.0
+#: Children of this process, kept so that they can be reaped.
+_children: list[subprocess.Popen[bytes]] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where the emulated DeepSeek listens, and a key that it accepts."""
+
+    url: str
+    api_key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is known of a home's DeepSeek without asking it: its endpoint if it is alive, and its bill."""
+
+    endpoint: Endpoint | None
+    is_kept: bool
+    bill: BillTotal
+
+
+@contextmanager
+def running(home: Path, **options: Option) -> Iterator[Endpoint]:
+    """A live DeepSeek for as long as the block lasts; one that is alive already is shared.
+
+    Options are those of `python -m sandbox.deepseek`, with underscores (`time_scale=0`, `answers=[path]`). Without
+    options any live server will do. With options that differ from a live server's, it is started again if nobody
+    else uses it, else SandboxError is raised; the bill goes on either way.
+    """
+    with _users(home) as users:
+        with _turn(home):
+            endpoint = _ensure(home, _flags(options))
+            fcntl.flock(users, fcntl.LOCK_SH)
+        try:
+            yield endpoint
+        finally:
+            with _turn(home):
+                fcntl.flock(users, fcntl.LOCK_UN)
+                if not _kept(home).exists() and _is_unused(home):
+                    _stop(home)
+
+
+def up(home: Path, **options: Option) -> Endpoint:
+    """Start it, if need be, and leave it running until `down`."""
+    with _turn(home):
+        endpoint = _ensure(home, _flags(options))
+        _kept(home).touch()
+        return endpoint
+
+
+def down(home: Path) -> None:
+    """Stop it, whoever uses it."""
+    with _turn(home):
+        _kept(home).unlink(missing_ok=True)
+        _stop(home)
+
+
+def reset(home: Path) -> None:
+    """Stop it and forget everything, the bill too. Raises SandboxError while somebody uses it."""
+    with _turn(home):
+        if not _is_unused(home):
+            raise SandboxError(f"the sandbox of {home} is in use; end the runs that use it first")
+        _stop(home)
+        for path in (home / FOLDER).iterdir():
+            if path.name not in ("turn", "users", "server.lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def status(home: Path) -> Status:
+    """Its endpoint, None when it is not alive, and what it has billed. Nothing is created."""
+    is_alive = (home / FOLDER).exists() and _is_alive(home)
+    return Status(_read(home) if is_alive else None, _kept(home).exists(), read_bill(home))
+
+
+def _flags(options: dict[str, Option]) -> list[str]:
+    """Keyword options as command-line flags; what is None is left out, a sequence is repeated."""
+    flags: list[str] = []
+    for name, value in sorted(options.items()):
+        several = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        for one in several:
+            if one is not None:
+                text = str(one.resolve()) if isinstance(one, Path) else str(one)
+                flags.append(f"--{name.replace('_', '-')}={text}")
+    return flags
+
+
+def _ensure(home: Path, flags: list[str]) -> Endpoint:
+    if _is_alive(home):
+        if not flags or flags == _flags_in_use(home):
+            return _read(home)
+        if not _is_unused(home):
+            raise SandboxError(f"the sandbox of {home} runs with other options; end the runs that use it first")
+        _stop(home)
+    return _start(home, flags)
+
+
+def _start(home: Path, flags: list[str]) -> Endpoint:
+    folder = home / FOLDER
+    log = (folder / "log").open("ab")
+    before = _stamp(home)
+    with log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "sandbox.deepseek", f"--home={home.resolve()}", "--while-used", *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": _python_path()},
+        )
+    _children.append(child)
+    (folder / "options.json").write_text(json.dumps(flags))
+    _wait_for(lambda: _stamp(home) != before or child.poll() is not None, START_S)
+    if child.poll() is not None or _stamp(home) == before:
+        raise SandboxError(f"the sandbox did not start: {_last_line(folder / 'log')} (all of it: {folder / 'log'})")
+    return _read(home)
+
+
+def _stop(home: Path) -> None:
+    """SIGTERM, then SIGKILL. The process id is trusted only while the server's lock is held."""
+    for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
+        if not _is_alive(home):
+            break
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(_endpoint(home)["pid"], number)
+        _wait_for(lambda: not _is_alive(home), patience)
+    for child in _children:
+        if child.poll() is None and not _is_alive(home):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0.2)
+    _children[:] = [child for child in _children if child.returncode is None]
+
+
+def _is_alive(home: Path) -> bool:
+    return not _is_free(home / FOLDER / "server.lock")
+
+
+def _is_unused(home: Path) -> bool:
+    """Whether no process holds `users`."""
+    return _is_free(home / FOLDER / "users")
+
+
+def _is_free(path: Path) -> bool:
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+@contextmanager
+def _turn(home: Path) -> Iterator[None]:
+    """One transition at a time."""
+    folder = home / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "turn").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _users(home: Path) -> Iterator[IO[str]]:
+    folder = home / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "users").open("a") as users:
+        yield users
+
+
+def _kept(home: Path) -> Path:
+    return home / FOLDER / "kept"
+
+
+def _read(home: Path) -> Endpoint:
+    endpoint = _endpoint(home)
+    return Endpoint(endpoint["url"], endpoint["api_key"])
+
+
+def _endpoint(home: Path) -> dict[str, Any]:
+    return dict(json.loads((home / FOLDER / ENDPOINT).read_text()))
+
+
+def _stamp(home: Path) -> int:
+    """Changes when a server publishes its endpoint."""
+    path = home / FOLDER / ENDPOINT
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _flags_in_use(home: Path) -> list[str] | None:
+    path = home / FOLDER / "options.json"
+    return list(json.loads(path.read_text())) if path.exists() else None
+
+
+def _wait_for(is_so: Callable[[], bool], patience_s: float) -> None:
+    """Return once it is so, or after that many seconds."""
+    deadline = time.monotonic() + patience_s
+    while not is_so() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def _python_path() -> str:
+    """The folder that holds this package, so that the child finds it wherever it is started."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
