@@ -1,0 +1,22 @@
+"""How Alembic meets the ledger: it runs on the connection that `tasks.ledger` opened, as the ledger's owner."""
+
+from __future__ import annotations
+
+from alembic import context
+from sqlalchemy import text
+
+from migrations import roles
+from schemas.tables import metadata
+
+connection = context.config.attributes["connection"]
+connection.execute(text(roles.CREATE))
+connection.execute(text(f"SET LOCAL ROLE {roles.OWNER}"))
+context.configure(
+    connection=connection,
+    target_metadata=metadata,
+    include_schemas=True,
+    version_table="ledger_version",
+    version_table_schema=metadata.schema,
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,39 @@
+"""The four roles of the ledger, and who may do what (G16).
+
+`farthing_owner` owns tables and views and runs migrations. `farthing_lane` appends to the ledger and updates
+only the columns that are state. `farthing_auditor` reads the views and nothing else. `farthing_retention` may
+blank answers, never costs. None can log in: grant them to your own logins.
+"""
+
+from __future__ import annotations
+
+OWNER, LANE, AUDITOR, RETENTION = ROLES = (
+    "farthing_owner",
+    "farthing_lane",
+    "farthing_auditor",
+    "farthing_retention",
+)
+
+#: Idempotent; run by the login that migrates. It needs CREATEROLE only where the roles do not exist yet.
+CREATE = f"""
+SELECT pg_advisory_xact_lock(hashtext('farthing'));
+DO $$
+DECLARE name text;
+BEGIN
+    FOREACH name IN ARRAY ARRAY['{OWNER}', '{LANE}', '{AUDITOR}', '{RETENTION}'] LOOP
+        IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN
+            BEGIN
+                EXECUTE format('CREATE ROLE %I NOLOGIN', name);
+            EXCEPTION WHEN duplicate_object OR unique_violation THEN
+                NULL;  -- another database of this cluster was migrated at the same moment
+            END;
+        END IF;
+        IF NOT pg_has_role(current_user, name, 'SET') THEN
+            EXECUTE format('GRANT %I TO CURRENT_USER', name);
+        END IF;
+    END LOOP;
+    IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = 'farthing') THEN
+        EXECUTE 'CREATE SCHEMA farthing AUTHORIZATION {OWNER}';
+    END IF;
+END $$;
+"""

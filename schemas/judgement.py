@@ -1,0 +1,49 @@
+"""Judging a reply: is it a valid answer, and is it sure enough to be accepted at this tier?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.answers import AnswerRejected
+from schemas.attempts import Reply, Signal
+from schemas.confidence import Measured, confidence
+from schemas.documents import Document
+from schemas.jobs import Job
+from schemas.ladder import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A verdict with what it rests on. `answer` is None where the text did not parse or did not validate."""
+
+    verdict: Verdict | None
+    answer: dict[str, Any] | None = None
+    measured: Measured | None = None
+    problems: tuple[str, ...] = ()
+
+
+def judge(job: Job, document: Document, reply: Reply, rung: int) -> Judgement:
+    """What `reply` is worth. The last tier's valid answer is accepted however unsure: nobody is above it."""
+    match reply.signal:
+        case Signal.BLANK:
+            return Judgement(Verdict.BLANK)
+        case Signal.TRUNCATED:
+            return Judgement(Verdict.TRUNCATED)
+        case Signal.ANSWERED:
+            return _judge_answer(job, document, reply, rung)
+        case _:
+            return Judgement(None)
+
+
+def _judge_answer(job: Job, document: Document, reply: Reply, rung: int) -> Judgement:
+    content = reply.content or ""
+    try:
+        answer = job.answer.check(content, document.document_id, document.text)
+    except AnswerRejected as rejection:
+        return Judgement(Verdict.INVALID_ANSWER, problems=rejection.problems)
+    measured = confidence(answer, content, reply.tokens, job.confidence)
+    is_last = rung + 1 >= len(job.ladder)
+    is_unsure = measured.is_below(job.escalate.below)
+    verdict = Verdict.LOW_CONFIDENCE if is_unsure and not is_last else Verdict.ACCEPTED
+    return Judgement(verdict, answer, measured)

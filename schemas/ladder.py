@@ -1,0 +1,167 @@
+"""The ladder: where a document stands on it, and what one reply makes of that.
+
+`advance` is the only rule. A lane applies it to each reply as it comes; a resumed lane applies it to the ledger's
+rows in order and so stands where the killed one stood, without paying again for what was answered. The table
+of signals is the design's (`ledger.md`, "What a reply means").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import assert_never
+
+from schemas.attempts import Purpose, Signal
+
+#: After a reply that may have been billed and was lost, a document is tried this many times more (G6).
+UNKNOWN_RETRIES = 2
+#: An interrupted reply is discarded, and may be billed: this many on one tier, then one tier up.
+INTERRUPTIONS = 3
+
+
+class Verdict(StrEnum):
+    """What we decided about a reply that carried text, or should have. Transport failures have none."""
+
+    ACCEPTED = "accepted"
+    INVALID_ANSWER = "invalid_answer"
+    LOW_CONFIDENCE = "low_confidence"
+    BLANK = "blank"
+    TRUNCATED = "truncated"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a document stands: its tier by rung, what was tried, and what the next attempt is for.
+
+    `amends` says how the next attempt differs from a plain one: it repairs an invalid answer, nudges after a
+    blank one, or allows more tokens after a truncated one. Each is done once per tier (`amended`).
+    """
+
+    rung: int = 0
+    attempts: int = 0
+    unknowns: int = 0
+    retries: int = 0
+    amended: frozenset[Verdict] = frozenset()
+    amends: Verdict | None = None
+    purpose: Purpose = Purpose.ANSWER
+    reason: str | None = None
+
+    @property
+    def is_entry(self) -> bool:
+        """Whether the next attempt is the first on its tier."""
+        return self.purpose in (Purpose.ANSWER, Purpose.PRIMING)
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The answer is the document's result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Another attempt, from this position."""
+
+    position: Position
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """The document ends without a result."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The provider refuses everything: the run must pause; the document is untouched."""
+
+    reason: str
+
+
+Step = Accept | Again | DeadLetter | Stop
+
+
+def advance(position: Position, signal: Signal, verdict: Verdict | None, rungs: int) -> Step:
+    """What one finished attempt makes of a document on a ladder of `rungs` tiers."""
+    now = replace(position, attempts=position.attempts + 1, amends=None)
+    match signal:
+        case Signal.ANSWERED | Signal.BLANK | Signal.TRUNCATED:
+            return _weigh(now, verdict or Verdict(signal.value), rungs)
+        case Signal.INTERRUPTED if now.retries + 1 >= INTERRUPTIONS:
+            return _climb(now, signal.value, rungs)
+        case Signal.INTERRUPTED | Signal.RATE_LIMITED | Signal.UNAVAILABLE | Signal.NOT_SENT:
+            return _retry(position, now, signal)
+        case Signal.FAILED | Signal.LOST | Signal.MALFORMED:
+            now = replace(now, unknowns=now.unknowns + 1)
+            return DeadLetter(signal.value) if now.unknowns > UNKNOWN_RETRIES else _retry(position, now, signal)
+        case Signal.REFUSED | Signal.REJECTED:
+            return DeadLetter(signal.value)
+        case Signal.UNAUTHORISED | Signal.NO_BALANCE:
+            return Stop(signal.value)
+    assert_never(signal)
+
+
+def _retry(before: Position, now: Position, signal: Signal) -> Again:
+    """The same attempt once more: what it amends stays, its purpose and reason say that it is a retry."""
+    return Again(
+        replace(now, amends=before.amends, retries=now.retries + 1, purpose=Purpose.RETRY, reason=signal.value)
+    )
+
+
+def _weigh(now: Position, verdict: Verdict, rungs: int) -> Step:
+    match verdict:
+        case Verdict.ACCEPTED:
+            return Accept()
+        case Verdict.LOW_CONFIDENCE:
+            return _climb(now, verdict.value, rungs)
+        case Verdict.INVALID_ANSWER | Verdict.BLANK | Verdict.TRUNCATED if verdict in now.amended:
+            return _climb(now, verdict.value, rungs)
+        case Verdict.INVALID_ANSWER | Verdict.BLANK | Verdict.TRUNCATED:
+            return Again(
+                replace(
+                    now,
+                    amended=now.amended | {verdict},
+                    amends=verdict,
+                    retries=0,
+                    purpose=Purpose.REPAIR,
+                    reason=verdict.value,
+                )
+            )
+    assert_never(verdict)
+
+
+def _climb(now: Position, reason: str, rungs: int) -> Step:
+    if now.rung + 1 >= rungs:
+        return DeadLetter(reason)
+    return Again(
+        replace(
+            now,
+            rung=now.rung + 1,
+            retries=0,
+            amended=frozenset(),
+            amends=None,
+            purpose=Purpose.ANSWER,
+            reason=reason,
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PastAttempt:
+    """One attempt of an unfinished document as the ledger has it; an unknown one without outcome is `lost`."""
+
+    attempt_no: int
+    signal: Signal
+    verdict: Verdict | None
+
+
+def stand(history: Iterable[PastAttempt], rungs: int) -> Step:
+    """Where a document stands after its past attempts, in their order."""
+    step: Step = Again(Position())
+    for past in history:
+        position = replace(step.position if isinstance(step, Again) else Position(), attempts=past.attempt_no - 1)
+        step = advance(position, past.signal, past.verdict, rungs)
+        if isinstance(step, Stop):  # the run was paused and is resumed: the same attempt once more
+            step = Again(replace(position, attempts=past.attempt_no, purpose=Purpose.RETRY, reason=step.reason))
+    return step

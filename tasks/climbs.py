@@ -1,0 +1,311 @@
+"""One document's way up the ladder: reserve, intend, send, judge, record, until it ends.
+
+The order is the promise: money is reserved before the intent, the intent is durable before the request leaves
+(G4), and the outcome is durable before the document's next attempt. The rules are `schemas.ladder`'s; here is only
+the doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from typing import Any, TypedDict, Unpack
+
+from schemas.attempts import Purpose, Reply
+from schemas.booking import Booking, Reserved, book_reply
+from schemas.brakes import Breaker, RetryBudget
+from schemas.calls import RejectedAnswer, attempt_key, compose, input_bound, is_too_large, max_tokens
+from schemas.documents import Document
+from schemas.errors import LeaseLost, ProviderStopped
+from schemas.jobs import Job
+from schemas.judgement import Judgement, judge
+from schemas.ladder import Accept, Again, DeadLetter, Position, Step, Stop, Verdict, advance
+from schemas.pricing import Price, PriceBook, reservation
+from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
+from tasks.completions import Completions
+from tasks.grants import Grants
+from tasks.ledger.attempts import Fenced, Permit
+from tasks.ledger.connection import PoisonValue
+from tasks.ledger.runs import Run
+from tasks.limiter import Limiter
+from tasks.priming import Primer
+from tasks.waits import Waits
+from tasks.watch import Watch
+from tasks.writer import Writer
+
+#: A reply may be billed a little after its deadline, at the price of then.
+PRICE_SLACK = timedelta(minutes=2)
+
+
+class Draining(Exception):
+    """The lane makes no more attempts; the document stays where it is, for whoever resumes the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A document to finish, under a lease, from where its past attempts left it."""
+
+    document: Document
+    lease: Lease
+    position: Position = field(default_factory=Position)
+    rejected: RejectedAnswer | None = None
+
+
+@dataclass
+class Climber:
+    """What every climb of a lane shares. `now` is the provider's clock, `tick` a monotonic one in seconds."""
+
+    job: Job
+    run: Run
+    book: PriceBook
+    price_ids: dict[str, int]
+    completions: Completions
+    grants: Grants
+    intents: Writer[Intent, Permit]
+    records: Writer[Record, bool]
+    limiters: dict[str, Limiter]
+    primers: dict[str, Primer]
+    waits: Waits
+    watch: Watch
+    now: Callable[[], datetime]
+    tick: Callable[[], float]
+    breaker: Breaker = field(default_factory=Breaker)
+    retry_budget: RetryBudget = field(default_factory=RetryBudget)
+    backing_off: int = 0
+    last_failure: str = ""
+    is_draining: bool = False
+
+    async def finish(self, work: Work) -> None:
+        """Take one document to its end.
+
+        Raises Draining, LeaseLost, BudgetExhausted, ProviderStopped or UnknownPrice: the document then stays as
+        its last recorded attempt left it.
+        """
+        if is_too_large(self.job, work.document.text):
+            await self._end(work, end_of(work, DocumentState.DEAD_LETTER, reason="too_large"))
+            return
+        while True:
+            step, work = await self._attempt(work)
+            if isinstance(step, Stop):
+                raise ProviderStopped(_stop_advice(step.reason))
+            if not isinstance(step, Again):
+                return
+            work = replace(work, position=step.position)
+
+    async def _attempt(self, work: Work) -> tuple[Step, Work]:
+        """One attempt, from its turn at the gate to its recorded outcome."""
+        await self._pass_breaker()
+        tier = self.job.ladder[work.position.rung].name
+        async with self.primers[tier].turn() as is_priming:
+            if is_priming and work.position.purpose is Purpose.ANSWER:
+                work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))
+            sent = await self._send(work, tier)
+            if isinstance(sent, ResultKey):
+                await self._end(work, end_of(work, DocumentState.REUSED, of=sent))
+                return Accept(), work
+            reply, booking = sent
+            if is_priming:
+                self.primers[tier].see(reply.usage)
+        self.watch.see(tier, reply, self.primers[tier], is_priming=is_priming)
+        step, work = await self._record(work, reply, booking)
+        if booking.alarm:
+            raise ProviderStopped(f"{booking.alarm}: the run stops so that nobody pays for a surprise")
+        if isinstance(step, Again) and step.position.purpose is Purpose.RETRY:
+            await self._back_off(reply, step.position)
+        return step, work
+
+    async def _send(self, work: Work, tier: str) -> tuple[Reply, Booking] | ResultKey:
+        """Reserve, intend and send. A ResultKey: the text was answered meanwhile, nothing was sent."""
+        document, position = work.document, work.position
+        key = attempt_key(self.run.run_id, document.document_no, position.attempts + 1)
+        call = compose(self.job, document.text, position, work.rejected, key)
+        limiter = self.limiters[tier]
+        ticket = await limiter.acquire()
+        reply: Reply | None = None
+        try:
+            if self.is_draining:
+                raise Draining
+            reserved, price = self._worst_case(call.model, input_bound(call), max_tokens(self.job, position))
+            grant_id = await self.grants.reserve(reserved.worst, rung=position.rung)
+            used = 0
+            try:
+                permit = await self._intend(work, tier, grant_id, price, reserved.worst)
+                if isinstance(permit, ResultKey):
+                    return permit
+                used = reserved.worst  # from here on until the reply says otherwise
+                reply = await self.completions.complete(call)
+                booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
+                used = booking.used
+                return reply, booking
+            finally:
+                self.grants.give_back(grant_id, reserved.worst, used)
+        finally:
+            limiter.release(ticket, reply.signal if reply else None, reply.ceiling if reply else None)
+
+    async def _intend(self, work: Work, tier: str, grant_id: int, price: Price, worst: int) -> Permit:
+        position, document = work.position, work.document
+        if self.is_draining:
+            raise Draining
+        intent = Intent(
+            document.document_no,
+            position.attempts + 1,
+            work.lease,
+            tier,
+            position.purpose,
+            position.reason,
+            grant_id,
+            self.price_ids[price.name],
+            worst,
+            text_digest=document.text_digest if position.attempts == 0 else None,
+        )
+        permit = await self.intents.put(intent)
+        if isinstance(permit, Fenced):
+            raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
+        return permit
+
+    async def _record(self, work: Work, reply: Reply, booking: Booking) -> tuple[Step, Work]:
+        """Judge the reply, and make what it came to durable."""
+        judgement = judge(self.job, work.document, reply, work.position.rung)
+        step = advance(work.position, reply.signal, judgement.verdict, len(self.job.ladder))
+        record = Record(self._outcome(work, reply, booking, judgement), self._ending(work, step, judgement))
+        self._note(reply)
+        try:
+            is_kept = await self.records.put(record)
+        except PoisonValue:
+            step = DeadLetter("unstorable")
+            outcome = self._outcome(work, replace(reply, detail=""), booking, Judgement(judgement.verdict))
+            is_kept = await self.records.put(Record(outcome, self._ending(work, step, Judgement(None))))
+        if not is_kept:
+            raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
+        if judgement.verdict is Verdict.INVALID_ANSWER:
+            return step, replace(work, rejected=RejectedAnswer(reply.content or "", judgement.problems))
+        return step, replace(work, rejected=None if reply.content else work.rejected)
+
+    def _outcome(self, work: Work, reply: Reply, booking: Booking, judgement: Judgement) -> Outcome:
+        is_stored = reply.content is not None and judgement.verdict in (
+            Verdict.INVALID_ANSWER,
+            Verdict.LOW_CONFIDENCE,
+        )
+        measured = judgement.measured
+        return Outcome(
+            work.document.document_no,
+            work.position.attempts + 1,
+            reply,
+            judgement.verdict,
+            self.price_ids[booking.price.name] if booking.price else None,
+            booking.cost,
+            booking.bound,
+            is_escalated=work.position.is_entry and work.position.rung > 0,
+            answer=StoredAnswer(
+                reply.content or "",
+                judgement.answer,
+                measured.value if measured else None,
+                measured.signal.value if measured else None,
+            )
+            if is_stored
+            else None,
+        )
+
+    def _ending(self, work: Work, step: Step, judgement: Judgement) -> Ending | None:
+        tier, measured = self.job.ladder[work.position.rung].name, judgement.measured
+        match step:
+            case Accept():
+                return end_of(
+                    work,
+                    DocumentState.RESULT,
+                    tier=tier,
+                    attempt_no=work.position.attempts + 1,
+                    answer=judgement.answer,
+                    confidence=measured.value if measured else None,
+                    confidence_signal=measured.signal.value if measured else None,
+                )
+            case DeadLetter(reason):
+                return end_of(work, DocumentState.DEAD_LETTER, reason=reason, tier=tier)
+            case Again() | Stop():
+                return None
+
+    async def _end(self, work: Work, ending: Ending) -> None:
+        if not await self.records.put(Record(ending=ending)):
+            raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
+
+    def _worst_case(self, model: str, input_tokens: int, output_tokens: int) -> tuple[Reserved, Price]:
+        tier_deadline = max(tier.deadline_s for tier in self.job.ladder)
+        start = self.now()
+        end = start + timedelta(seconds=tier_deadline) + PRICE_SLACK
+        price = self.book.dearest(
+            model,
+            self.run.currency,
+            start - PRICE_SLACK,
+            end,
+            input_bound=input_tokens,
+            max_tokens=output_tokens,
+        )
+        return Reserved(reservation(price, input_tokens, output_tokens), output_tokens), price
+
+    def _note(self, reply: Reply) -> None:
+        """Let the brakes know what came of an attempt. Raises ProviderStopped when they say so."""
+        self.breaker.note(reply.signal, self.tick())
+        if reply.usage is not None:
+            self.retry_budget.succeed()
+
+    async def _pass_breaker(self) -> None:
+        while (wait_s := self.breaker.wait_s(self.tick())) > 0:
+            if self.is_draining:
+                raise Draining
+            await asyncio.sleep(min(wait_s, 1.0))
+        if verdict := self.breaker.verdict(self.tick()):
+            raise ProviderStopped(_stop_advice(verdict))
+
+    async def _back_off(self, reply: Reply, position: Position) -> None:
+        """Wait before a retry: as long as the failure asks for, and as the run's retry budget demands."""
+        self.backing_off += 1
+        self.last_failure = reply.signal.value.replace("_", " ")
+        try:
+            await self.waits.pause(reply, position.retries)
+            while (wait_s := self.retry_budget.take(reply.signal, self.tick())) > 0:
+                if self.is_draining:
+                    raise Draining
+                await asyncio.sleep(min(wait_s, 1.0))
+        finally:
+            self.backing_off -= 1
+
+
+class EndDetails(TypedDict, total=False):
+    """What an ending says besides its document and state: the fields of `Ending` of the same names."""
+
+    reason: str
+    tier: str
+    attempt_no: int
+    answer: dict[str, Any] | None
+    confidence: float | None
+    confidence_signal: str | None
+    of: ResultKey
+
+
+def end_of(work: Work, state: DocumentState, **details: Unpack[EndDetails]) -> Ending:
+    """The terminal row of this document."""
+    document = work.document
+    return Ending(
+        document.document_no,
+        document.document_id,
+        work.lease,
+        state,
+        text_digest=document.text_digest,
+        **details,
+    )
+
+
+_ADVICE = {
+    "unauthorised": "the provider refuses the key or the model (401, 403, 404): check DEEPSEEK_API_KEY and the "
+    "job's ladder, then run the same command",
+    "no_balance": "the account has no balance (402): top it up, then run the same command",
+    "provider_down": "the provider did not answer for ten minutes: try the same command later",
+    "requests_rejected": "the provider rejects our requests (400, 413, 422), more than documents can explain: see "
+    "`farthing audit` for the reasons, mend the job, then run the same command",
+}
+
+
+def _stop_advice(reason: str) -> str:
+    return _ADVICE.get(reason, reason)

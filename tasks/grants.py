@@ -1,0 +1,135 @@
+"""A lane's money: reservations out of its open grants, and what happens when the cap is near.
+
+The cap holds because money is taken from the budget before it is reserved, and reserved before anything is sent.
+Near the cap a reservation waits for attempts in flight to give back what they did not need; only when none of
+this run's lanes can give anything back any more is the budget exhausted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from schemas.attempts import LaneId
+from schemas.errors import BudgetExhausted
+from schemas.money import Money
+from tasks.ledger import budgets
+from tasks.ledger.connection import Ledger
+from tasks.ledger.runs import Run
+
+#: A grant lasts about so long at the lane's rate of reserving, so that the budget's one row is not hot.
+GRANT_LASTS_S = 8.0
+#: The first grant of a lane, in worst cases.
+FIRST_GRANT = 64
+#: How long to wait before asking again while another lane may give money back.
+ASK_AGAIN_S = 0.5
+
+
+@dataclass
+class _Open:
+    """One open grant: what is free of it, and how many reservations are out."""
+
+    free: int
+    out: int = 0
+
+
+@dataclass
+class Grants:
+    """The open grants of one lane. `is_tight` says that the cap has refused and reservations wait."""
+
+    ledger: Ledger
+    run: Run
+    lane_id: LaneId
+    is_tight: bool = False
+    _open: dict[int, _Open] = field(default_factory=dict)
+    _reserved_since: float = 0.0
+    _reserved: int = 0
+    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _newcomers: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _given_back: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def reserve(self, worst: int, *, rung: int) -> int:
+        """Set `worst` pico units aside; returns the grant they come from. Raises BudgetExhausted.
+
+        First attempts queue behind one another and documents already paid for do not, so that near the cap the
+        upper tiers get what comes back first.
+        """
+        self._reserved += worst
+        if not self._asking.locked() and (grant_id := self._take(worst)) is not None:
+            return grant_id
+        if rung > 0:
+            return await self._ask(worst)
+        async with self._newcomers:
+            return await self._ask(worst)
+
+    def give_back(self, grant_id: int, worst: int, used: int) -> None:
+        """End a reservation of which `used` was spent: its known cost, or its bound while unknown."""
+        grant = self._open[grant_id]
+        grant.free += worst - used
+        grant.out -= 1
+        self._given_back.set()
+
+    async def _ask(self, worst: int) -> int:
+        async with self._asking:
+            while True:
+                if (grant_id := self._take(worst)) is not None:
+                    return grant_id
+                self._given_back.clear()
+                opened = await budgets.open_grant(
+                    self.ledger,
+                    self.run.run_id,
+                    self.lane_id,
+                    self.run.budget_id,
+                    need=worst,
+                    want=max(worst, self._wanted(worst)),
+                )
+                if opened is not None:
+                    self._open[opened.grant_id] = _Open(opened.amount)
+                    self.is_tight = False
+                    await self._close_spent()
+                    continue
+                self.is_tight = True
+                await self._wait_for_money()
+
+    async def _wait_for_money(self) -> None:
+        """Until something is given back here, or may have been elsewhere. Raises BudgetExhausted."""
+        if any(grant.out for grant in self._open.values()):
+            await self._given_back.wait()
+        elif self._open:
+            await self._close(list(self._open))  # scraps that are too small for anyone, together, may be enough
+        elif await budgets.is_money_out(self.ledger, self.run.budget_id):
+            await asyncio.sleep(ASK_AGAIN_S)
+        else:
+            raise BudgetExhausted(
+                f"the budget of {Money(self.run.cap, self.run.currency)} does not cover one more attempt: "
+                "run the same command with a larger --budget to go on"
+            )
+
+    def _take(self, worst: int) -> int | None:
+        for grant_id, grant in self._open.items():
+            if grant.free >= worst:
+                grant.free -= worst
+                grant.out += 1
+                return grant_id
+        return None
+
+    def _wanted(self, worst: int) -> int:
+        """What a new grant should hold: GRANT_LASTS_S of reserving at the rate since the last one."""
+        now = asyncio.get_running_loop().time()
+        elapsed, reserved = now - self._reserved_since, self._reserved
+        is_first = not self._reserved_since
+        self._reserved_since, self._reserved = now, 0
+        if is_first or elapsed <= 0:
+            return FIRST_GRANT * worst
+        return int(reserved * min(4.0, GRANT_LASTS_S / elapsed))
+
+    async def _close_spent(self) -> None:
+        """Close older grants that nothing is reserved from: the new one serves from now on."""
+        *older, _newest = self._open
+        await self._close([grant_id for grant_id in older if not self._open[grant_id].out])
+
+    async def _close(self, grants: list[int]) -> None:
+        for grant_id in grants:
+            del self._open[grant_id]
+        if grants:
+            await budgets.close_grants(self.ledger, self.run.run_id, grants)

@@ -1,0 +1,262 @@
+"""A lane: one process that claims shards, keeps documents climbing, and gives everything back when it leaves.
+
+    claim a shard ── read it in blocks ── end what needs no attempt ── climb the rest ── finish the shard
+         ▲                                                                  │
+         └── as soon as every document of the shard is under way, the next one is claimed
+
+Shards overlap, so that a slow last reply idles nothing. What stops a lane (the budget, the provider, a signal, an
+order from another terminal) makes it drain: no new attempt, every reply in flight recorded, then it leaves. A lane
+that cannot show its heartbeat for `FENCE_AFTER_S` drains by itself before others take its shards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from schemas.attempts import LaneId
+from schemas.errors import FarthingError, LedgerUnavailable
+from schemas.jobs import Job
+from schemas.pricing import PriceBook
+from schemas.records import Intent, Record
+from tasks.climbs import Climber
+from tasks.completions import Completions, utc_now
+from tasks.grants import Grants
+from tasks.ledger import attempts, leases
+from tasks.ledger.attempts import Permit, Reusable
+from tasks.ledger.connection import Ledger
+from tasks.ledger.runs import Run
+from tasks.limiter import Limiter
+from tasks.priming import Primer
+from tasks.shards import ShardWork
+from tasks.waits import Waits
+from tasks.watch import Watch
+from tasks.writer import Writer
+
+log = structlog.get_logger("farthing.lanes")
+
+BEAT_EVERY_S = 1.0
+#: A lane that could not show its heartbeat for so long makes no more intents; others wait leases.DEAD_AFTER_S.
+FENCE_AFTER_S = 20.0
+#: Documents in progress per place in flight: some wait for a retry, some for their turn.
+PROGRESS_PER_PLACE = 1.5
+#: How long a cache needs to build a prefix, in the provider's seconds.
+BUILD_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Why a lane ended: `done` (nothing left to claim), or what made it drain, with what to do next."""
+
+    reason: str
+    advice: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        return self.reason == "done"
+
+
+#: Shows a shard, by name, while its work is awaited: the flow makes it a Prefect task run.
+Show = Callable[[str, Callable[[], Awaitable[None]]], Coroutine[Any, Any, None]]
+
+
+async def show_nothing(_name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Just do the work."""
+    await work()
+
+
+@dataclass(frozen=True)
+class LanePlan:
+    """What a lane needs besides the run. `scale` is how fast the provider's world runs: 1 is real time."""
+
+    job: Job
+    run: Run
+    book: PriceBook
+    price_ids: dict[str, int]
+    root: Path
+    lanes: int = 1
+    scale: float = 1.0
+    clock_offset: timedelta = timedelta(0)
+    show: Show = show_nothing
+
+
+@dataclass
+class Lane:
+    """One lane of a run. `run_shards` works until nothing is left; `drain` asks it to stop in good order."""
+
+    ledger: Ledger
+    lane_id: LaneId
+    completions: Completions
+    plan: LanePlan
+    climber: Climber = field(init=False)
+    _slots: asyncio.Semaphore = field(init=False)
+    _ended: Ended | None = None
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    _last_beat_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        plan, loop = self.plan, asyncio.get_running_loop()
+        ceilings = {tier.name: max(1, plan.job.concurrency[tier.name] // plan.lanes) for tier in plan.job.ladder}
+        prefix_bytes = len(plan.job.prefix.encode())
+        self._last_beat_s = loop.time()
+        self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
+        self.climber = Climber(
+            job=plan.job,
+            run=plan.run,
+            book=plan.book,
+            price_ids=plan.price_ids,
+            completions=self.completions,
+            grants=Grants(self.ledger, plan.run, self.lane_id),
+            intents=Writer(self._commit_intents, linger_s=0.005),
+            records=Writer(self._commit_records, linger_s=0.02),
+            limiters={name: Limiter(ceiling) for name, ceiling in ceilings.items()},
+            primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
+            waits=Waits(scale=plan.scale),
+            watch=Watch(self.ledger, plan.job, plan.run, plan.book, self._now),
+            now=self._now,
+            tick=loop.time,
+        )
+
+    async def run_shards(self) -> Ended:
+        """Work until no shard is left, or something makes the lane drain. Leaves nothing in flight."""
+        helpers = [
+            asyncio.create_task(helper)
+            for helper in (self.climber.intents.run(), self.climber.records.run(), self._beat())
+        ]
+        work = asyncio.create_task(self._work_shards())
+        try:
+            await asyncio.wait({work, *helpers}, return_when=asyncio.FIRST_COMPLETED)
+            for helper in helpers:
+                if helper.done():
+                    helper.result()  # they never return: this raises what ended one
+            await work
+        except BaseExceptionGroup as group:
+            raise _first_error(group) from group
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+            await self.climber.watch.close()
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+            await self._leave()
+        return self._ended or Ended("done")
+
+    def drain(self, reason: str, advice: str = "") -> None:
+        """Make no new attempt; what is in flight is finished and recorded. The first reason counts."""
+        if self._ended is None:
+            log.info("lane draining", lane=self.lane_id, reason=reason)
+            self._ended = Ended(reason, advice)
+        self.climber.is_draining = True
+        self._stopping.set()
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts on their way now, over all tiers."""
+        return sum(limiter.in_flight for limiter in self.climber.limiters.values())
+
+    def waiting_because(self) -> str | None:
+        """Why the lane is not as fast as it could be, in words for people; None when it is."""
+        climber = self.climber
+        if trouble := climber.intents.trouble or climber.records.trouble:
+            return trouble
+        if self._ended is not None:
+            return f"draining ({self._ended.reason.replace('_', ' ')})"
+        if reason := climber.breaker.reason(climber.tick()):
+            return reason
+        if climber.grants.is_tight:
+            return "the budget is nearly used: attempts in flight may give back what they do not need"
+        cold = [name for name, primer in climber.primers.items() if primer.attempts and not primer.is_warm]
+        if cold:
+            return f"priming the prompt cache of {' and '.join(cold)}"
+        if climber.backing_off:
+            return f"{climber.backing_off} documents wait before a retry ({climber.last_failure})"
+        return None
+
+    async def _work_shards(self) -> None:
+        async with asyncio.TaskGroup() as shards:
+            while not self.climber.is_draining:
+                claimed = await leases.claim(self.ledger, self.plan.run.run_id, self.lane_id)
+                if claimed is not None:
+                    work = ShardWork(
+                        claimed,
+                        self.climber,
+                        self.ledger,
+                        self.plan.root,
+                        self._reusable,
+                        self._slots,
+                        self.drain,
+                    )
+                    shards.create_task(self.plan.show(f"shard-{claimed.shard.shard_no:05d}", work.finish))
+                    await work.started.wait()
+                elif await leases.has_unfinished(self.ledger, self.plan.run.run_id):
+                    await self._pause()  # our own last shards, or another lane's: should it die, they come back
+                else:
+                    return
+
+    async def _pause(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), BEAT_EVERY_S / 4)
+
+    async def _commit_intents(self, intents: Sequence[Intent]) -> Sequence[Permit]:
+        return await attempts.intend(self.ledger, self.plan.run.run_id, self.lane_id, intents, self._reusable)
+
+    async def _commit_records(self, records: Sequence[Record]) -> Sequence[bool]:
+        lost = await attempts.record(self.ledger, self.plan.run.run_id, self.lane_id, records)
+        return [record.ending is None or record.ending.lease not in lost for record in records]
+
+    async def _beat(self) -> None:
+        """Show that the lane lives, hear orders, bury the dead; fence oneself when Postgres is away too long."""
+        while True:
+            try:
+                async with leases.alive(self.ledger, self.lane_id) as session:
+                    await self._beat_on(session)
+            except FarthingError as error:
+                silent_s = self.climber.tick() - self._last_beat_s
+                log.warning("no heartbeat", lane=self.lane_id, silent_s=round(silent_s), error=str(error))
+                if silent_s > FENCE_AFTER_S:
+                    self.drain("fenced", "Postgres was away too long: run the same command to go on")
+                await asyncio.sleep(BEAT_EVERY_S)
+
+    async def _beat_on(self, session: leases.Session) -> None:
+        while True:
+            state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
+            self._last_beat_s = self.climber.tick()
+            if state is None:
+                self.drain("fenced", "another process took this lane for dead: run the same command to go on")
+            elif state != "running":
+                self.drain(state)
+            await leases.bury_dead(self.ledger, self.plan.run.run_id)
+            await asyncio.sleep(BEAT_EVERY_S)
+
+    async def _leave(self) -> None:
+        """Give everything back. If Postgres is away, whoever resumes the run does it for us."""
+        reason = self._ended.reason if self._ended else "done"
+        try:
+            await leases.leave(self.ledger, self.plan.run.run_id, self.lane_id, reason)
+        except LedgerUnavailable as error:
+            log.warning("lane could not say goodbye", lane=self.lane_id, error=str(error))
+
+    def _now(self) -> datetime:
+        return utc_now() + self.plan.clock_offset
+
+    @property
+    def _reusable(self) -> Reusable:
+        job = self.plan.job
+        return Reusable(job.prompt_version, job.ladder[-1].name, job.escalate.below)
+
+
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error to show of several at once: one of ours, if there is one."""
+    ours, _ = group.split(FarthingError)
+    error: BaseException = ours or group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,407 @@
+"""Intents, outcomes and endings: the appends that a lane makes, each in one short transaction.
+
+`intend` is the gate of G4, G5 and G10: what it permits is durable, still leased, and not answered already.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas import tables
+from schemas.attempts import LaneId, RunId, Signal
+from schemas.ladder import PastAttempt, Verdict
+from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
+from tasks.ledger.connection import Ledger
+from tasks.ledger.rows import append, as_json, storable
+
+
+@dataclass(frozen=True, slots=True)
+class Reusable:
+    """Which earlier results count as answers: same prompt version, and sure enough for today's policy."""
+
+    prompt_version: str
+    last_tier: str
+    below: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Permitted:
+    """The intent is durable: the request may leave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """Another lane owns the shard: nothing may be sent for it from here."""
+
+
+@dataclass(frozen=True, slots=True)
+class PaidAnswer:
+    """A stored answer with the attempt that it came from."""
+
+    tier: str
+    attempt_no: int
+    stored: StoredAnswer
+
+
+Permit = Permitted | Fenced | ResultKey
+
+_LEASES = text("""
+    SELECT shard_no, lease_epoch FROM shard
+    WHERE run_id = :run_id AND lane_id = :lane_id AND shard_no = ANY(:shards) AND state = 'leased'
+    FOR SHARE
+""")
+
+_REUSABLE = text("""
+    SELECT d.text_digest, min(d.run_id) AS run_id, min(d.document_no) AS document_no
+    FROM document d JOIN run r USING (run_id)
+    WHERE d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
+      AND r.prompt_version = :prompt_version
+      AND (d.tier = :last_tier OR d.confidence IS NULL OR d.confidence >= :below)
+    GROUP BY d.text_digest, d.run_id
+    ORDER BY d.run_id
+""")
+
+_MINE = text("""
+    SELECT document_no, attempt_no FROM attempt_intent
+    WHERE run_id = :run_id AND lane_id = :lane_id AND document_no = ANY(:documents)
+""")
+
+_HISTORY = text("""
+    SELECT i.document_no, i.attempt_no, i.tier, coalesce(o.signal, 'lost') AS signal, o.verdict
+    FROM attempt_intent i
+    LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+    WHERE i.run_id = :run_id AND i.document_no BETWEEN :first AND :last
+      AND NOT EXISTS (SELECT FROM document d WHERE d.run_id = i.run_id AND d.document_no = i.document_no)
+    ORDER BY i.document_no, i.attempt_no
+""")
+
+_ENDED = text("""
+    SELECT document_no FROM document WHERE run_id = :run_id AND document_no BETWEEN :first AND :last
+""")
+
+_PAID_ANSWER = text("""
+    SELECT i.tier, attempt_no, a.content, a.answer, a.confidence, a.confidence_signal
+    FROM answer a JOIN attempt_intent i USING (run_id, document_no, attempt_no)
+    WHERE run_id = :run_id AND document_no = :document_no ORDER BY attempt_no DESC LIMIT 1
+""")
+
+_COUNT = text(f"""
+    UPDATE lane SET {", ".join(f"{name} = {name} + :{name}" for name in tables.LANE_COUNTERS)}
+    WHERE lane_id = :lane_id
+""")  # noqa: S608 (names come from our own table)
+
+_INTENT_COLUMNS = (
+    "run_id",
+    "document_no",
+    "attempt_no",
+    "tier",
+    "purpose",
+    "reason",
+    "shard_no",
+    "epoch",
+    "lane_id",
+    "grant_id",
+    "price_id",
+    "reserved",
+)
+_OUTCOME_COLUMNS = (
+    "run_id",
+    "document_no",
+    "attempt_no",
+    "signal",
+    "verdict",
+    "http_status",
+    "finish_reason",
+    "sent_at",
+    "completed_at",
+    "hit",
+    "miss",
+    "output",
+    "reasoning",
+    "price_id",
+    "cost",
+    "served_model",
+    "fingerprint",
+    "provider_id",
+    "detail",
+)
+_UNKNOWN_COLUMNS = ("run_id", "document_no", "attempt_no", "bound", "because")
+_ANSWER_COLUMNS = (
+    "run_id",
+    "document_no",
+    "attempt_no",
+    "content",
+    "answer",
+    "confidence",
+    "confidence_signal",
+)
+_ENDING_COLUMNS = (
+    "run_id",
+    "document_no",
+    "document_id",
+    "text_digest",
+    "state",
+    "reason",
+    "tier",
+    "attempt_no",
+    "answer",
+    "confidence",
+    "confidence_signal",
+    "of_run_id",
+    "of_document_no",
+)
+
+
+async def intend(
+    ledger: Ledger, run_id: RunId, lane_id: LaneId, intents: Sequence[Intent], reusable: Reusable
+) -> list[Permit]:
+    """Make intents durable; one permit for each, in order.
+
+    In one transaction: the shards' epochs are checked under a lock that a new owner has to wait for, texts
+    that have a committed result since are taken out, the rest is appended.
+    """
+    async with ledger.transaction() as connection:
+        held = await _held_leases(connection, run_id, lane_id, {intent.lease.shard_no for intent in intents})
+        digests = {intent.text_digest for intent in intents if intent.text_digest is not None}
+        answered = await find_results(connection, digests, reusable)
+        permits = [_permit(intent, held, answered) for intent in intents]
+        rows = [
+            _intent_row(run_id, lane_id, i) for i, p in zip(intents, permits, strict=True) if isinstance(p, Permitted)
+        ]
+        if rows and await append(connection, tables.attempt_intent, _INTENT_COLUMNS, rows) < len(rows):
+            mine = await _mine(connection, run_id, lane_id, [intent.document_no for intent in intents])
+            permits = [
+                p if not isinstance(p, Permitted) or (i.document_no, i.attempt_no) in mine else Fenced()
+                for i, p in zip(intents, permits, strict=True)
+            ]
+    return permits
+
+
+async def record(ledger: Ledger, run_id: RunId, lane_id: LaneId, records: Sequence[Record]) -> set[Lease]:
+    """Make outcomes and endings durable; returns the leases that turned out to be lost.
+
+    Outcomes are facts and always appended. An ending needs the lease: without it, only the outcome and the
+    paid answer are kept, and the shard's new owner finds them.
+    """
+    async with ledger.transaction() as connection:
+        endings = [record.ending for record in records if record.ending is not None]
+        held = await _held_leases(connection, run_id, lane_id, {ending.lease.shard_no for ending in endings})
+        kept = [ending for ending in endings if ending.lease in held]
+        outcomes = [_with_fenced_answer(record, held) for record in records if record.outcome is not None]
+        appended = await _append_outcomes(connection, run_id, outcomes)
+        if kept:
+            rows = [_ending_row(run_id, ending) for ending in kept]
+            appended += await append(connection, tables.document, _ENDING_COLUMNS, rows)
+        if appended:  # nothing new: this is the repetition of a commit whose answer was lost
+            await connection.execute(_COUNT, _counts(outcomes, kept) | {"lane_id": lane_id})
+    return {ending.lease for ending in endings} - held
+
+
+async def find_results(
+    connection: AsyncConnection, digests: Collection[bytes], reusable: Reusable
+) -> dict[bytes, ResultKey]:
+    """Committed results by text digest; of several the oldest run's."""
+    if not digests:
+        return {}
+    rows = await connection.execute(
+        _REUSABLE,
+        {
+            "digests": list(digests),
+            "prompt_version": reusable.prompt_version,
+            "last_tier": reusable.last_tier,
+            "below": float(reusable.below),
+        },
+    )
+    found: dict[bytes, ResultKey] = {}
+    for digest, run_id, document_no in rows:
+        found.setdefault(bytes(digest), ResultKey(run_id, document_no))
+    return found
+
+
+async def find_results_now(ledger: Ledger, digests: Collection[bytes], reusable: Reusable) -> dict[bytes, ResultKey]:
+    """`find_results` in a transaction of its own."""
+    async with ledger.transaction() as connection:
+        return await find_results(connection, digests, reusable)
+
+
+async def find_endings(ledger: Ledger, run_id: RunId, first: int, last: int) -> set[int]:
+    """Numbers of the documents in [first, last] that already ended."""
+    async with ledger.transaction() as connection:
+        rows = await connection.execute(_ENDED, {"run_id": run_id, "first": first, "last": last})
+        return {number for (number,) in rows}
+
+
+async def find_history(ledger: Ledger, run_id: RunId, first: int, last: int) -> dict[int, list[PastAttempt]]:
+    """Past attempts of the documents in [first, last] that did not end, in order."""
+    async with ledger.transaction() as connection:
+        rows = await connection.execute(_HISTORY, {"run_id": run_id, "first": first, "last": last})
+        history: dict[int, list[PastAttempt]] = defaultdict(list)
+        for number, attempt_no, _tier, signal, verdict in rows:
+            past = PastAttempt(attempt_no, Signal(signal), Verdict(verdict) if verdict else None)
+            history[number].append(past)
+        return dict(history)
+
+
+async def find_paid_answer(ledger: Ledger, run_id: RunId, document_no: int) -> PaidAnswer | None:
+    """The latest answer that was paid for and is not a result."""
+    async with ledger.transaction() as connection:
+        row = (await connection.execute(_PAID_ANSWER, {"run_id": run_id, "document_no": document_no})).one_or_none()
+        return PaidAnswer(row[0], row[1], StoredAnswer(*row[2:])) if row else None
+
+
+async def _held_leases(
+    connection: AsyncConnection, run_id: RunId, lane_id: LaneId, shards: Collection[int]
+) -> set[Lease]:
+    if not shards:
+        return set()
+    rows = await connection.execute(_LEASES, {"run_id": run_id, "lane_id": lane_id, "shards": sorted(shards)})
+    return {Lease(shard_no, epoch) for shard_no, epoch in rows}
+
+
+async def _mine(
+    connection: AsyncConnection, run_id: RunId, lane_id: LaneId, documents: list[int]
+) -> set[tuple[int, int]]:
+    rows = await connection.execute(_MINE, {"run_id": run_id, "lane_id": lane_id, "documents": documents})
+    return {(number, attempt_no) for number, attempt_no in rows}
+
+
+def _permit(intent: Intent, held: set[Lease], answered: dict[bytes, ResultKey]) -> Permit:
+    if intent.lease not in held:
+        return Fenced()
+    if intent.text_digest is not None and intent.text_digest in answered:
+        return answered[intent.text_digest]
+    return Permitted()
+
+
+def _intent_row(run_id: RunId, lane_id: LaneId, intent: Intent) -> tuple[object, ...]:
+    return (
+        run_id,
+        intent.document_no,
+        intent.attempt_no,
+        intent.tier,
+        intent.purpose.value,
+        intent.reason,
+        intent.lease.shard_no,
+        intent.lease.epoch,
+        lane_id,
+        intent.grant_id,
+        intent.price_id,
+        intent.reserved,
+    )
+
+
+def _with_fenced_answer(record: Record, held: set[Lease]) -> Outcome:
+    """The outcome; where its document's result cannot be committed, with the answer that was paid for."""
+    outcome, ending = record.outcome, record.ending
+    assert outcome is not None
+    if ending is None or ending.lease in held or ending.state is not DocumentState.RESULT:
+        return outcome
+    answer = StoredAnswer(outcome.reply.content or "", ending.answer, ending.confidence, ending.confidence_signal)
+    return Outcome(
+        outcome.document_no,
+        outcome.attempt_no,
+        outcome.reply,
+        outcome.verdict,
+        outcome.price_id,
+        outcome.cost,
+        outcome.bound,
+        outcome.is_escalated,
+        answer,
+    )
+
+
+async def _append_outcomes(connection: AsyncConnection, run_id: RunId, outcomes: Sequence[Outcome]) -> int:
+    if not outcomes:
+        return 0
+    appended = await append(
+        connection, tables.attempt_outcome, _OUTCOME_COLUMNS, [_outcome_row(run_id, o) for o in outcomes]
+    )
+    unknowns = [
+        (run_id, o.document_no, o.attempt_no, o.bound, o.reply.signal.value) for o in outcomes if o.cost is None
+    ]
+    if unknowns:
+        await append(connection, tables.attempt_unknown, _UNKNOWN_COLUMNS, unknowns)
+    answers = [_answer_row(run_id, o, o.answer) for o in outcomes if o.answer is not None]
+    if answers:
+        await append(connection, tables.answer, _ANSWER_COLUMNS, answers)
+    return appended
+
+
+def _outcome_row(run_id: RunId, outcome: Outcome) -> tuple[object, ...]:
+    reply, usage = outcome.reply, outcome.reply.usage
+    return (
+        run_id,
+        outcome.document_no,
+        outcome.attempt_no,
+        reply.signal.value,
+        outcome.verdict.value if outcome.verdict else None,
+        reply.http_status,
+        reply.finish_reason,
+        reply.sent_at,
+        reply.completed_at,
+        usage.hit if usage else None,
+        usage.miss if usage else None,
+        usage.output if usage else None,
+        usage.reasoning if usage else None,
+        outcome.price_id,
+        outcome.cost,
+        reply.served_model,
+        reply.fingerprint,
+        reply.provider_id,
+        storable(reply.detail) or None,
+    )
+
+
+def _answer_row(run_id: RunId, outcome: Outcome, answer: StoredAnswer) -> tuple[object, ...]:
+    return (
+        run_id,
+        outcome.document_no,
+        outcome.attempt_no,
+        storable(answer.content),
+        as_json(answer.answer),
+        answer.confidence,
+        answer.confidence_signal,
+    )
+
+
+def _ending_row(run_id: RunId, ending: Ending) -> tuple[object, ...]:
+    return (
+        run_id,
+        ending.document_no,
+        storable(ending.document_id),
+        ending.text_digest,
+        ending.state.value,
+        ending.reason,
+        ending.tier,
+        ending.attempt_no,
+        as_json(ending.answer),
+        ending.confidence,
+        ending.confidence_signal,
+        ending.of.run_id if ending.of else None,
+        ending.of.document_no if ending.of else None,
+    )
+
+
+def _counts(outcomes: Sequence[Outcome], endings: Sequence[Ending]) -> dict[str, int]:
+    """What these rows add to the lane's counters (`schemas.tables.LANE_COUNTERS`)."""
+    usages = [outcome.reply.usage for outcome in outcomes if outcome.reply.usage is not None]
+    states = [ending.state for ending in endings]
+    return {
+        "done": len(endings),
+        "results": states.count(DocumentState.RESULT),
+        "dead_letters": states.count(DocumentState.DEAD_LETTER),
+        "reused": states.count(DocumentState.REUSED),
+        "escalated": sum(outcome.is_escalated for outcome in outcomes),
+        "attempts": len(outcomes),
+        "cost": sum(outcome.cost or 0 for outcome in outcomes),
+        "bounds": sum(outcome.bound or 0 for outcome in outcomes if outcome.cost is None),
+        "hit": sum(usage.hit for usage in usages),
+        "miss": sum(usage.miss for usage in usages),
+        "output": sum(usage.output for usage in usages),
+    }

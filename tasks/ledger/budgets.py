@@ -1,0 +1,103 @@
+"""The hard budget: a lane takes grants from one row, reserves each attempt's worst case from them, and gives back.
+
+At every committed state: used by closed grants + amounts of open grants = granted <= cap (G9). A grant is closed
+by what its attempts really cost plus the bounds of its unknowns, never by what was reserved; if a late reply
+makes an unknown known, it is closed once more with the new sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.attempts import LaneId, RunId
+from tasks.ledger.connection import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Money a lane may spend without asking again, in pico units."""
+
+    grant_id: int
+    amount: int
+
+
+_OPEN = text("""
+    WITH room AS (
+        SELECT budget_id, least(CAST(:want AS bigint), cap - granted) AS amount FROM budget
+        WHERE budget_id = :budget_id AND cap - granted >= :need FOR UPDATE
+    ), taken AS (
+        UPDATE budget b SET granted = b.granted + room.amount FROM room
+        WHERE b.budget_id = room.budget_id RETURNING b.budget_id, room.amount
+    )
+    INSERT INTO budget_grant (budget_id, run_id, lane_id, amount)
+    SELECT budget_id, :run_id, :lane_id, amount FROM taken RETURNING grant_id, amount
+""")
+
+_IS_MONEY_OUT = text("""
+    SELECT EXISTS (
+        SELECT FROM budget_grant g JOIN lane l USING (lane_id)
+        WHERE g.budget_id = :budget_id AND l.ended_at IS NULL
+          AND NOT EXISTS (SELECT FROM grant_close c WHERE c.grant_id = g.grant_id))
+""")
+
+#: Closes anew every grant of ended lanes, and every named one, whose books differ from the attempts' rows.
+_SETTLE = text("""
+    WITH last AS (
+        SELECT g.grant_id, g.budget_id, g.amount, c.close_no, coalesce(c.used, g.amount) AS booked
+        FROM budget_grant g JOIN lane l USING (lane_id)
+        LEFT JOIN LATERAL (SELECT close_no, used FROM grant_close x WHERE x.grant_id = g.grant_id
+                           ORDER BY close_no DESC LIMIT 1) c ON true
+        WHERE g.run_id = :run_id AND (l.ended_at IS NOT NULL OR g.grant_id = ANY(:grants))
+    ), spent AS (
+        SELECT i.grant_id, sum(coalesce(o.cost, u.bound, i.reserved)) AS used
+        FROM attempt_intent i
+        LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+        LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
+        WHERE i.run_id = :run_id AND i.grant_id IN (SELECT grant_id FROM last)
+        GROUP BY i.grant_id
+    ), due AS (
+        SELECT last.grant_id, last.budget_id, last.booked, last.close_no, coalesce(spent.used, 0) AS used
+        FROM last LEFT JOIN spent USING (grant_id)
+        WHERE last.close_no IS NULL OR last.booked <> coalesce(spent.used, 0)
+    ), closed AS (
+        INSERT INTO grant_close (grant_id, close_no, used)
+        SELECT grant_id, coalesce(close_no, 0) + 1, used FROM due RETURNING grant_id
+    )
+    UPDATE budget b SET granted = b.granted + d.change
+    FROM (SELECT budget_id, sum(used - booked) AS change FROM due GROUP BY budget_id) d
+    WHERE b.budget_id = d.budget_id
+""")
+
+
+async def open_grant(
+    ledger: Ledger, run_id: RunId, lane_id: LaneId, budget_id: int, *, need: int, want: int
+) -> Grant | None:
+    """Take `want` pico units, or what is left if that is at least `need`. None: the cap does not allow it."""
+    async with ledger.transaction() as connection:
+        row = (
+            await connection.execute(
+                _OPEN,
+                {"budget_id": budget_id, "run_id": run_id, "lane_id": lane_id, "need": need, "want": want},
+            )
+        ).one_or_none()
+        return Grant(*row) if row else None
+
+
+async def is_money_out(ledger: Ledger, budget_id: int) -> bool:
+    """Whether a living lane holds an open grant of this budget, and so may give something back."""
+    async with ledger.transaction() as connection:
+        return bool((await connection.execute(_IS_MONEY_OUT, {"budget_id": budget_id})).scalar_one())
+
+
+async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:
+    """Close these grants by what their attempts used; every attempt of theirs must have been recorded."""
+    async with ledger.transaction() as connection:
+        await settle_grants(connection, run_id, grants)
+
+
+async def settle_grants(connection: AsyncConnection, run_id: RunId, grants: list[int] | None = None) -> None:
+    """Close the grants of the run's ended lanes, and these, by their attempts' rows. Safe to repeat."""
+    await connection.execute(_SETTLE, {"run_id": run_id, "grants": grants or []})

@@ -1,0 +1,192 @@
+"""Connections to the ledger: how they are made, as which role, and what their failures mean.
+
+A lane works as `farthing_lane`, an audit as `farthing_auditor`; only `upgrade` is the owner. SQLAlchemy keeps the
+pool and the transactions; COPY goes to the psycopg connection underneath, which is the fast way in and out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from pydantic import SecretStr
+from sqlalchemy import URL, Connection, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from schemas.errors import ConfigurationError, FarthingError, LedgerUnavailable
+from schemas.tables import SCHEMA
+from tasks.ledger.rows import create_incoming
+
+#: Class 08 is a broken connection, 57P0x a server going down or coming up, 40001/40P01 a lost race: try again.
+#: None means that the client saw the connection break before any code came.
+_PASSING = ("08", "57P01", "57P02", "57P03", "40001", "40P01")
+#: A value that Postgres refuses: the row's fault, not the server's.
+_POISON = ("22", "23514", "54")
+
+
+class Role(StrEnum):
+    """Whose rights a connection has (migrations/roles.py)."""
+
+    LANE = "farthing_lane"
+    AUDITOR = "farthing_auditor"
+
+
+class Ledger:
+    """A pool of connections to one ledger, all in one role. Open it with `opened`; close it by leaving."""
+
+    def __init__(self, engine: AsyncEngine, url: URL) -> None:
+        self.engine = engine
+        self.url = url
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction: committed, and so durable, when the block ends without an error."""
+        try:
+            async with self.engine.begin() as connection:
+                yield connection
+        except (DBAPIError, OSError) as error:
+            raise explain(error, self.url) from None  # its text may quote a row (G15)
+
+
+class PassingFailure(LedgerUnavailable):
+    """The server is away or lost a race; the same statement may succeed later."""
+
+
+class PoisonValue(FarthingError):
+    """Postgres refuses a value in these rows; the others can be saved."""
+
+
+class LedgerFull(LedgerUnavailable):
+    """The server's disk is full (53100): nothing can be recorded, so nothing may be sent."""
+
+
+@asynccontextmanager
+async def opened(database_url: SecretStr, role: Role, *, pool_size: int = 4) -> AsyncIterator[Ledger]:
+    """A ledger in `role`. Raises LedgerUnavailable where it is away, not migrated, or newer than this code."""
+    url = parse_url(database_url)
+    engine = create_async_engine(
+        url, pool_size=pool_size, max_overflow=0, hide_parameters=True, connect_args={"connect_timeout": 10}
+    )
+    event.listen(engine.sync_engine, "connect", _work_as(role))
+    ledger = Ledger(engine, url)
+    try:
+        async with ledger.transaction() as connection:
+            await connection.run_sync(_require_newest_version)
+        yield ledger
+    finally:
+        await engine.dispose()
+
+
+def upgrade(database_url: SecretStr) -> str:
+    """Bring the ledger's tables, views and roles up to this code; returns the version. Safe to repeat."""
+    url = parse_url(database_url)
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10})
+    try:
+        with engine.begin() as connection:
+            config = _alembic_config()
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+            return str(MigrationContext.configure(connection, opts=_version_table()).get_current_revision())
+    except DBAPIError as error:
+        raise explain(error, url) from None  # its text may hold the address
+    finally:
+        engine.dispose()
+
+
+def parse_url(database_url: SecretStr) -> URL:
+    """The SQLAlchemy URL for psycopg. The error of a bad one does not repeat it: it may hold a password."""
+    try:
+        url = make_url(database_url.get_secret_value())
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(
+            "FARTHING_DATABASE_URL is not a database URL; write postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+        ) from None
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise ConfigurationError(
+            f"FARTHING_DATABASE_URL names {url.get_backend_name()}; the ledger needs postgresql://"
+        )
+    return url.set(drivername="postgresql+psycopg")
+
+
+def explain(error: DBAPIError | OSError, url: URL) -> FarthingError:
+    """The error a caller can act on. Messages name host and database, never the password or a row's values."""
+    place = f"{url.host or 'localhost'}:{url.port or 5432}/{url.database}"
+    original = error.orig if isinstance(error, DBAPIError) else error
+    code = getattr(original, "sqlstate", None)
+    match code:
+        case str() if code.startswith(_POISON):
+            return PoisonValue(f"Postgres refused a value ({code})")
+        case "53100":
+            return LedgerFull(f"the disk of Postgres at {place} is full: free space there, then run the same command")
+        case str() if code.startswith(_PASSING):
+            return PassingFailure(f"Postgres at {place} interrupted us ({code}): check that it is up")
+        case "3D000":
+            return LedgerUnavailable(f"there is no database at {place}: create it with `createdb {url.database}`")
+        case "28P01" | "28000":
+            return LedgerUnavailable(
+                f"Postgres at {place} refuses this user or password: check FARTHING_DATABASE_URL"
+            )
+        case "42501":
+            return LedgerUnavailable(_explain_permission(place))
+        case "42P01" | "3F000" | "42703":
+            return LedgerUnavailable(f"the ledger at {place} lacks tables of this version: run `farthing db upgrade`")
+        case None if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | OSError):
+            return PassingFailure(
+                f"Postgres at {place} cannot be reached: start it, or set FARTHING_DATABASE_URL, "
+                "or use --sandbox for one on this machine"
+            )
+        case _:
+            return LedgerUnavailable(f"Postgres at {place} failed with {code or type(original).__name__}")
+
+
+def _explain_permission(place: str) -> str:
+    return (
+        f"this login may not do that at {place}. To migrate it needs CREATEROLE and CREATE on the database; to run "
+        "it must be a member of farthing_lane and farthing_auditor: GRANT farthing_lane, farthing_auditor TO <login>"
+    )
+
+
+def _work_as(role: Role) -> Callable[[Any, object], None]:
+    def set_role(connection: Any, _record: object) -> None:
+        with connection.cursor() as cursor:
+            cursor.execute(f"SET ROLE {role.value}")
+            cursor.execute(f"SET search_path TO {SCHEMA}")
+            cursor.execute("SET timezone TO 'UTC'")
+        if role is Role.LANE:
+            create_incoming(connection)
+        connection.commit()
+
+    return set_role
+
+
+def _require_newest_version(connection: Connection) -> None:
+    newest = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    found = connection.execute(text(f"SELECT to_regclass('{SCHEMA}.ledger_version') IS NOT NULL")).scalar()
+    current = MigrationContext.configure(connection, opts=_version_table()).get_current_revision() if found else None
+    if current == newest:
+        return
+    if current is not None and newest is not None and current > newest:
+        raise LedgerUnavailable(f"the ledger is at version {current}, this Farthing knows {newest}: update Farthing")
+    raise LedgerUnavailable(
+        f"the ledger is at version {current or 'none'} and needs {newest}: run `farthing db upgrade`"
+    )
+
+
+def _version_table() -> dict[str, Any]:
+    return {"version_table": "ledger_version", "version_table_schema": SCHEMA}
+
+
+def _alembic_config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parents[2] / "migrations"))
+    return config

@@ -1,0 +1,322 @@
+"""Runs: opened or resumed, watched, paused and settled; and the price rows they book by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import insert, select, text, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas import tables
+from schemas.attempts import RunId
+from schemas.documents import Manifest
+from schemas.errors import ConfigurationError
+from schemas.jobs import Job
+from schemas.money import Currency
+from schemas.pricing import Price
+from tasks.ledger.connection import Ledger
+from tasks.ledger.rows import append, as_json
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a run is bound to. `cap` is its budget in pico units; `selection` says which part of the input."""
+
+    job: Job
+    manifest: Manifest
+    selection: Mapping[str, Any]
+    currency: Currency
+    cap: int
+    is_simulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as the ledger has it."""
+
+    run_id: RunId
+    job: str
+    state: str
+    documents: int
+    currency: Currency
+    budget_id: int
+    cap: int
+    is_simulated: bool
+    is_resumed: bool = False
+
+
+_UNFINISHED = text("""
+    SELECT run_id, prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
+                   AND manifest_digest = :manifest_digest AND currency = :currency
+                   AND is_simulated = :is_simulated AS is_same
+    FROM run
+    WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
+    ORDER BY run_id DESC
+""")
+
+_LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
+
+#: SHA-256 over every row of the run written until then: hashed in buckets of 10,000 documents, since one string
+#: of them all would pass Postgres's limit of 1 GB.
+_DIGEST = text("""
+    WITH line AS (
+        SELECT 1 AS kind, document_no, attempt_no,
+               ROW(document_no, attempt_no, tier, purpose, lane_id, grant_id, price_id, reserved)::text AS line
+        FROM attempt_intent WHERE run_id = :run_id AND intended_at <= :until
+        UNION ALL
+        SELECT 2, document_no, attempt_no,
+               ROW(document_no, attempt_no, signal, hit, miss, output, price_id, cost)::text
+        FROM attempt_outcome WHERE run_id = :run_id AND recorded_at <= :until
+        UNION ALL
+        SELECT 3, document_no, attempt_no, ROW(document_no, attempt_no, bound)::text
+        FROM attempt_unknown WHERE run_id = :run_id AND declared_at <= :until
+        UNION ALL
+        SELECT 4, document_no, 0, ROW(document_no, document_id, encode(text_digest, 'hex'), state, reason, tier,
+                                      attempt_no, of_run_id, of_document_no)::text
+        FROM document WHERE run_id = :run_id AND recorded_at <= :until
+    ), bucket AS (
+        SELECT kind, document_no / 10000 AS bucket,
+               sha256(convert_to(string_agg(line, chr(10) ORDER BY document_no, attempt_no), 'UTF8')) AS digest
+        FROM line GROUP BY kind, bucket
+    )
+    SELECT 'sha256:' || encode(sha256(coalesce(string_agg(digest, '' ORDER BY kind, bucket), '')), 'hex') FROM bucket
+""")
+
+
+async def open_run(ledger: Ledger, opening: Opening) -> Run:
+    """Resume the unfinished run of the same job, selection, input, prompt and policy, or open a new one.
+
+    An unfinished run of that selection which no longer matches (its prompt, policy or files changed) is marked
+    `superseded`: what it paid for stays on the ledger, and its results are reused where they still apply.
+    """
+    async with ledger.transaction() as connection:
+        await connection.execute(_LOCK_JOB, {"job": opening.job.name})
+        unfinished = (await connection.execute(_UNFINISHED, _identity(opening))).all()
+        same = [run_id for run_id, is_same in unfinished if is_same]
+        for run_id in [run_id for run_id, _ in unfinished if run_id not in same[:1]]:
+            await _change_state(connection, run_id, "superseded", "the job or its input changed")
+        run_id = same[0] if same else await _insert_run(connection, opening)
+        if same:
+            await _resume(connection, run_id, opening.cap)
+        return await _read(connection, RunId(run_id), is_resumed=bool(same))
+
+
+async def find_run(ledger: Ledger, run_id: RunId) -> Run:
+    """Raises ConfigurationError where there is no such run."""
+    async with ledger.transaction() as connection:
+        return await _read(connection, run_id)
+
+
+async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | None = None) -> None:
+    """Pause, finish or otherwise move a run, with an event that says so."""
+    async with ledger.transaction() as connection:
+        await _change_state(connection, run_id, state, reason)
+
+
+async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, Any]) -> None:
+    """Append an event. `detail` must be fit to be shown: no document text, no keys (G15)."""
+    async with ledger.transaction() as connection:
+        await _note(connection, run_id, kind, detail)
+
+
+async def settle(ledger: Ledger, run_id: RunId) -> str | None:
+    """Finish a run whose shards have all ended: state `done`, with a digest over its rows. None if some have not."""
+    unfinished = select(tables.shard.c.shard_no).where(
+        tables.shard.c.run_id == run_id, tables.shard.c.state.not_in(["done", "failed"])
+    )
+    async with ledger.transaction() as connection:
+        if (await connection.execute(unfinished.limit(1))).first():
+            return None
+        until = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
+        digest = await compute_digest(connection, run_id, until)
+        changed = await connection.execute(
+            update(tables.run)
+            .where(tables.run.c.run_id == run_id, tables.run.c.state == "running")
+            .values(state="done", reason=None, ledger_digest=digest, finished_at=until)
+        )
+        if changed.rowcount:
+            await _note(connection, run_id, "done", {"ledger_digest": digest})
+        return digest
+
+
+async def compute_digest(connection: AsyncConnection, run_id: RunId, until: datetime) -> str:
+    """`sha256:` over the run's rows that were written by `until`; later ones are late facts, not changes."""
+    row = await connection.execute(_DIGEST, {"run_id": run_id, "until": until})
+    return str(row.scalar_one())
+
+
+async def register_prices(ledger: Ledger, prices: Iterable[Price]) -> dict[str, int]:
+    """Make sure these price rows are in the ledger; returns their ids by name."""
+    rows = [
+        {
+            "name": price.name,
+            "model": price.model,
+            "currency": price.currency.value,
+            "band": price.band.value,
+            "valid_from": price.valid_from,
+            "hit_pico": price.hit_pico,
+            "miss_pico": price.miss_pico,
+            "output_pico": price.output_pico,
+        }
+        for price in prices
+    ]
+    async with ledger.transaction() as connection:
+        await connection.execute(upsert(tables.price).on_conflict_do_nothing(), rows)
+        found = await connection.execute(select(tables.price.c.name, tables.price.c.price_id))
+        return {name: price_id for name, price_id in found}
+
+
+async def add_labels(ledger: Ledger, run_id: RunId, labels: Iterable[tuple[int, str]]) -> None:
+    """Keep what experts say about the run's documents, to measure results against. Safe to repeat."""
+    async with ledger.transaction() as connection:
+        rows = ((run_id, number, label) for number, label in labels)
+        await append(connection, tables.label, ("run_id", "document_no", "label"), rows)
+
+
+def _identity(opening: Opening) -> dict[str, Any]:
+    return {
+        "job": opening.job.name,
+        "prompt_version": opening.job.prompt_version,
+        "policy": json.dumps(policy(opening.job)),
+        "selection": json.dumps(dict(opening.selection)),
+        "manifest_digest": opening.manifest.digest,
+        "currency": opening.currency.value,
+        "is_simulated": opening.is_simulated,
+    }
+
+
+def policy(job: Job) -> dict[str, Any]:
+    """The decisions a run is bound to, besides its prompt version: JSON values only."""
+    return {
+        "ladder": [tier.name for tier in job.ladder],
+        "escalate": job.escalate.model_dump(mode="json"),
+        "confidence": job.confidence.model_dump(mode="json"),
+        "measure": job.measure,
+        "tolerance": str(job.tolerance),
+    }
+
+
+async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
+    job = opening.job
+    await connection.execute(upsert(tables.prompt_version).on_conflict_do_nothing(), [_prompt_version(job)])
+    budget_id = (
+        await connection.execute(
+            insert(tables.budget)
+            .values(currency=opening.currency.value, cap=opening.cap)
+            .returning(tables.budget.c.budget_id)
+        )
+    ).scalar_one()
+    row = _identity(opening) | {
+        "policy": policy(job),
+        "selection": dict(opening.selection),
+        "state": "running",
+        "documents": opening.manifest.document_count,
+        "compared_fields": compared_fields(job),
+        "budget_id": budget_id,
+    }
+    run_id = int(
+        (await connection.execute(insert(tables.run).values(row).returning(tables.run.c.run_id))).scalar_one()
+    )
+    await _insert_manifest(connection, run_id, opening.manifest)
+    await _note(connection, run_id, "opened", {"documents": opening.manifest.document_count, "cap": opening.cap})
+    return run_id
+
+
+async def _insert_manifest(connection: AsyncConnection, run_id: int, manifest: Manifest) -> None:
+    files = [
+        {
+            "run_id": run_id,
+            "file_no": file.file_no,
+            "path": file.path,
+            "size": file.size,
+            "sha256": file.sha256,
+            "rows": file.rows,
+            "partition": file.partition,
+        }
+        for file in manifest.files
+    ]
+    await connection.execute(insert(tables.input_file), files)
+    shard_columns = ("shard_no", "file_no", "first_row", "row_count", "first_document_no", "document_count")
+    shards = ((run_id, *(getattr(shard, name) for name in shard_columns)) for shard in manifest.shards)
+    await append(connection, tables.shard, ("run_id", *shard_columns), shards)
+    duplicates = ((run_id, d.document_no, d.of_document_no, d.is_same_text) for d in manifest.duplicates)
+    await append(
+        connection, tables.duplicate, ("run_id", "document_no", "of_document_no", "is_same_text"), duplicates
+    )
+
+
+def _prompt_version(job: Job) -> dict[str, Any]:
+    return {
+        "prompt_version": job.prompt_version,
+        "prefix": job.prefix,
+        "answer_schema": job.answer.schema,
+        "ladder": [{"model": tier.model, "parameters": tier.parameters(job.user_id)} for tier in job.ladder],
+    }
+
+
+def compared_fields(job: Job) -> list[str]:
+    """The answer fields by which two answers agree: those whose confidence counts, else all but the self-report."""
+    if job.confidence.fields:
+        return sorted({name.split(".")[0] for name in job.confidence.fields})
+    properties: Sequence[str] = sorted(job.answer.schema.get("properties", {}))
+    return [name for name in properties if name != job.confidence.field]
+
+
+async def _resume(connection: AsyncConnection, run_id: int, cap: int) -> None:
+    await _change_state(connection, run_id, "running", None, kind="resumed")
+    changed = await connection.execute(
+        update(tables.budget)
+        .where(
+            tables.budget.c.budget_id
+            == select(tables.run.c.budget_id).where(tables.run.c.run_id == run_id).scalar_subquery(),
+            tables.budget.c.cap != cap,
+        )
+        .values(cap=cap)
+    )
+    if changed.rowcount:
+        await _note(connection, run_id, "cap_changed", {"cap": cap})
+
+
+async def _change_state(
+    connection: AsyncConnection, run_id: int, state: str, reason: str | None, *, kind: str | None = None
+) -> None:
+    await connection.execute(
+        update(tables.run).where(tables.run.c.run_id == run_id).values(state=state, reason=reason)
+    )
+    await _note(connection, run_id, kind or state, {"reason": reason} if reason else {})
+
+
+async def _note(connection: AsyncConnection, run_id: int, kind: str, detail: Mapping[str, Any]) -> None:
+    await connection.execute(
+        text("INSERT INTO run_event (run_id, kind, detail) VALUES (:run_id, :kind, CAST(:detail AS jsonb))"),
+        {"run_id": run_id, "kind": kind, "detail": as_json(dict(detail))},
+    )
+
+
+async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool = False) -> Run:
+    r, b = tables.run.c, tables.budget.c
+    found = (
+        await connection.execute(
+            select(r.job, r.state, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated)
+            .join_from(tables.run, tables.budget, r.budget_id == b.budget_id)
+            .where(r.run_id == run_id)
+        )
+    ).one_or_none()
+    if found is None:
+        raise ConfigurationError(f"there is no run {run_id}: `farthing audit` lists the runs of this ledger")
+    return Run(
+        run_id=run_id,
+        job=found.job,
+        state=found.state,
+        documents=found.documents,
+        currency=Currency(found.currency),
+        budget_id=found.budget_id,
+        cap=found.cap,
+        is_simulated=found.is_simulated,
+        is_resumed=is_resumed,
+    )

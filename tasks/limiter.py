@@ -1,0 +1,83 @@
+"""How many attempts may be in flight: an adaptive limit per tier, and the brakes of a whole lane.
+
+The limit starts low, doubles each round trip until the provider objects (slow start), then grows by one a round
+trip and falls by a third on objection, at most once a round trip (AIMD; Chiu and Jain, 1989). A ceiling that the
+provider states is believed at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from schemas.attempts import Signal
+
+SLOW_START = 16
+DECREASE = 0.7
+_OBJECTIONS = frozenset({Signal.RATE_LIMITED, Signal.UNAVAILABLE})
+_DELIVERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED})
+
+
+@dataclass
+class Limiter:
+    """The in-flight limit of one tier in one lane. `ceiling` is what the user and the provider's card allow."""
+
+    ceiling: int
+    in_flight: int = 0
+    _limit: float = field(init=False)
+    _is_slow_start: bool = True
+    _tickets: int = 0
+    _cut_at: int = 0
+    _queue: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._limit = float(min(SLOW_START, self.ceiling))
+
+    @property
+    def limit(self) -> int:
+        """Attempts that may be in flight now."""
+        return max(1, int(self._limit))
+
+    async def acquire(self) -> int:
+        """Wait for a place; returns a ticket to hand in with `release`. First come, first served."""
+        if self._queue or self.in_flight >= self.limit:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._queue.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():  # the place was given and is not wanted
+                    self.in_flight -= 1
+                    self._admit()
+                raise
+        else:
+            self.in_flight += 1
+        self._tickets += 1
+        return self._tickets
+
+    def release(self, ticket: int, signal: Signal | None = None, ceiling: int | None = None) -> None:
+        """Give the place back, with what came of it (None: it was not used)."""
+        self.in_flight -= 1
+        if ceiling is not None:
+            self._is_slow_start = False
+            self._limit = float(max(1, min(self._limit, ceiling)))
+        if signal in _OBJECTIONS and ticket > self._cut_at:
+            self._is_slow_start = False
+            self._cut_at = self._tickets  # whoever left before this cut says nothing about it
+            self._limit = max(1.0, self._limit * DECREASE)
+        elif signal in _DELIVERED:
+            self._grow()
+        self._admit()
+
+    def _grow(self) -> None:
+        if self.in_flight + 1 < self.limit / 2:
+            return  # the limit is not what holds us back, so a success says nothing about it
+        self._limit = min(float(self.ceiling), self._limit + (1.0 if self._is_slow_start else 1.0 / self._limit))
+
+    def _admit(self) -> None:
+        while self._queue and self.in_flight < self.limit:
+            turn = self._queue.popleft()
+            if not turn.done():
+                self.in_flight += 1
+                turn.set_result(None)

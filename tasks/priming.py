@@ -1,0 +1,60 @@
+"""Priming: at each tier, real documents go one after the other until the shared prefix comes from the cache.
+
+Two misses are normal: the first request stores its whole prompt, the second lets the provider find the common
+prefix and store that, the third hits it (design: deepseek.md, "Prompt cache"). Building takes seconds. Sent all at
+once, every request would pay the prefix in full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from schemas.attempts import Usage
+
+#: Give up after so many: a cache that does not hit by then costs more to wait for than to go without.
+MOST_ATTEMPTS = 8
+#: The provider reports hits in multiples of this many tokens; a shorter prefix cannot hit.
+UNIT_TOKENS = 128
+#: English has 4.65 bytes per token; prose with more than this does not occur, so it bounds a prefix from below.
+BYTES_PER_TOKEN_AT_MOST = 8
+
+
+@dataclass
+class Primer:
+    """The gate of one tier in one lane. `is_warm` once the prefix hit, or was given up on (`is_cold`)."""
+
+    prefix_bytes: int
+    build_s: float
+    is_warm: bool = False
+    is_cold: bool = False
+    attempts: int = 0
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.is_warm = self.is_warm or self.prefix_bytes < UNIT_TOKENS * BYTES_PER_TOKEN_AT_MOST
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[bool]:
+        """Wait until the tier is warm, or for one's turn to prime it; yields whether this attempt primes."""
+        if self.is_warm:
+            yield False
+            return
+        async with self._turn:
+            if not self.is_warm and self.attempts >= 2:
+                await asyncio.sleep(self.build_s)
+            is_priming = not self.is_warm
+            if is_priming:
+                yield True
+        if not is_priming:
+            yield False
+
+    def see(self, usage: Usage | None) -> None:
+        """Take the usage of a priming attempt into account."""
+        self.attempts += 1
+        least = self.prefix_bytes // BYTES_PER_TOKEN_AT_MOST // UNIT_TOKENS * UNIT_TOKENS
+        self.is_warm = usage is not None and usage.hit >= least
+        if not self.is_warm and self.attempts >= MOST_ATTEMPTS:
+            self.is_warm = self.is_cold = True

@@ -1,0 +1,194 @@
+"""One shard's work: read it in blocks, end what needs no attempt, and set the rest climbing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import structlog
+
+from schemas.calls import RejectedAnswer
+from schemas.documents import Document, UnfitDocument
+from schemas.errors import BudgetExhausted, InputChanged, LeaseLost, ProviderStopped, UnknownPrice
+from schemas.ladder import Accept, Again, DeadLetter, PastAttempt, Stop, Verdict, stand
+from schemas.records import DocumentState, Ending, Record, ResultKey
+from tasks import documents
+from tasks.climbs import Climber, Draining, Work, end_of
+from tasks.ledger import attempts, leases, runs
+from tasks.ledger.attempts import Reusable
+from tasks.ledger.connection import Ledger
+from tasks.ledger.leases import ClaimedShard
+
+log = structlog.get_logger("farthing.shards")
+
+#: Documents looked up and started together.
+BLOCK = 200
+
+
+@dataclass
+class ShardWork:
+    """The work on one claimed shard. `slots` bounds the documents in progress over all of a lane's shards."""
+
+    claimed: ClaimedShard
+    climber: Climber
+    ledger: Ledger
+    root: Path
+    reusable: Reusable
+    slots: asyncio.Semaphore
+    drain: Callable[[str, str], None]
+    #: Set once every document of the shard is under way, so that the next shard may be claimed.
+    started: asyncio.Event = field(default_factory=asyncio.Event)
+    _is_lost: bool = False
+
+    async def finish(self) -> None:
+        """Finish every document of the shard, then the shard; less if the lane drains or loses the lease."""
+        key = (self.ledger, self.climber.run.run_id, self.climber.grants.lane_id, self.claimed.lease)
+        try:
+            async with asyncio.TaskGroup() as climbs:
+                async for block in self._read():
+                    await self._start(block, climbs)
+                    if self._is_over:
+                        break
+                self.started.set()
+        except* InputChanged as changed:
+            await leases.fail(*key, "input_changed")
+            await runs.note(
+                self.ledger, self.climber.run.run_id, "input_changed", {"why": str(changed.exceptions[0])}
+            )
+            log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
+        finally:
+            self.started.set()
+        if not self._is_over and await leases.finish(*key):
+            log.info("shard done", shard=self.claimed.shard.shard_no, documents=self.claimed.shard.document_count)
+
+    @property
+    def _is_over(self) -> bool:
+        return self._is_lost or self.climber.is_draining
+
+    async def _read(self) -> AsyncIterator[list[Document | UnfitDocument]]:
+        """The shard's documents in blocks, read in a thread so that the loop keeps going."""
+        file, shard = self.claimed.file, self.claimed.shard
+        if not await asyncio.to_thread(documents.is_unchanged, file, self.root):
+            raise InputChanged(f"{file.path} changed after the run was opened")
+        rows = documents.read_shard(self.climber.job.input, file, shard, self.root)
+        while block := await asyncio.to_thread(_take, rows):
+            yield block
+
+    async def _start(self, block: Sequence[Document | UnfitDocument], climbs: asyncio.TaskGroup) -> None:
+        """Set a block's documents going: end those that need no attempt, climb the others."""
+        span = (self.ledger, self.climber.run.run_id, block[0].document_no, block[-1].document_no)
+        ended = await attempts.find_endings(*span)
+        fresh = [document for document in block if document.document_no not in ended]
+        history = await attempts.find_history(*span) if fresh else {}
+        endings, climbing = await self._sort(fresh, history)
+        if endings:
+            climbs.create_task(self._record(endings))
+        for document in climbing:
+            await self.slots.acquire()
+            if self._is_over:
+                self.slots.release()
+                return
+            climbs.create_task(self._climb(document, history.get(document.document_no, [])))
+
+    async def _sort(
+        self, fresh: Sequence[Document | UnfitDocument], history: dict[int, list[PastAttempt]]
+    ) -> tuple[list[Ending], list[Document]]:
+        """Split what ends without an attempt (unfit, duplicate, answered before) from what has to climb."""
+        texts = {d.text_digest for d in fresh if isinstance(d, Document) and d.document_no not in history}
+        answered = await attempts.find_results_now(self.ledger, texts, self.reusable)
+        endings: list[Ending] = []
+        climbing: list[Document] = []
+        for document in fresh:
+            is_begun = document.document_no in history
+            ending = self._end_without_attempt(document, {} if is_begun else answered)
+            if ending is not None:
+                endings.append(ending)
+            elif isinstance(document, Document):
+                climbing.append(document)
+        return endings, climbing
+
+    def _end_without_attempt(
+        self, document: Document | UnfitDocument, answered: dict[bytes, ResultKey]
+    ) -> Ending | None:
+        """How a document ends that needs no attempt; None: it needs one."""
+        lease, number = self.claimed.lease, document.document_no
+        if isinstance(document, UnfitDocument):
+            reason = document.reason.value
+            return Ending(number, document.document_id, lease, DocumentState.DEAD_LETTER, reason=reason)
+        work = Work(document, lease)
+        if duplicate := self.claimed.duplicates.get(number):
+            if not duplicate.is_same_text:
+                return end_of(work, DocumentState.DEAD_LETTER, reason="conflicting_duplicate")
+            of = ResultKey(self.climber.run.run_id, duplicate.of_document_no)
+            return end_of(work, DocumentState.DUPLICATE, of=of)
+        if earlier := answered.get(document.text_digest):
+            return end_of(work, DocumentState.REUSED, of=earlier)
+        return None
+
+    async def _record(self, endings: Sequence[Ending]) -> None:
+        kept = await asyncio.gather(*(self.climber.records.put(Record(ending=ending)) for ending in endings))
+        if not all(kept):
+            self._lose()
+
+    async def _climb(self, document: Document, history: list[PastAttempt]) -> None:
+        """Finish one document; what stops the whole lane becomes a drain here."""
+        try:
+            work = await self._resume(Work(document, self.claimed.lease), history)
+            if work is not None:
+                await self.climber.finish(work)
+        except Draining:
+            pass
+        except LeaseLost:
+            self._lose()
+        except BudgetExhausted as error:
+            self.drain("budget", str(error))
+        except ProviderStopped as error:
+            self.drain("provider", str(error))
+        except UnknownPrice as error:
+            self.drain("price", str(error))
+        finally:
+            self.slots.release()
+
+    async def _resume(self, work: Work, history: list[PastAttempt]) -> Work | None:
+        """Where a document stands after its past attempts. None: it has ended just now, at no further cost."""
+        match stand(history, len(self.climber.job.ladder)):
+            case Again(position):
+                rejected = await self._find_rejected(work) if position.amends is Verdict.INVALID_ANSWER else None
+                return Work(work.document, work.lease, position, rejected)
+            case Accept():
+                await self._record([await self._end_paid(work)])
+            case DeadLetter(reason) | Stop(reason):
+                await self._record([end_of(work, DocumentState.DEAD_LETTER, reason=reason)])
+        return None
+
+    async def _find_rejected(self, work: Work) -> RejectedAnswer | None:
+        """The answer to repair, as the lane before this one stored it."""
+        paid = await attempts.find_paid_answer(self.ledger, self.climber.run.run_id, work.document.document_no)
+        return RejectedAnswer(paid.stored.content, ("it does not fit the schema",)) if paid else None
+
+    async def _end_paid(self, work: Work) -> Ending:
+        """The result of a lane that paid for it and lost its lease before it could say so."""
+        paid = await attempts.find_paid_answer(self.ledger, self.climber.run.run_id, work.document.document_no)
+        if paid is None:
+            return end_of(work, DocumentState.DEAD_LETTER, reason="answer_missing")
+        return end_of(
+            work,
+            DocumentState.RESULT,
+            tier=paid.tier,
+            attempt_no=paid.attempt_no,
+            answer=paid.stored.answer,
+            confidence=paid.stored.confidence,
+            confidence_signal=paid.stored.confidence_signal,
+        )
+
+    def _lose(self) -> None:
+        if not self._is_lost:
+            log.warning("lease lost", shard=self.claimed.lease.shard_no, epoch=self.claimed.lease.epoch)
+        self._is_lost = True
+
+
+def _take(rows: Iterator[Document | UnfitDocument]) -> list[Document | UnfitDocument]:
+    return list(islice(rows, BLOCK))

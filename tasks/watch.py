@@ -1,0 +1,93 @@
+"""Watching a lane's replies for what an operator must hear of: a primed or lost cache, a model that changed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import structlog
+
+from schemas.attempts import Reply
+from schemas.jobs import Job
+from schemas.money import Money
+from schemas.pricing import PriceBook
+from tasks.ledger import runs
+from tasks.ledger.connection import Ledger
+from tasks.ledger.runs import Run
+from tasks.priming import UNIT_TOKENS, Primer
+
+log = structlog.get_logger("farthing.watch")
+
+#: Below this share of the expected hit tokens, over so many replies, the cache counts as lost.
+LOST_RATE, SAMPLE = 0.8, 100
+
+
+@dataclass
+class _Tally:
+    """What a tier's replies showed: hit tokens against the prefix in the current sample, and who served last."""
+
+    replies: int = 0
+    hit: int = 0
+    prefix_tokens: int = 0
+    served_by: tuple[str | None, str | None] | None = None
+
+
+@dataclass
+class Watch:
+    """The watch of one lane. What it sees becomes a log line and an event of the run."""
+
+    ledger: Ledger
+    job: Job
+    run: Run
+    book: PriceBook
+    now: Callable[[], datetime]
+    _tallies: dict[str, _Tally] = field(default_factory=dict)
+    _telling: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def see(self, tier: str, reply: Reply, primer: Primer, *, is_priming: bool) -> None:
+        """Take one reply into account; synchronous, since it is on every document's way."""
+        tally = self._tallies.setdefault(tier, _Tally())
+        self._see_model(tier, tally, reply)
+        if reply.usage is None:
+            return
+        if is_priming:
+            tally.prefix_tokens = reply.usage.hit // UNIT_TOKENS * UNIT_TOKENS
+            if primer.is_warm:
+                kind = "cache_cold" if primer.is_cold else "primed"
+                detail = {"tier": tier, "attempts": primer.attempts, "prefix_tokens": tally.prefix_tokens}
+                self._tell(kind, detail)
+            return
+        tally.replies += 1
+        tally.hit += min(reply.usage.hit, tally.prefix_tokens)
+        if tally.replies >= SAMPLE:
+            self._judge_sample(tier, tally)
+
+    async def close(self) -> None:
+        """Wait until everything seen is in the ledger."""
+        await asyncio.gather(*self._telling, return_exceptions=True)
+
+    def _see_model(self, tier: str, tally: _Tally, reply: Reply) -> None:
+        if reply.served_model is None:
+            return
+        served_by = (reply.served_model, reply.fingerprint)
+        if tally.served_by not in (None, served_by):
+            self._tell("served_model_changed", {"tier": tier, "from": tally.served_by, "to": served_by})
+        tally.served_by = served_by
+
+    def _judge_sample(self, tier: str, tally: _Tally) -> None:
+        expected = tally.replies * tally.prefix_tokens
+        if tally.hit < LOST_RATE * expected:
+            price = self.book.at(self.job.tier(tier).model, self.run.currency, self.now())
+            lost = Money((expected - tally.hit) * (price.miss_pico - price.hit_pico), self.run.currency)
+            detail = {"tier": tier, "replies": tally.replies, "lost_pico": lost.pico, "lost": str(lost)}
+            self._tell("cache_lost", detail)
+        tally.replies = tally.hit = 0
+
+    def _tell(self, kind: str, detail: dict[str, object]) -> None:
+        level = log.info if kind == "primed" else log.warning
+        level(kind.replace("_", " "), run=self.run.run_id, **detail)
+        telling = asyncio.get_running_loop().create_task(runs.note(self.ledger, self.run.run_id, kind, detail))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
