@@ -180,10 +180,8 @@ class Cluster:
     def _forgive(self, words: str) -> None:
         if "could not create any TCP/IP sockets" in words:  # someone took the port since we looked
             (self.place / "port").unlink()
-        elif (
-            "pre-existing shared memory block" in words or 'lock file "postmaster.pid"' in words
-        ):  # orphans, or a rival
-            time.sleep(0.25)
+        elif "pre-existing shared memory block" in words or 'lock file "postmaster.pid"' in words:
+            time.sleep(0.25)  # children of the last server, or a rival whose starter was killed
         elif self.postmaster() is None:
             raise SandboxError(f"The embedded Postgres does not start: {_last_words(words)} Its log is {self.log}.")
 

@@ -255,6 +255,21 @@ def test_a_killed_postgres_comes_back_with_every_row_at_its_address(used_home: P
             assert query(after.url, "SELECT count(*) FROM kept") == [(20,)]
 
 
+def test_children_of_a_killed_postgres_are_waited_for(used_home: Path) -> None:
+    def let_go_when_refused(log: Path, child: int) -> None:
+        while not any("pre-existing shared memory" in file.read_text() for file in log.parent.glob("log*")):
+            time.sleep(0.02)
+        os.kill(child, signal.SIGCONT)
+
+    with running(used_home) as before, psycopg.connect(before.url) as connection:
+        child = connection.info.backend_pid
+        os.kill(child, signal.SIGSTOP)  # it cannot notice that its parent is gone
+        os.kill(before.pid, signal.SIGKILL)
+        with ThreadPoolExecutor(1) as other:
+            other.submit(let_go_when_refused, before.data.parent / "log", child)
+            come_and_go(used_home)
+
+
 ZOMBIE = """
 import ctypes, os, signal, sys, time
 from pathlib import Path
