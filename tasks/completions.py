@@ -241,6 +241,8 @@ def _check_door(base_url: str, api_key: str) -> None:
         raise ConfigurationError("DEEPSEEK_BASE_URL is not an http(s) URL; write it like https://api.deepseek.com")
     if parts.username is not None or parts.password is not None:
         raise ConfigurationError("DEEPSEEK_BASE_URL holds a user or password; put the key into DEEPSEEK_API_KEY only")
+    if parts.query or parts.fragment:
+        raise ConfigurationError("DEEPSEEK_BASE_URL has a ? or # in it; end it with the path, as in /v1")
     if not api_key:
         raise ConfigurationError("DEEPSEEK_API_KEY is not set; set it, or use --sandbox, which needs no key")
     if not (api_key.isascii() and api_key.isprintable()) or " " in api_key:

@@ -9,18 +9,22 @@ import json
 import logging
 import socket
 import struct
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
+import aiohttp
+import httpx2
+import openai
 import pytest
 
 from schemas.attempts import Call, Message, Reply, Signal, Token, Usage
 from schemas.errors import ConfigurationError, ProviderStopped
 from schemas.money import PICO, Currency, Money
-from tasks.completions import Completions
+from tasks.completions import MIB, Completions, signal_of
 
 KEY = "sk-canary-key-5d41"
 CANARY = "canary document text 402abc"
@@ -228,7 +232,10 @@ WHOLE: dict[str, tuple[bytes, Signal]] = {
     "deep nesting": (http(200, DEEP[: CAP - 1]), Signal.LOST),
     "stated size over the cap": (http(200, "x" * (CAP + 1)), Signal.LOST),
     "gzip bomb": (http(200, gzip.compress(b" " * CAP * 100), "Content-Encoding: gzip"), Signal.LOST),
-    "cut gzip": (http(200, gzip.compress(b"{}" * 99)[:-9], "Content-Encoding: gzip"), Signal.LOST),
+    "gzip without its checksum": (
+        http(200, gzip.compress(json.dumps(completion()).encode())[:-4], "Content-Encoding: gzip"),
+        Signal.LOST,
+    ),
     "not gzip": (http(200, "{}", "Content-Encoding: gzip"), Signal.LOST),
     "brotli": (http(200, "{}", "Content-Encoding: br"), Signal.LOST),
     "400": (http(400, json.dumps(OWN)), Signal.REJECTED),
@@ -325,6 +332,22 @@ async def test_a_reply_that_breaks_off_is_lost(script: Script) -> None:
     assert reply.usage is None
 
 
+async def test_an_endless_reply_is_left_at_the_size_cap() -> None:
+    assert (await attempt(flood)).detail == "no whole reply: BodyTooLarge"
+
+
+async def test_a_gzip_bomb_is_not_inflated() -> None:
+    bomb = gzip.compress(b" " * (100 * MIB))
+    script = say(http(200, bomb, "Content-Encoding: gzip"))
+    async with wire(script) as provider, door(provider.url, size_cap=MIB) as completions:
+        tracemalloc.start()
+        reply = await completions.complete(call())
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert reply.detail == "no whole reply: BodyTooLarge"
+    assert peak < 8 * MIB
+
+
 @pytest.mark.parametrize("script", SLOW.values(), ids=SLOW)
 async def test_the_deadline_is_total_and_after_sending_means_lost(script: Script) -> None:
     reply = await attempt(script, deadline_s=0.2)
@@ -413,6 +436,41 @@ async def test_cancelling_an_attempt_is_not_swallowed_and_frees_its_connection()
             await task
         provider.script = say(ok(completion()))
         assert (await completions.complete(call())).signal is Signal.ANSWERED
+
+
+REQUEST = httpx2.Request("POST", f"https://{KEY}@host/?{CANARY}")
+RAISED: list[tuple[Exception, Signal]] = [
+    (openai.APIConnectionError(message=CANARY, request=REQUEST), Signal.LOST),
+    (openai.APITimeoutError(REQUEST), Signal.LOST),
+    (openai.OpenAIError(CANARY), Signal.LOST),
+    (httpx2.ReadTimeout("deadline"), Signal.LOST),
+    (httpx2.ConnectTimeout("deadline"), Signal.NOT_SENT),
+    (httpx2.RemoteProtocolError(CANARY), Signal.LOST),
+    (aiohttp.ClientPayloadError(CANARY), Signal.LOST),
+    (json.JSONDecodeError(CANARY, CANARY, 0), Signal.LOST),
+    (UnicodeDecodeError("utf-8", CANARY.encode(), 0, 1, KEY), Signal.LOST),
+    (ValueError(CANARY), Signal.LOST),
+    (RecursionError(CANARY), Signal.LOST),
+    (ConnectionResetError(104, CANARY), Signal.LOST),
+    (OSError(CANARY), Signal.LOST),
+    (TimeoutError(CANARY), Signal.LOST),
+    (KeyError(CANARY), Signal.LOST),
+    (MemoryError(CANARY), Signal.LOST),
+]
+
+
+@pytest.mark.parametrize(("error", "signal"), RAISED, ids=[type(error).__name__ for error, _ in RAISED])
+def test_any_exception_has_a_signal_and_a_detail_without_its_text(error: Exception, signal: Signal) -> None:
+    found, detail = signal_of(error)
+    assert found is signal
+    assert CANARY not in detail
+    assert KEY not in detail
+    assert detail
+
+
+async def test_a_request_leaves_no_line_with_its_url_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    await attempt(say(ok(completion())))
+    assert not [record for record in caplog.records if "/chat/completions" in record.getMessage()]
 
 
 # --- what is sent ------------------------------------------------------------------------------------------------
@@ -651,6 +709,7 @@ async def test_without_a_date_there_is_no_offset() -> None:
         ("https://api.example", f"{KEY}\n"),
         ("https://api.example", f"{KEY}é"),
         (f"https://user:{KEY}@api.example", KEY),
+        (f"https://api.example?key={KEY}", KEY),
         ("api.example", KEY),
         ("ftp://api.example", KEY),
     ],
