@@ -7,6 +7,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from schemas.money import Currency
+
 
 class Settings(BaseSettings):
     """Farthing's environment. A setting that is empty counts as not set."""
@@ -17,5 +19,11 @@ class Settings(BaseSettings):
     home: Path = Path(".farthing")
     api_key: SecretStr | None = Field(default=None, validation_alias="DEEPSEEK_API_KEY")
     base_url: str = Field(default="https://api.deepseek.com", validation_alias="DEEPSEEK_BASE_URL")
-    #: Set by the sandbox, never by a user: the provider is the emulator, so figures are simulated.
+    #: Events as JSON lines on stderr, for a log collector.
+    log_json: bool = False
+    #: The price card, for a provider that has no `/user/balance` to tell it (a self-hosted one).
+    currency: Currency | None = None
+    #: Set by the sandbox, never by a user: the provider is the emulator, so figures are simulated, and its
+    #: seconds are `time_scale` of ours.
     sandbox: bool = False
+    time_scale: float = Field(default=1.0, ge=0)

@@ -158,6 +158,10 @@ class Lane:
         self._stopping.set()
 
     @property
+    def is_draining(self) -> bool:
+        return self.climber.is_draining
+
+    @property
     def in_flight(self) -> int:
         """Attempts on their way now, over all tiers."""
         return sum(limiter.in_flight for limiter in self.climber.limiters.values())

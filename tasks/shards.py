@@ -12,7 +12,7 @@ import structlog
 
 from schemas.calls import RejectedAnswer
 from schemas.documents import Document, UnfitDocument
-from schemas.errors import BudgetExhausted, InputChanged, LeaseLost, ProviderStopped, UnknownPrice
+from schemas.errors import BudgetExhausted, InputChanged, InputUnavailable, LeaseLost, ProviderStopped, UnknownPrice
 from schemas.ladder import Accept, Again, DeadLetter, PastAttempt, Stop, Verdict, stand
 from schemas.records import DocumentState, Ending, Record, ResultKey
 from tasks import documents
@@ -59,6 +59,8 @@ class ShardWork:
                 self.ledger, self.climber.run.run_id, "input_changed", {"why": str(changed.exceptions[0])}
             )
             log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
+        except* InputUnavailable as unavailable:
+            self.drain("input", str(unavailable.exceptions[0]))
         finally:
             self.started.set()
         if not self._is_over and await leases.finish(*key):
@@ -71,9 +73,7 @@ class ShardWork:
     async def _read(self) -> AsyncIterator[list[Document | UnfitDocument]]:
         """The shard's documents in blocks, read in a thread so that the loop keeps going."""
         file, shard = self.claimed.file, self.claimed.shard
-        if not await asyncio.to_thread(documents.is_unchanged, file, self.root):
-            raise InputChanged(f"{file.path} changed after the run was opened")
-        rows = documents.read_shard(self.climber.job.input, file, shard, self.root)
+        rows = documents.read_shard(self.climber.job.input, file, shard, root=self.root)
         while block := await asyncio.to_thread(_take, rows):
             yield block
 

@@ -178,6 +178,13 @@ async def add_labels(ledger: Ledger, run_id: RunId, labels: Iterable[tuple[int, 
         await append(connection, tables.label, ("run_id", "document_no", "label"), rows)
 
 
+async def has_labels(ledger: Ledger, run_id: RunId) -> bool:
+    """Whether labels of this run are in the ledger: all of them, since they come in one transaction."""
+    async with ledger.transaction() as connection:
+        query = select(tables.label.c.run_id).where(tables.label.c.run_id == run_id).limit(1)
+        return (await connection.execute(query)).first() is not None
+
+
 def _identity(opening: Opening) -> dict[str, Any]:
     return {
         "job": opening.job.name,

@@ -1,0 +1,42 @@
+"""enrich: open the run → lanes (each primes its tiers, then claims shards) → settle → report.
+
+Prefect starts, schedules, shows and cancels; the truth is in Postgres. Running it again resumes the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from schemas.requests import RunRequest
+from schemas.settings import Settings
+from tasks.logs import configure, follow_in_prefect
+from tasks.steps import open_run, settle_run, work_lanes
+
+
+@flow(name="enrich", flow_run_name="enrich-{job}", retries=0, persist_result=False)
+async def enrich(
+    job: str,
+    partitions: list[str] | None = None,
+    limit: int | None = None,
+    budget: str | None = None,
+    lanes: int = 1,
+    root: str = ".",
+) -> dict[str, Any]:
+    """Run a job over a selection of its input, or resume the run of it that did not finish.
+
+    `budget` is like "25 USD" and overrides the job's. Keys and database come from the environment of the process
+    that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from parameters. Returns the run's outcome.
+    """
+    request = RunRequest(
+        job=job, partitions=tuple(partitions or ()), limit=limit, budget=budget, lanes=lanes, root=Path(root)
+    )
+    settings = Settings()
+    configure(json_lines=settings.log_json)
+    follow_in_prefect()
+    run = await open_run(request)
+    ended = await work_lanes(request, run)
+    run = await settle_run(run, ended)
+    return {"run_id": run.run_id, "state": run.state, "ended": [e.reason for e in ended]}

@@ -1,0 +1,50 @@
+"""What a person or a schedule asks for: one run of a job over a selection of its input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from schemas.jobs import Job
+from schemas.money import Money
+
+
+class RunRequest(BaseModel):
+    """A run as it is asked for. Prefect shows and stores it, so it holds no secret.
+
+    `job` is a name under `jobs/` or a path; `partitions` names slices of the input (none: all of it); `limit`
+    takes the first so many documents; `budget` overrides the job's ("25 USD"); `lanes` is how many processes work.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: str = Field(min_length=1)
+    partitions: tuple[str, ...] = ()
+    limit: int | None = Field(default=None, ge=1)
+    budget: str | None = None
+    lanes: int = Field(default=1, ge=1, le=64)
+    root: Path = Path(".")
+
+    @field_validator("budget")
+    @classmethod
+    def _check_budget(cls, budget: str | None) -> str | None:
+        if budget is not None:
+            Money.parse(budget)
+        return budget
+
+    def cap(self, job: Job) -> Money:
+        """The run's budget: what was asked for, else the job's own."""
+        return Money.parse(self.budget) if self.budget else job.budget
+
+    def selection(self, job: Job) -> dict[str, Any]:
+        """Which documents are meant, as plain values: runs of the same selection resume one another."""
+        return {
+            "path": job.input.path,
+            "id": job.input.id,
+            "text": job.input.text,
+            "filter": [list(condition) for condition in job.input.filter or ()],
+            "partitions": sorted(self.partitions),
+            "limit": self.limit,
+        }

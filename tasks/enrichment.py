@@ -1,0 +1,225 @@
+"""A run from the outside: opened after everything was checked, worked on by lanes, settled with its report.
+
+Whatever can be wrong with a job, a setting, a price or the input is found in `open_run`, before any money moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import structlog
+from pydantic import SecretStr
+
+from schemas.errors import ConfigurationError, ProviderStopped
+from schemas.jobs import Job
+from schemas.money import Currency
+from schemas.pricing import Price, PriceBook, load_price_book
+from schemas.requests import RunRequest
+from schemas.settings import Settings
+from tasks import documents
+from tasks.completions import Completions, utc_now
+from tasks.jobs import load_job
+from tasks.lanes import Ended, Lane, LanePlan, Show, show_nothing
+from tasks.ledger import leases, runs
+from tasks.ledger.connection import Ledger, Role, opened
+from tasks.ledger.runs import Opening, Run
+
+log = structlog.get_logger("farthing.runs")
+
+INTERRUPTED = "run the same command to go on"
+#: Connections of one lane: its heartbeat, two writers, and what shards and grants look up.
+LANE_CONNECTIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """What the provider says before a run: the price card that holds, and its clock against ours."""
+
+    currency: Currency
+    clock_offset: timedelta
+
+
+async def open_run(request: RunRequest, settings: Settings) -> Run:
+    """Check everything, then resume or open the run. Raises ConfigurationError, UnknownPrice and the like: exit 2."""
+    job = load_job(request.job, request.root)
+    database_url = require_database(settings)
+    book = load_price_book()
+    async with completions_for(job, settings) as completions, opened(database_url, Role.LANE) as ledger:
+        provider = await ask_provider(completions, job, request, settings)
+        check_prices(job, book, provider.currency, utc_now() + provider.clock_offset)
+        manifest = await asyncio.to_thread(
+            documents.plan,
+            job.input,
+            shard_rows=job.shard_rows,
+            partitions=request.partitions,
+            limit=request.limit,
+            root=request.root,
+        )
+        opening = Opening(
+            job=job,
+            manifest=manifest,
+            selection=request.selection(job),
+            currency=provider.currency,
+            cap=request.cap(job).pico,
+            is_simulated=settings.sandbox,
+        )
+        run = await runs.open_run(ledger, opening)
+        if buried := await leases.bury_dead(ledger, run.run_id, grace_s=0.0):
+            log.info("took over from lanes that died", run=run.run_id, lanes=buried)
+        if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
+            labels = documents.read_labels(job.input, manifest, root=request.root)
+            known = ((number, label) for number, label in labels if label is not None)
+            await runs.add_labels(ledger, run.run_id, known)
+        return run
+
+
+async def work_lane(request: RunRequest, settings: Settings, run: Run, show: Show = show_nothing) -> Ended:
+    """Work on the run in this process until nothing is left or something makes the lane drain."""
+    job, book = load_job(request.job, request.root), load_price_book()
+    async with (
+        completions_for(job, settings) as completions,
+        opened(require_database(settings), Role.LANE, pool_size=LANE_CONNECTIONS) as ledger,
+    ):
+        provider = await ask_provider(completions, job, request, settings)
+        plan = LanePlan(
+            job=job,
+            run=run,
+            book=book,
+            price_ids=await runs.register_prices(ledger, usable_prices(job, book, provider.currency)),
+            root=request.root,
+            lanes=request.lanes,
+            scale=settings.time_scale,
+            clock_offset=provider.clock_offset,
+            show=show,
+        )
+        lane = Lane(ledger, await leases.register(ledger, run.run_id), completions, plan)
+        with draining_on_signals(lane):
+            return await lane.run_shards()
+
+
+async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
+    """Finish the run if all its shards ended; else pause it, with the first reason that a lane gave."""
+    reasons = [end for end in ended if not end.is_done]
+    async with opened(require_database(settings), Role.LANE) as ledger:
+        await leases.bury_dead(ledger, run.run_id, grace_s=0.0)
+        if await runs.settle(ledger, run.run_id) is None:
+            await _pause(ledger, run, reasons[0] if reasons else Ended("unfinished"))
+        return await runs.find_run(ledger, run.run_id)
+
+
+async def _pause(ledger: Ledger, run: Run, end: Ended) -> None:
+    state = (await runs.find_run(ledger, run.run_id)).state
+    if state == "running":
+        await runs.change_state(ledger, run.run_id, "paused", end.reason)
+
+
+def require_database(settings: Settings) -> SecretStr:
+    """Raises ConfigurationError where no database is set."""
+    if settings.database_url is None:
+        raise ConfigurationError(
+            "no database: set FARTHING_DATABASE_URL=postgresql://USER:PASSWORD@HOST:PORT/DATABASE and run "
+            "`farthing db upgrade`, or use --sandbox for one on this machine"
+        )
+    return settings.database_url
+
+
+@asynccontextmanager
+async def completions_for(job: Job, settings: Settings) -> AsyncIterator[Completions]:
+    """The door to the model, sized to the job. Raises ConfigurationError where the key is missing."""
+    if settings.api_key is None:
+        raise ConfigurationError(
+            "no API key: set DEEPSEEK_API_KEY, or use --sandbox for an emulated DeepSeek that costs nothing"
+        )
+    async with Completions(
+        settings.base_url,
+        settings.api_key.get_secret_value(),
+        ceiling=sum(job.concurrency[tier.name] for tier in job.ladder),
+        send_attempt_key=settings.sandbox,
+    ) as completions:
+        yield completions
+
+
+async def ask_provider(completions: Completions, job: Job, request: RunRequest, settings: Settings) -> Provider:
+    """Which price card holds, and what time it is there. Raises ConfigurationError or ProviderStopped."""
+    offset = await completions.clock_offset()
+    budget = request.cap(job)
+    if settings.currency is not None:
+        currency = settings.currency
+    else:
+        balance = await completions.balance()
+        currency = balance.currency
+        if not balance.is_available:
+            raise ProviderStopped("the account has no balance: top it up, then run the same command")
+    if currency is not budget.currency:
+        raise ConfigurationError(
+            f"the budget is in {budget.currency} and the account is billed in {currency}; sums are never converted: "
+            f"write the budget in {currency}"
+        )
+    return Provider(currency, offset)
+
+
+def check_prices(job: Job, book: PriceBook, currency: Currency, now: datetime) -> None:
+    """Raises UnknownPrice where a tier cannot be priced from now until its deadline."""
+    for tier in job.ladder:
+        book.dearest(tier.model, currency, now, now + timedelta(seconds=tier.deadline_s))
+
+
+def usable_prices(job: Job, book: PriceBook, currency: Currency) -> Iterator[Price]:
+    """Every price row an attempt of this job may be reserved or booked by."""
+    models = {book.canonical(tier.model) for tier in job.ladder}
+    deepseek = {model for model in book.models if model.startswith("deepseek-")}
+    for price in book.rows():
+        if price.currency is currency and price.model in models | deepseek:
+            yield price
+
+
+@contextmanager
+def draining_on_signals(lane: Lane) -> Iterator[None]:
+    """SIGINT and SIGTERM drain the lane; a second one gives up on what is in flight (it becomes unknown)."""
+    working = asyncio.current_task()
+    assert working is not None
+
+    def stop() -> None:
+        if lane.is_draining:
+            working.cancel()
+        lane.drain("interrupted", INTERRUPTED)
+
+    with on_signals(stop):
+        yield
+
+
+@contextmanager
+def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM pause the run; its lanes, in other processes, see it within a heartbeat and drain."""
+    pausing: set[asyncio.Task[None]] = set()
+
+    async def pause() -> None:
+        async with opened(require_database(settings), Role.LANE) as ledger:
+            await runs.change_state(ledger, run.run_id, "paused", "interrupted")
+
+    with on_signals(lambda: pausing.add(asyncio.get_running_loop().create_task(pause()))):
+        yield
+
+
+@contextmanager
+def on_signals(answer: Callable[[], object]) -> Iterator[None]:
+    """Answer SIGINT and SIGTERM in the event loop while the block lasts. Only a main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        loop.add_signal_handler(number, answer)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)

@@ -1,0 +1,61 @@
+"""Where structlog events go: Prefect's log of the flow run, and JSON lines for machines where asked for.
+
+No event holds a key, a DSN or document text (G15): the code that logs passes only numbers, names and reasons.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+LOGGER = "farthing"
+
+
+def configure(*, json_lines: bool = False) -> None:
+    """Send structlog through the stdlib logger `farthing`; with `json_lines` also as JSON to stderr. Repeatable."""
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+    logger = logging.getLogger(LOGGER)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.handlers = [handler for handler in logger.handlers if not isinstance(handler, JsonHandler)]
+    if json_lines:
+        logger.addHandler(JsonHandler())
+
+
+def follow_in_prefect() -> None:
+    """Show the events in the log of the current flow run, as short lines. Call it inside a flow."""
+    from prefect.logging.handlers import APILogHandler
+
+    logger = logging.getLogger(LOGGER)
+    if any(isinstance(handler, APILogHandler) for handler in logger.handlers):
+        return
+    handler = APILogHandler()
+    handler.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)))
+    logger.addHandler(handler)
+
+
+class JsonHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only in typeshed
+    """One JSON object per event on stderr."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(_formatter(structlog.processors.JSONRenderer()))
+
+
+def _formatter(renderer: structlog.typing.Processor) -> structlog.stdlib.ProcessorFormatter:
+    return structlog.stdlib.ProcessorFormatter(
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
+    )

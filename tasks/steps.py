@@ -1,0 +1,76 @@
+"""The steps of a run as Prefect shows them: open, lanes and their shards, settle. Each unpacks, calls, returns."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import ProcessPoolTaskRunner
+
+from schemas.requests import RunRequest
+from schemas.settings import Settings
+from tasks import enrichment
+from tasks.lanes import Ended
+from tasks.ledger.runs import Run
+from tasks.logs import configure, follow_in_prefect
+
+
+@task(name="open", cache_policy=NO_CACHE, persist_result=False)
+async def open_run(request: RunRequest) -> Run:
+    """Check everything, then resume or open the run."""
+    return await enrichment.open_run(request, Settings())
+
+
+async def work_lanes(request: RunRequest, run: Run) -> list[Ended]:
+    """Work on the run in this process or, with more lanes, in that many others."""
+    if request.lanes == 1:
+        return [await work_lane(request, run, 1)]
+    async with get_client() as client:
+        api = {PREFECT_API_URL: str(client.api_url)}  # else each process would start a server of its own
+    with (
+        temporary_settings(api),
+        ProcessPoolTaskRunner(max_workers=request.lanes, initializer=ignore_interrupts) as runner,
+        enrichment.pausing_on_signals(Settings(), run),
+    ):
+        lanes = [
+            runner.submit(work_lane, {"request": request, "run": run, "lane_no": number})
+            for number in range(1, request.lanes + 1)
+        ]
+        await asyncio.gather(*(asyncio.to_thread(lane.wait) for lane in lanes))
+        return [cast(Ended, lane.result()) for lane in lanes]
+
+
+def ignore_interrupts() -> None:
+    """Ctrl-C reaches every process of a terminal; only the one that started the lanes answers it, by pausing the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@task(name="lane", task_run_name="lane-{lane_no}", cache_policy=NO_CACHE, persist_result=False)
+async def work_lane(request: RunRequest, run: Run, lane_no: int) -> Ended:
+    """Work on the run in this process until nothing is left, or something makes the lane drain."""
+    settings = Settings()
+    configure(json_lines=settings.log_json)
+    follow_in_prefect()
+    return await enrichment.work_lane(request, settings, run, show_as_task_run)
+
+
+@task(name="settle", cache_policy=NO_CACHE, persist_result=False)
+async def settle_run(run: Run, ended: list[Ended]) -> Run:
+    """Finish the run if all its shards ended, else pause it."""
+    return await enrichment.settle_run(Settings(), run, ended)
+
+
+async def show_as_task_run(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """Await `work` inside a task run of that name. It takes no parameters: Prefect would hash and store them."""
+
+    @task(name="shard", task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+    async def shard() -> None:
+        await work()
+
+    await shard()
