@@ -88,6 +88,7 @@ class Unfit(StrEnum):
     NULL_TEXT = "null_text"
     EMPTY_TEXT = "empty_text"
     ID_TOO_LONG = "id_too_long"
+    NUL_IN_ID = "nul_in_id"  # Postgres stores no NUL, and an id that we changed would be nobody's id
     NOT_UNICODE = "not_unicode"
 
 

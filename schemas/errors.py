@@ -6,6 +6,8 @@
     ├── LedgerUnavailable    Postgres cannot be reached or is too old   exit 2
     ├── BudgetExhausted      the next reservation does not fit          exit 3, resumable
     ├── ProviderStopped      key, balance or breaker stopped the run    exit 3, resumable
+    ├── InputUnavailable     the store of the documents does not reply  exit 3, resumable
+    ├── InputChanged         a file is not what the run was planned on  (inside a lane: the shard fails)
     ├── LeaseLost            another lane owns the shard now            (inside a lane)
     └── LedgerMismatch       the ledger does not prove                  exit 4
 
@@ -67,6 +69,16 @@ class ProviderStopped(FarthingError):
     """The provider said stop: a bad key, no balance, or too many failures in a row."""
 
     exit_code = 3
+
+
+class InputUnavailable(FarthingError):
+    """The disk or object store that holds the documents refuses us or does not reply; the files may be fine."""
+
+    exit_code = 3
+
+
+class InputChanged(FarthingError):
+    """An input file is gone, corrupt, or not the one in the run's manifest; nothing is sent for its shard (G1)."""
 
 
 class LeaseLost(FarthingError):

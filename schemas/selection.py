@@ -1,0 +1,112 @@
+"""Which of the files that exist an input's pattern and the named partitions select; alone responsible for both rules.
+
+A pattern is a glob over `/`-separated names: `**` stands for any number of folders, other wildcards stay within one
+name. A name that begins with `.` or `_` is hidden, as in every Parquet tool (`_SUCCESS`, `_delta_log`, `.crc` files),
+unless the pattern spells that beginning out or it is a hive folder such as `_day=7`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from urllib.parse import unquote
+
+from schemas.errors import ConfigurationError, Problem
+
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+def has_wildcard(pattern: str) -> bool:
+    """Whether the pattern can name more than one file."""
+    return _WILDCARD.search(pattern) is not None
+
+
+def fixed_folder(pattern: str) -> str:
+    """The part of the pattern before its first wildcard, as a folder: where to begin to look. "" if there is none."""
+    names = pattern.split("/")
+    fixed = next((place for place, name in enumerate(names) if has_wildcard(name)), len(names) - 1)
+    return "/".join(names[:fixed]) or ("/" if pattern.startswith("/") else "")
+
+
+def depth_below(pattern: str) -> int | None:
+    """How many folders deep, below its fixed one, the pattern can match; None without bound."""
+    names = pattern.split("/")
+    if "**" in names:
+        return None
+    fixed = next((place for place, name in enumerate(names) if has_wildcard(name)), len(names) - 1)
+    return len(names) - 1 - fixed
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether the glob `pattern` names `path`."""
+    return _names_match(path.split("/"), pattern.split("/"))
+
+
+def _names_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        if _names_match(names, patterns[1:]):
+            return True
+        return bool(names) and not is_hidden(names[0]) and _names_match(names[1:], patterns)
+    return bool(names) and _name_matches(names[0], patterns[0]) and _names_match(names[1:], patterns[1:])
+
+
+def _name_matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) and (not is_hidden(name) or name[0] == pattern[0])
+
+
+def is_hidden(name: str) -> bool:
+    """Whether tools keep things of their own under this name."""
+    return name[:1] in (".", "_") and "=" not in name
+
+
+def hive_values(path: str) -> dict[str, str]:
+    """The `key=value` folders of a path, values with their %-escapes undone."""
+    folders = (folder.partition("=") for folder in path.split("/")[:-1])
+    return {key: unquote(value) for key, equals, value in folders if key and equals}
+
+
+def partition_of(path: str, key: str | None) -> str | None:
+    """The partition a file is in: the value of its hive folder `key=…`, or None."""
+    return None if key is None else hive_values(path).get(key)
+
+
+def select_partitions(paths: Sequence[str], key: str | None, wanted: Sequence[str]) -> list[str]:
+    """The paths that are in one of the partitions a user named, in their order; all of them if none was named.
+
+    A partition is named by its value (`2026-01-01`), by any hive folder (`day=2026-01-01`), or, where the input has
+    no partition key, by the file's path or last name. Raises ConfigurationError for names that select nothing.
+    """
+    if not wanted:
+        return list(paths)
+    names = {path: _partition_names(path, key) for path in paths}
+    if unknown := [name for name in dict.fromkeys(wanted) if not any(name in known for known in names.values())]:
+        raise ConfigurationError(*(_explain_unknown(name, names, key) for name in unknown))
+    return [path for path in paths if not names[path].isdisjoint(wanted)]
+
+
+def _partition_names(path: str, key: str | None) -> set[str]:
+    values = hive_values(path)
+    names = {f"{folder}={value}" for folder, value in values.items()}
+    return names | ({path, path.rpartition("/")[2]} if key is None else {values[key]} if key in values else set())
+
+
+def _explain_unknown(name: str, names: Mapping[str, set[str]], key: str | None) -> Problem:
+    if key is None:
+        known = sorted(names)
+    else:
+        known = sorted({value for path in names if (value := partition_of(path, key)) is not None})
+    return Problem("partition", f"{name!r} is not in the input; {suggest(name.rpartition('=')[2], known)}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What a user may have meant, and what there is: `did you mean body? There is: id, body`."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    shown = (
+        ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:6])}, … {', '.join(names[-2:])} ({len(names)})"
+    )
+    return (f"did you mean {near[0]}? " if near else "") + f"There is: {shown or 'nothing'}"

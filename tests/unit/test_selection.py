@@ -1,0 +1,85 @@
+"""Which files a pattern and the named partitions select."""
+
+import pytest
+
+from schemas.errors import ConfigurationError
+from schemas.selection import depth_below, fixed_folder, hive_values, matches, select_partitions
+
+DAYS = ["t/day=2026-01-01/a.parquet", "t/day=2026-01-01/b.parquet", "t/day=2026-01-02/a.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern"),
+    [
+        ("a/b.parquet", "a/*.parquet"),
+        ("a/b.parquet", "a/**/*.parquet"),
+        ("a/x/y/b.parquet", "a/**/*.parquet"),
+        ("b.parquet", "**/*.parquet"),
+        ("a/day=1/b.parquet", "a/day=?/[a-c].parquet"),
+        ("../a/b.parquet", "../a/*.parquet"),
+        ("a/_day=1/b.parquet", "a/**/b.parquet"),
+        ("a/_b.parquet", "a/_*.parquet"),
+        ("a/x/b", "a/**/**/b"),
+    ],
+)
+def test_pattern_matches(path: str, pattern: str) -> None:
+    assert matches(path, pattern)
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern"),
+    [
+        ("a/x/b.parquet", "a/*.parquet"),
+        ("a/b.parquet.crc", "a/*.parquet"),
+        ("a/_delta_log/1.parquet", "a/**/*.parquet"),
+        ("a/.b.parquet", "a/*.parquet"),
+        ("a/_SUCCESS", "a/*"),
+        ("a/B.parquet", "a/b.parquet"),
+        ("a", "a/**/b"),
+        ("a/b/c", "a/b"),
+    ],
+)
+def test_pattern_does_not_match(path: str, pattern: str) -> None:
+    assert not matches(path, pattern)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "folder", "depth"),
+    [
+        ("a/b/*.parquet", "a/b", 0),
+        ("a/*/c.parquet", "a", 1),
+        ("a/**/c.parquet", "a", None),
+        ("*.parquet", "", 0),
+        ("/*.parquet", "/", 0),
+        ("/a/*/*/x", "/a", 2),
+        ("a/b.parquet", "a", 0),
+    ],
+)
+def test_search_begins_at_the_fixed_folder(pattern: str, folder: str, depth: int | None) -> None:
+    assert (fixed_folder(pattern), depth_below(pattern)) == (folder, depth)
+
+
+def test_hive_values_are_unescaped_and_the_file_name_is_no_folder() -> None:
+    assert hive_values("t/day=2026/city=A%20B/x=1.parquet") == {"day": "2026", "city": "A B"}
+
+
+@pytest.mark.parametrize("wanted", ["2026-01-01", "day=2026-01-01"])
+def test_a_partition_is_named_by_value_or_by_folder(wanted: str) -> None:
+    assert select_partitions(DAYS, "day", [wanted]) == DAYS[:2]
+
+
+def test_no_partition_named_means_all_of_them() -> None:
+    assert select_partitions(DAYS, "day", []) == DAYS
+
+
+def test_without_a_key_a_file_is_a_partition() -> None:
+    assert select_partitions(["x/a.parquet", "x/b.parquet"], None, ["b.parquet"]) == ["x/b.parquet"]
+    assert select_partitions(["x/a.parquet", "x/b.parquet"], None, ["x/a.parquet"]) == ["x/a.parquet"]
+
+
+def test_every_unknown_partition_is_named_with_what_was_meant() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        select_partitions(DAYS, "day", ["2026-01-03", "2026-01-01", "x"])
+    assert len(caught.value.problems) == 2
+    assert "'2026-01-03' is not in the input; did you mean 2026-01-0" in str(caught.value)
+    assert "'x' is not in the input; There is: 2026-01-01, 2026-01-02" in str(caught.value)
