@@ -6,6 +6,7 @@ Whatever can be wrong with a job, a setting, a price or the input is found in `o
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,6 +33,7 @@ from tasks.ledger.runs import Opening, Run
 
 log = structlog.get_logger("farthing.runs")
 
+SPARE_DESCRIPTORS = 256
 INTERRUPTED = "run the same command to go on"
 #: Connections of one lane: its heartbeat, two writers, and what shards and grants look up.
 LANE_CONNECTIONS = 6
@@ -98,6 +100,7 @@ async def work_lane(request: RunRequest, settings: Settings, run: Run, show: Sho
             clock_offset=provider.clock_offset,
             show=show,
         )
+        allow_descriptors(plan)
         lane = Lane(ledger, await leases.register(ledger, run.run_id), completions, plan)
         with draining_on_signals(lane):
             return await lane.run_shards()
@@ -177,6 +180,15 @@ def usable_prices(job: Job, book: PriceBook, currency: Currency) -> Iterator[Pri
     for price in book.rows():
         if price.currency is currency and price.model in models | deepseek:
             yield price
+
+
+def allow_descriptors(plan: LanePlan) -> None:
+    """Raise the soft limit of open files: each attempt in flight is a socket, and 1,024 is a common default."""
+    wanted = sum(plan.job.concurrency.values()) + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextmanager
