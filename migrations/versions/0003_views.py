@@ -79,9 +79,10 @@ SELECT a.run_id, a.job, a.tier, a.currency, count(*) AS attempts,
        coalesce(sum(a.cost_pico), 0) AS cost_pico, sum(a.unknown_pico) AS unknown_pico,
        coalesce(sum(a.hit), 0) AS hit_tokens, coalesce(sum(a.miss), 0) AS miss_tokens,
        coalesce(sum(a.output), 0) AS output_tokens,
-       count(*) FILTER (WHERE a.verdict = 'accepted') AS results
+       (SELECT count(*) FROM document d
+        WHERE d.run_id = a.run_id AND d.tier = a.tier AND d.state = 'result') AS results
 FROM attempt a GROUP BY a.run_id, a.job, a.tier, a.currency;
-COMMENT ON VIEW tier_cost IS 'Cost, tokens and accepted results per run and tier';
+COMMENT ON VIEW tier_cost IS 'Cost and tokens per run and tier, and the documents whose result is from there';
 
 CREATE VIEW document_cost AS
 SELECT d.run_id, d.document_no, d.document_id, d.state, d.reason, d.tier, count(a.attempt_no) AS attempts,
@@ -175,8 +176,24 @@ LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
 WHERE o.cost IS NULL AND u.bound IS NULL;
 COMMENT ON VIEW unpriced IS 'Must be empty: outcomes with neither a cost nor a bound';
 
+CREATE VIEW run_overview AS
+SELECT r.run_id, r.job, r.state, r.reason, r.currency, r.is_simulated, r.prompt_version, r.selection, r.documents,
+       b.cap AS budget_pico, b.granted AS granted_pico, r.opened_at, r.finished_at, r.ledger_digest
+FROM run r JOIN budget b USING (budget_id);
+COMMENT ON VIEW run_overview IS 'The runs, without counting anything';
+
+CREATE VIEW lane_progress AS
+SELECT lane_id, run_id, host, pid, started_at, heartbeat_at, ended_at, ended_because, in_flight, waiting_because,
+       done, results, dead_letters, reused, escalated, attempts, cost AS cost_pico, bounds AS unknown_pico,
+       hit AS hit_tokens, miss AS miss_tokens, output AS output_tokens
+FROM lane;
+COMMENT ON VIEW lane_progress IS 'What each lane has committed so far: for a progress line, not for an audit';
+
+CREATE VIEW event AS SELECT run_id, event_id, happened_at, kind, detail FROM run_event;
+COMMENT ON VIEW event IS 'What happened to a run, in order';
+
 GRANT SELECT ON attempt, result, dead_letter, run_cost, tier_cost, document_cost, job_cost_by_day, cache_efficiency,
-    escalation, escalation_yield, accuracy, waste, unpriced TO farthing_lane, farthing_auditor;
+    escalation, escalation_yield, accuracy, waste, unpriced, run_overview, lane_progress, event TO farthing_lane, farthing_auditor;
 """
 
 

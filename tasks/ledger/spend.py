@@ -1,0 +1,465 @@
+"""Spend: what runs cost and how far they are, read from the auditor's views and nothing else.
+
+An audit counts rows. Progress adds up the counters that lanes keep in the transactions they commit, one row per
+lane, so that looking costs nothing. Money is integers of pico units; what is unknown is a bound of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, TypeVar
+
+from sqlalchemy import RowMapping, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.attempts import RunId
+from schemas.errors import ConfigurationError
+from tasks.ledger.connection import Ledger
+from tasks.ledger.leases import DEAD_AFTER_S
+
+Row = TypeVar("Row")
+
+#: Events that a progress view shows, the newest first.
+RECENT_EVENTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class TierSpend:
+    """One tier: its attempts and what they cost; `results` are documents whose answer was accepted there."""
+
+    attempts: int
+    results: int
+    cost_pico: int
+    unknown_pico: int
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PurposeSpend:
+    """What attempts of one purpose (answer, retry, repair, priming) cost."""
+
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class Escalation:
+    """What going up to a tier for one reason bought: rescued results, changed answers, right ones where labelled."""
+
+    to_tier: str
+    reason: str
+    escalated: int
+    rescued: int
+    agreed: int
+    changed: int
+    labelled: int
+    right_before: int
+    right_after: int
+    cost_pico: int
+    unknown_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """Results of one tier that have a label, and how many equal it."""
+
+    tier: str
+    labelled: int
+    correct: int
+
+
+@dataclass(frozen=True, slots=True)
+class Waste:
+    """Attempts that bought no usable answer, by what came of them."""
+
+    tier: str
+    purpose: str
+    signal: str
+    verdict: str | None
+    billing: str
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The spend of a run, of a job's runs, or of the whole ledger.
+
+    `run`, `job`, `state` and the like are filled in where the scope has exactly one. `results` counts reused ones
+    too, so results + dead_letters + duplicates == documents once every run of the scope is done. Total cost is in
+    [cost_pico, cost_pico + unknown_pico]; corrections (`adjusted_pico`) are apart. `lost_pico` is what misses of
+    the shared prefix cost after priming, `saved_pico` what hits saved against misses.
+    """
+
+    run: int | None
+    job: str | None
+    documents: int
+    results: int
+    dead_letters: int
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+    currency: str | None
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+    prefix_hit_rate: float | None
+    escalated: int
+    tiers: dict[str, TierSpend]
+    runs: tuple[int, ...]
+    state: str | None
+    reason: str | None
+    is_simulated: bool | None
+    prompt_version: str | None
+    opened_at: datetime | None
+    finished_at: datetime | None
+    budget_pico: int | None
+    reused: int
+    duplicates: int
+    unknown_attempts: int
+    reasoning_tokens: int
+    priming_pico: int
+    adjusted_pico: int
+    lost_pico: int
+    saved_pico: int
+    by_purpose: dict[str, PurposeSpend]
+    escalations: tuple[Escalation, ...]
+    accuracy: tuple[Accuracy, ...]
+    waste: tuple[Waste, ...]
+    dead_letters_by_reason: dict[str, int]
+
+    @property
+    def done(self) -> int:
+        """Documents that have ended."""
+        return self.results + self.dead_letters + self.duplicates
+
+    @property
+    def pico_per_1000_documents(self) -> int | None:
+        """Known cost of a thousand documents that ended, rounded to the nearest pico unit. None before the first."""
+        return (2 * 1000 * self.cost_pico + self.done) // (2 * self.done) if self.done else None
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object: money as integers, rates as plain numbers, instants in ISO 8601, None where unknown."""
+        return _json_object(asdict(self) | {"pico_per_1000_documents": self.pico_per_1000_documents})
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a run."""
+
+    happened_at: datetime
+    kind: str
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, as of its lanes' last commits. `lanes` is how many of them live."""
+
+    run: int
+    job: str
+    state: str
+    reason: str | None
+    done: int
+    documents: int
+    waiting_because: str | None
+    in_flight: int
+    lanes: int
+    results: int
+    dead_letters: int
+    reused: int
+    escalated: int
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+    budget_pico: int
+    currency: str
+    is_simulated: bool
+    opened_at: datetime
+    finished_at: datetime | None
+    events: tuple[Event, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object, as `Audit.to_json`."""
+        return _json_object(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """One line about a run, as of its lanes' last commits."""
+
+    run: int
+    job: str
+    state: str
+    reason: str | None
+    documents: int
+    done: int
+    cost_pico: int
+    unknown_pico: int
+    budget_pico: int
+    currency: str
+    is_simulated: bool
+    opened_at: datetime
+    finished_at: datetime | None
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object, as `Audit.to_json`."""
+        return _json_object(asdict(self))
+
+
+_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+
+_SCOPE = text("""
+    SELECT run_id, job, currency, is_simulated FROM run_overview
+    WHERE run_id = coalesce(CAST(:run AS bigint), run_id) AND job = coalesce(CAST(:job AS text), job)
+    ORDER BY run_id
+""")
+
+_JOBS = text("SELECT DISTINCT job FROM run_overview ORDER BY job LIMIT 20")
+
+_TOTALS = text("""
+    SELECT coalesce(sum(documents), 0) AS documents, coalesce(sum(results + reused), 0) AS results,
+           coalesce(sum(reused), 0) AS reused, coalesce(sum(duplicates), 0) AS duplicates,
+           coalesce(sum(dead_letters), 0) AS dead_letters, coalesce(sum(attempts), 0) AS attempts,
+           coalesce(sum(cost_pico), 0) AS cost_pico, coalesce(sum(unknown_pico), 0) AS unknown_pico,
+           coalesce(sum(unknown_attempts), 0) AS unknown_attempts,
+           coalesce(sum(adjusted_pico), 0) AS adjusted_pico, coalesce(sum(hit_tokens), 0) AS hit_tokens,
+           coalesce(sum(miss_tokens), 0) AS miss_tokens, coalesce(sum(output_tokens), 0) AS output_tokens,
+           coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
+           coalesce(sum(priming_pico), 0) AS priming_pico, coalesce(sum(escalated), 0) AS escalated
+    FROM run_cost WHERE run_id = ANY(:runs)
+""")
+
+_OVERVIEW = text("""
+    SELECT state, reason, is_simulated, prompt_version, opened_at, finished_at, budget_pico
+    FROM run_overview WHERE run_id = ANY(:runs)
+""")
+
+_TIERS = text("""
+    SELECT tier, sum(attempts) AS attempts, sum(results) AS results, sum(cost_pico) AS cost_pico,
+           sum(unknown_pico) AS unknown_pico, sum(hit_tokens) AS hit_tokens, sum(miss_tokens) AS miss_tokens,
+           sum(output_tokens) AS output_tokens
+    FROM tier_cost WHERE run_id = ANY(:runs) GROUP BY tier ORDER BY min(run_id), sum(attempts) DESC, tier
+""")
+
+_PURPOSES = text("""
+    SELECT purpose, count(*) AS attempts, coalesce(sum(cost_pico), 0) AS cost_pico, sum(unknown_pico) AS unknown_pico
+    FROM attempt WHERE run_id = ANY(:runs) GROUP BY purpose ORDER BY purpose
+""")
+
+#: A tier on which nothing ever hit shows no prefix; the run's other tiers tell its length, since they share it.
+_CACHE = text("""
+    WITH tier AS (
+        SELECT attempts, coalesce(real_hit_tokens, 0) AS hit, lost_pico, saved_pico,
+               coalesce(prefix_tokens, max(prefix_tokens) OVER (PARTITION BY run_id)) AS prefix_tokens
+        FROM cache_efficiency WHERE run_id = ANY(:runs)
+    )
+    SELECT CASE WHEN sum(attempts) = 0 THEN NULL WHEN sum(hit) = 0 THEN 0
+                ELSE round(sum(hit)::numeric / sum(attempts * prefix_tokens), 6) END::double precision AS hit_rate,
+           coalesce(sum(lost_pico), 0) AS lost_pico, coalesce(sum(saved_pico), 0) AS saved_pico
+    FROM tier
+""")
+
+_ESCALATIONS = text("""
+    SELECT to_tier, reason, sum(escalated) AS escalated, sum(rescued) AS rescued, sum(agreed) AS agreed,
+           sum(changed) AS changed, sum(labelled) AS labelled, sum(right_before) AS right_before,
+           sum(right_after) AS right_after, sum(cost_pico) AS cost_pico, sum(unknown_pico) AS unknown_pico
+    FROM escalation_yield WHERE run_id = ANY(:runs) GROUP BY to_tier, reason ORDER BY sum(escalated) DESC, 1, 2
+""")
+
+_ACCURACY = text("""
+    SELECT tier, sum(labelled) AS labelled, sum(correct) AS correct
+    FROM accuracy WHERE run_id = ANY(:runs) GROUP BY tier ORDER BY tier
+""")
+
+_WASTE = text("""
+    SELECT tier, purpose, signal, verdict, billing, sum(attempts) AS attempts, sum(cost_pico) AS cost_pico,
+           sum(unknown_pico) AS unknown_pico
+    FROM waste WHERE run_id = ANY(:runs)
+    GROUP BY tier, purpose, signal, verdict, billing
+    ORDER BY sum(cost_pico) + sum(unknown_pico) DESC, sum(attempts) DESC, 1, 2, 3
+""")
+
+_DEAD_LETTERS = text("""
+    SELECT reason, count(*) AS documents FROM dead_letter WHERE run_id = ANY(:runs)
+    GROUP BY reason ORDER BY count(*) DESC, reason
+""")
+
+_SUMS = """
+    SELECT coalesce(sum(done), 0) AS done, coalesce(sum(results), 0) AS results,
+           coalesce(sum(dead_letters), 0) AS dead_letters, coalesce(sum(reused), 0) AS reused,
+           coalesce(sum(escalated), 0) AS escalated, coalesce(sum(attempts), 0) AS attempts,
+           coalesce(sum(cost_pico), 0) AS cost_pico, coalesce(sum(unknown_pico), 0) AS unknown_pico,
+           coalesce(sum(hit_tokens), 0) AS hit_tokens, coalesce(sum(miss_tokens), 0) AS miss_tokens,
+           coalesce(sum(output_tokens), 0) AS output_tokens,
+           coalesce(sum(in_flight) FILTER (WHERE is_alive), 0) AS in_flight,
+           count(*) FILTER (WHERE is_alive) AS lanes,
+           string_agg(DISTINCT waiting_because, '; ') FILTER (WHERE is_alive) AS lanes_wait
+    FROM (SELECT *, ended_at IS NULL AND heartbeat_at > clock_timestamp() - make_interval(secs => :dead_after)
+                 AS is_alive
+          FROM lane_progress) lane
+    WHERE lane.run_id = o.run_id
+"""
+
+_PROGRESS = text(f"""
+    SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
+           o.opened_at, o.finished_at, s.*
+    FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s WHERE o.run_id = :run
+""")  # noqa: S608 (made of our own constants)
+
+_RUNS = text(f"""
+    SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, s.done, s.cost_pico, s.unknown_pico,
+           o.budget_pico, o.currency, o.is_simulated, o.opened_at, o.finished_at
+    FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s
+    WHERE o.job = coalesce(CAST(:job AS text), o.job) ORDER BY o.run_id DESC
+""")  # noqa: S608 (made of our own constants)
+
+_EVENTS = text("SELECT happened_at, kind, detail FROM event WHERE run_id = :run ORDER BY event_id DESC LIMIT :most")
+
+_LATEST = text("SELECT max(run_id) FROM run_overview WHERE job = :job")
+
+
+async def audit(ledger: Ledger, *, run: int | None = None, job: str | None = None) -> Audit:
+    """What a run, a job's runs, or (neither given) the whole ledger cost, from one snapshot of the rows.
+
+    Raises ConfigurationError where there is no such run or job, and where the scope mixes currencies or simulated
+    with real money: sums of those would mean nothing.
+    """
+    async with ledger.transaction() as connection:
+        await connection.execute(_SNAPSHOT)
+        scope = (await connection.execute(_SCOPE, {"run": run, "job": job})).all()
+        if not scope and (run is not None or job is not None):
+            raise ConfigurationError(await _explain_nothing(connection, run, job))
+        _require_one({row.currency for row in scope}, "currencies")
+        _require_one({"simulated" if row.is_simulated else "real" for row in scope}, "kinds of money")
+        runs = [row.run_id for row in scope]
+        return Audit(
+            run=_only(runs),
+            job=_only([row.job for row in scope]),
+            currency=_only([row.currency for row in scope]),
+            runs=tuple(runs),
+            **await _read_totals(connection, runs),
+            **await _read_breakdowns(connection, runs),
+        )
+
+
+async def progress(ledger: Ledger, run_id: int) -> Progress:
+    """How far the run is. Costs one row per lane. Raises ConfigurationError where there is no such run."""
+    async with ledger.transaction() as connection:
+        key = {"run": run_id, "dead_after": DEAD_AFTER_S}
+        found = (await connection.execute(_PROGRESS, key)).mappings().one_or_none()
+        if found is None:
+            raise ConfigurationError(await _explain_nothing(connection, run_id, None))
+        row = _plain(found)
+        row["waiting_because"] = _waiting_because(row["state"], row["reason"], row["lanes"], row.pop("lanes_wait"))
+        events = await _read_rows(connection, _EVENTS, Event, {"run": run_id, "most": RECENT_EVENTS})
+        return Progress(events=events, **row)
+
+
+async def list_runs(ledger: Ledger, job: str | None = None) -> list[RunSummary]:
+    """The runs of a job, or all of them, newest first."""
+    async with ledger.transaction() as connection:
+        return list(await _read_rows(connection, _RUNS, RunSummary, {"job": job, "dead_after": DEAD_AFTER_S}))
+
+
+async def find_latest_run(ledger: Ledger, job: str) -> RunId | None:
+    """The newest run of a job; None if there is none."""
+    async with ledger.transaction() as connection:
+        found: int | None = (await connection.execute(_LATEST, {"job": job})).scalar_one()
+        return None if found is None else RunId(found)
+
+
+async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
+    """The fields of `Audit` that are sums over runs, and those that a scope of one state has."""
+    key = {"runs": runs}
+    totals = _plain((await connection.execute(_TOTALS, key)).mappings().one())
+    cache = _plain((await connection.execute(_CACHE, key)).mappings().one())
+    overview = (await connection.execute(_OVERVIEW, key)).mappings().all()
+    names = ("state", "reason", "is_simulated", "prompt_version", "opened_at", "finished_at", "budget_pico")
+    return {
+        **totals,
+        "prefix_hit_rate": cache["hit_rate"],
+        "lost_pico": cache["lost_pico"],
+        "saved_pico": cache["saved_pico"],
+        **{name: _only([row[name] for row in overview]) for name in names},
+    }
+
+
+async def _read_breakdowns(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
+    """The fields of `Audit` that split the spend: by tier, purpose, escalation, signal and reason."""
+    key = {"runs": runs}
+    tiers = [_plain(row) for row in (await connection.execute(_TIERS, key)).mappings()]
+    purposes = [_plain(row) for row in (await connection.execute(_PURPOSES, key)).mappings()]
+    reasons = (await connection.execute(_DEAD_LETTERS, key)).all()
+    return {
+        "tiers": {row.pop("tier"): TierSpend(**row) for row in tiers},
+        "by_purpose": {row.pop("purpose"): PurposeSpend(**row) for row in purposes},
+        "escalations": await _read_rows(connection, _ESCALATIONS, Escalation, key),
+        "accuracy": await _read_rows(connection, _ACCURACY, Accuracy, key),
+        "waste": await _read_rows(connection, _WASTE, Waste, key),
+        "dead_letters_by_reason": {reason: documents for reason, documents in reasons},
+    }
+
+
+async def _read_rows(
+    connection: AsyncConnection, query: Any, kind: type[Row], key: dict[str, Any]
+) -> tuple[Row, ...]:
+    return tuple(kind(**_plain(row)) for row in (await connection.execute(query, key)).mappings())
+
+
+async def _explain_nothing(connection: AsyncConnection, run: int | None, job: str | None) -> str:
+    jobs = ", ".join((await connection.execute(_JOBS)).scalars()) or "none yet"
+    what = f"run {run}" if run is not None else f"run of job {job}"
+    return f"there is no {what} in this ledger; jobs it knows: {jobs}. `farthing audit` without a name shows all"
+
+
+def _require_one(found: set[str], what: str) -> None:
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"these runs have two {what} ({', '.join(sorted(found))}), which are never added up: "
+            "audit each job or run by itself, `farthing audit JOB` or `farthing audit RUN`"
+        )
+
+
+def _waiting_because(state: str, reason: str | None, lanes: int, lanes_wait: str | None) -> str | None:
+    """Why the run is not as fast as it could be; None when it is, or is done."""
+    if state == "running":
+        return lanes_wait if lanes else "no lane is at work: run the same command to go on"
+    return None if state == "done" else f"{state}: {reason or 'run the same command to go on'}"
+
+
+def _only(values: Sequence[Any]) -> Any:
+    """The one value that all have in common, or None."""
+    first = values[0] if values else None
+    return first if all(value == first for value in values) else None
+
+
+def _plain(row: RowMapping) -> dict[str, Any]:
+    """The row with Postgres's numeric sums, which are whole, as integers."""
+    return {name: int(value) if isinstance(value, Decimal) else value for name, value in row.items()}
+
+
+def _json_object(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: _as_json(value) for name, value in fields.items()}
+
+
+def _as_json(value: Any) -> Any:
+    match value:
+        case dict():
+            return _json_object(value)
+        case tuple() | list():
+            return [_as_json(item) for item in value]
+        case datetime():
+            return value.isoformat()
+        case _:
+            return value
