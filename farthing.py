@@ -1,0 +1,782 @@
+"""The command line: alone responsible for what a person or a script types, prints and gets as an exit code.
+
+    0 done · 1 finished with more dead letters than the job tolerates · 2 wrong configuration or usage, nothing spent
+    3 paused, resumable · 4 the ledger does not prove
+
+With --json, stdout holds one JSON object and all that is for people goes to stderr. Heavy libraries are imported
+inside the commands that need them, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from pydantic import SecretStr, ValidationError
+    from rich.console import RenderableType
+
+    from sandbox.service import Option
+    from schemas.estimates import History
+    from schemas.jobs import Job
+    from schemas.money import Currency
+    from schemas.pricing import Price, PriceBook
+    from schemas.requests import RunRequest
+    from schemas.settings import Settings
+    from tasks.ledger.connection import Ledger
+    from tasks.ledger.proof import Proof
+    from tasks.ledger.spend import Audit, Progress, RunSummary
+    from tasks.live import View
+
+T = TypeVar("T")
+
+ROOT = Path(".")
+CORPUS = Path("data/licences")
+#: The jobs whose documents, and whose simulated answers, the sandbox brings along.
+SHIPPED = ("licences", "obligations")
+
+_NAKED: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+app = typer.Typer(
+    name="farthing",
+    help="Run big batches of documents through DeepSeek: the cheap model first, the strong one when it must, "
+    "and every call on a ledger. `farthing demo` shows it on this machine, without a key.",
+    pretty_exceptions_enable=False,
+    **_NAKED,
+)
+db = typer.Typer(name="db", help="The ledger's tables in Postgres.", **_NAKED)
+sandbox = typer.Typer(name="sandbox", help="A DeepSeek and a Postgres on this machine.", **_NAKED)
+app.add_typer(db)
+app.add_typer(sandbox)
+
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="A name under jobs/, or the path of a job file.")]
+Target = Annotated[str | None, typer.Argument(metavar="[JOB|RUN]", help="A job's name or a run's number.")]
+RunNumber = Annotated[int | None, typer.Argument(metavar="[RUN]", help="A run's number (default: the newest).")]
+Partitions = Annotated[
+    list[str] | None, typer.Option("--partition", "-p", metavar="P", help="Only this slice; may be repeated.")
+]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N documents.")]
+Budget = Annotated[str | None, typer.Option("--budget", metavar="SUM", help='A hard cap, like "5 USD".')]
+Lanes = Annotated[int, typer.Option("--lanes", min=1, max=64, metavar="N", help="Processes that share the work.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
+InSandbox = Annotated[bool, typer.Option("--sandbox", help="Use the DeepSeek and the Postgres of this machine.")]
+
+
+def main() -> NoReturn:
+    """The console script: run the command; an error raised on purpose becomes its lines and its exit code."""
+    from sandbox.errors import SandboxError
+
+    try:
+        app()
+    except FarthingError as error:
+        _fail(str(error), error.exit_code)
+    except SandboxError as error:
+        _fail(str(error), ConfigurationError.exit_code)
+    sys.exit(0)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    for line in message.splitlines():
+        tell(f"error: {line}")
+    if "--json" in sys.argv:
+        print_json({"error": message, "exit_code": exit_code})
+    sys.exit(exit_code)
+
+
+def tell(text: str) -> None:
+    """A line for people, on stderr: stdout holds only what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(*parts: RenderableType) -> None:
+    """What was asked for, for people: on stdout, as wide as the terminal, or in a pipe as a wide one."""
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    for part in parts:
+        console.print(part)
+
+
+def wait_for(work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, run in an event loop of its own."""
+    import asyncio
+
+    return asyncio.run(work)
+
+
+def print_json(found: dict[str, Any]) -> None:
+    print(json.dumps(found))
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"farthing {installed('farthing')}")
+        raise typer.Exit
+
+
+# Runs
+
+
+@app.command()
+def demo(
+    limit: Limit = None,
+    job: Annotated[str, typer.Option("--job", metavar="JOB", help="licences or obligations.")] = SHIPPED[0],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a real job on this machine: no account, key or container."""
+    if job not in SHIPPED:
+        raise ConfigurationError(f"the demo runs {' or '.join(SHIPPED)}; for others: farthing run {job} --sandbox")
+    _run(_request(job, None, limit, None, 1), is_in_sandbox=True, is_quiet=quiet, as_json=as_json, is_demo=True)
+
+
+@app.command()
+def run(
+    job: JobName,
+    partition: Partitions = None,
+    limit: Limit = None,
+    budget: Budget = None,
+    in_sandbox: InSandbox = False,
+    lanes: Lanes = 1,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a job, or resume the run of it that did not finish."""
+    request = _request(job, partition, limit, budget, lanes)
+    _run(request, is_in_sandbox=in_sandbox, is_quiet=quiet, as_json=as_json)
+
+
+def _request(
+    job: str, partitions: Sequence[str] | None, limit: int | None, budget: str | None, lanes: int
+) -> RunRequest:
+    """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
+    from pydantic import ValidationError
+
+    from schemas.requests import RunRequest
+
+    try:
+        return RunRequest(job=job, partitions=tuple(partitions or ()), limit=limit, budget=budget, lanes=lanes)
+    except ValidationError as error:
+        raise ConfigurationError(*_explain(error, "--")) from None
+
+
+def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: bool, is_demo: bool = False) -> None:
+    """Check, run and report; leaves with the run's exit code."""
+    job = _load_job(request.job, is_in_sandbox)
+    with ExitStack() as stack:
+        view = stack.enter_context(_view(job.name, is_quiet))
+        settings = _settings()
+        if is_in_sandbox:
+            settings = stack.enter_context(_sandbox(settings, view.phase))
+        outcome = _interruptible(lambda: _enrich(request, job, settings, view))
+        view.phase("proving the ledger")
+        audit, proof = wait_for(_conclude(_database(settings), outcome["run_id"]))
+    _report(outcome, audit, proof, as_json=as_json, is_demo=is_demo)
+    raise typer.Exit(_exit_code(audit, proof, job))
+
+
+def _load_job(name: str, is_in_sandbox: bool = False) -> Job:
+    """The job, checked before anything else happens. In the sandbox, a shipped job's documents are written first."""
+    from tasks.jobs import load_job
+
+    job = load_job(name, ROOT)
+    if is_in_sandbox and job.name in SHIPPED and job.input.path.startswith(f"{CORPUS}/"):
+        from sandbox.licences import write_corpus
+
+        if not (ROOT / CORPUS / "corpus.json").exists():
+            tell(f"writing the documents into {CORPUS}")
+        write_corpus(ROOT / CORPUS)
+    return job
+
+
+def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> dict[str, Any]:
+    """The run itself, under Prefect, which is imported only when nothing is known to be wrong."""
+    view.phase("checking the job, the account and the ledger")
+    wait_for(_check(request, job, settings))
+    view.phase("starting Prefect")
+    _prepare_prefect(settings)
+    from flows.enrich import enrich
+
+    view.follow(_database(settings))
+
+    async def flow() -> dict[str, Any]:
+        return dict(
+            await enrich(
+                job=request.job,
+                partitions=list(request.partitions),
+                limit=request.limit,
+                budget=request.budget,
+                lanes=request.lanes,
+                root=str(request.root),
+            )
+        )
+
+    return wait_for(flow())
+
+
+async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
+    """All that can be wrong and is quick to know. The flow checks again, since others start it too."""
+    import asyncio
+
+    from schemas.pricing import load_price_book
+    from tasks import documents, enrichment
+    from tasks.completions import utc_now
+    from tasks.ledger.connection import Role, opened
+
+    enrichment.check_prices(job, load_price_book(), request.cap(job).currency, utc_now())
+    async with (
+        enrichment.completions_for(job, settings) as completions,
+        opened(enrichment.require_database(settings), Role.LANE, pool_size=1),
+    ):
+        await enrichment.ask_provider(completions, job, request, settings)
+    # The first file shows whether the columns are there; the flow looks into all of them.
+    await asyncio.to_thread(
+        documents.plan, job.input, shard_rows=job.shard_rows, partitions=request.partitions, limit=1, root=ROOT
+    )
+
+
+def _prepare_prefect(settings: Settings) -> None:
+    """Prefect reads these when it is imported. What a user has set stays; nothing is reported to anyone."""
+    wanted = {
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+        # The live view has the terminal; Prefect's own pages still get every line.
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    }
+    if settings.sandbox:
+        wanted["PREFECT_HOME"] = str((settings.home / "prefect").resolve())
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def _interruptible(work: Callable[[], T]) -> T:
+    """Ctrl-C outside a lane, which drains by itself, ends the command with a line instead of a traceback."""
+    from asyncio import CancelledError
+
+    try:
+        return work()
+    except (KeyboardInterrupt, CancelledError):
+        tell("interrupted: what was recorded stays on the ledger; run the same command to go on")
+        raise typer.Exit(130) from None
+
+
+def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: bool, is_demo: bool) -> None:
+    from tasks import report
+
+    if as_json:
+        return print_json(audit.to_json() | {"state": audit.state, "proved": proof.proved})
+    show(*report.run_report(audit, proof))
+    if advice := outcome.get("advice"):
+        tell(str(advice))
+    if is_demo:
+        show(report.next_commands(audit))
+
+
+def _exit_code(audit: Audit, proof: Proof, job: Job) -> int:
+    if not proof.proved:
+        return LedgerMismatch.exit_code
+    if audit.state != "done":
+        return 3
+    return int(audit.dead_letters > job.tolerance * audit.documents)
+
+
+@app.command()
+def estimate(
+    job: JobName,
+    partition: Partitions = None,
+    limit: Limit = None,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would cost, and what that figure rests on. Nothing is sent."""
+    from schemas.estimates import estimate as compute
+    from schemas.pricing import load_price_book
+    from tasks import documents, report, samples
+    from tasks.completions import utc_now
+
+    loaded = _load_job(job, in_sandbox)
+    manifest = documents.plan(
+        loaded.input, shard_rows=loaded.shard_rows, partitions=partition or (), limit=limit, root=ROOT
+    )
+    size = samples.measure(loaded, manifest, ROOT)
+    found = compute(loaded, size, load_price_book(), utc_now(), _find_history(loaded, in_sandbox))
+    if as_json:
+        print_json(report.estimate_json(found))
+    else:
+        show(report.estimate_table(found, loaded.budget))
+
+
+def _find_history(job: Job, in_sandbox: bool) -> History | None:
+    """What earlier runs say, where there is a ledger and it can be reached."""
+    from tasks.ledger.history import find_history
+
+    settings = _settings()
+    if settings.database_url is None and not _has_sandbox_ledger(settings):
+        return None
+    is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
+    try:
+        return _ask(lambda ledger: find_history(ledger, job.name, is_simulated=is_simulated), in_sandbox)
+    except FarthingError as error:
+        tell(f"without the job's history: {error}")
+        return None
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The job's name: a-z, 0-9, - and _.")],
+    as_json: AsJson = False,
+) -> None:
+    """Write a small job that works, to start from."""
+    from tasks.jobs import write_new_job
+
+    folder = write_new_job(name, ROOT)
+    files = sorted(path.name for path in folder.iterdir())
+    if as_json:
+        return print_json({"job": name, "folder": str(folder), "files": files})
+    show(
+        f"{folder}: {', '.join(files)}\n\n"
+        f"1. say where your documents are: {folder}/job.yaml, `input`\n"
+        f"2. write the prompt and the answer: {folder}/prompt.md, {folder}/answer.py\n"
+        f"3. farthing estimate {name}\n"
+        f"4. farthing run {name} --limit 100 --sandbox     (emulated answers, costs nothing)\n"
+        f"5. farthing run {name} --limit 100"
+    )
+
+
+# What the ledger says
+
+
+@app.command()
+def audit(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
+    """Say what a run, a job or the whole ledger cost, tier by tier."""
+    from tasks import report
+    from tasks.ledger import spend
+
+    run_id, job = _parse_target(target)
+
+    async def read(ledger: Ledger) -> tuple[Audit | None, Sequence[RunSummary]]:
+        listed = [] if run_id else await spend.list_runs(ledger, job=job)
+        if target is None and len({(each.currency, each.is_simulated) for each in listed}) > 1:
+            return None, listed  # sums of two currencies, or of real and simulated money, would mean nothing
+        return await spend.audit(ledger, run=run_id, job=job), listed
+
+    found, listed = _ask(read, in_sandbox)
+    if found is None:
+        tell("this ledger holds real and simulated runs, or two currencies: audit a job or a run by itself")
+    if as_json:
+        print_json((found.to_json() if found else {}) | {"run_list": [each.to_json() for each in listed]})
+    else:
+        show(*(report.audit_report(found) if found else ()), *([] if run_id else [report.run_table(listed)]))
+
+
+@app.command()
+def status(
+    target: Target = None,
+    in_sandbox: InSandbox = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow it until it ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is, and why it waits when it waits."""
+    from tasks import report
+    from tasks.ledger import spend
+
+    run_id, job = _parse_target(target)
+
+    async def read(ledger: Ledger) -> Progress:
+        return await spend.progress(ledger, run_id or await _find_newest(ledger, job))
+
+    progress = _ask(read, in_sandbox)
+    if watch and progress.state == "running":
+        progress = _interruptible(lambda: _watch(progress, in_sandbox))
+    if as_json:
+        print_json(progress.to_json())
+    else:
+        show(report.progress_table(progress))
+
+
+def _watch(seen: Progress, in_sandbox: bool) -> Progress:
+    """Show a run until it no longer runs; returns how it was left."""
+    with _ledger_address(in_sandbox) as url, _view(seen.job, is_quiet=False) as view:
+        view.follow(url, seen.run)
+        return view.wait() or seen
+
+
+@app.command()
+def verify(run: RunNumber = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
+    """Prove what the ledger claims about a run, from its rows."""
+    from tasks import report
+
+    proof = _ask(lambda ledger: _prove(ledger, run), in_sandbox, is_proof=True)
+    if as_json:
+        print_json(proof.to_json())
+    else:
+        show(report.proof_table(proof))
+    raise typer.Exit(0 if proof.proved else LedgerMismatch.exit_code)
+
+
+@app.command()
+def prices(
+    at: Annotated[
+        str | None, typer.Option("--at", metavar="TIME", help="2026-11-25T02:00:00Z (default: now).")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="Only this model.")] = None,
+    currency: Annotated[
+        str | None, typer.Option("--currency", metavar="C", help="USD or CNY (default: all).")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Models to compare with, and self-hosted ones, too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a token costs at an instant, and when that changes."""
+    from schemas.pricing import load_price_book
+    from tasks import report
+
+    book, instant = load_price_book(), _parse_instant(at)
+    found = _find_prices(book, instant, model, currency, everything)
+    if as_json:
+        print_json({"at": instant.isoformat(), "prices": [report.price_json(each, book, instant) for each in found]})
+    else:
+        show(report.price_table(found, book, instant))
+
+
+def _parse_instant(given: str | None) -> datetime:
+    from datetime import UTC, datetime
+
+    if given is None:
+        return datetime.now(UTC)
+    try:
+        instant = datetime.fromisoformat(given)
+    except ValueError:
+        raise ConfigurationError(f"{given!r} is not a time: write it like 2026-11-25T02:00:00Z") from None
+    if instant.tzinfo is None:
+        raise ConfigurationError(f"{given!r} has no zone: write {given}Z for UTC, or {given}+08:00 for Beijing")
+    return instant.astimezone(UTC)
+
+
+def _find_prices(
+    book: PriceBook, at: datetime, model: str | None, currency: str | None, everything: bool
+) -> list[Price]:
+    """The rows in force. A model that was asked for must have one; of all the others, those that do are shown."""
+    from schemas.errors import UnknownPrice
+
+    cards = _parse_currency(currency)
+    if model is not None:
+        known = [card for card in book.currencies(model) if card in cards]
+        return [book.at(model, card, at) for card in known or cards]
+    models = [name for name in book.models if everything or name.startswith("deepseek-")]
+    found = []
+    for name in models:
+        for card in (card for card in book.currencies(name) if card in cards):
+            with suppress(UnknownPrice):
+                found.append(book.at(name, card, at))
+    if kept := [price for price in found if everything or not price.is_what_if_only]:
+        return kept
+    raise UnknownPrice(f"no price is known at {at:%Y-%m-%d %H:%M} UTC; name a --model to learn from when on one is")
+
+
+def _parse_currency(given: str | None) -> list[Currency]:
+    from schemas.money import Currency
+
+    try:
+        return list(Currency) if given is None else [Currency(given.upper())]
+    except ValueError:
+        raise ConfigurationError(f"{given!r} is no currency that DeepSeek bills in: USD or CNY") from None
+
+
+# The ledger's tables
+
+
+@db.command("upgrade")
+def db_upgrade(in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
+    """Make or update the ledger's tables, views and roles. Safe to repeat."""
+    from tasks.ledger.connection import upgrade
+
+    with _ledger_address(in_sandbox) as url:
+        version = upgrade(url)
+    if as_json:
+        print_json({"version": version})
+    else:
+        show(f"the ledger is at version {version}")
+
+
+@db.command("status")
+def db_status(in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
+    """Say whether the ledger can be reached and is up to date."""
+    from tasks.ledger.connection import find_version
+
+    version = _ask(find_version, in_sandbox)
+    if as_json:
+        print_json({"version": version})
+    else:
+        show(f"the ledger is there, and at version {version}, the newest")
+
+
+# The sandbox
+
+
+@sandbox.command("up")
+def sandbox_up(as_json: AsJson = False) -> None:
+    """Start the DeepSeek and the Postgres of this machine, and leave them running."""
+    from pydantic import SecretStr
+
+    from sandbox import postgres, service
+    from tasks.ledger.connection import upgrade
+
+    settings = _settings()
+    server = postgres.up(settings.home)
+    upgrade(SecretStr(server.url))
+    endpoint = service.up(settings.home, **_service_options(settings))
+    addresses = _addresses(server.url, endpoint.url, endpoint.api_key)
+    if as_json:
+        return print_json(addresses)
+    tell("to use them with other tools, or as if they were the real ones:")
+    print("\n".join(f"export {name}={value!r}" for name, value in addresses.items()))
+
+
+@sandbox.command("down")
+def sandbox_down(as_json: AsJson = False) -> None:
+    """Stop both. What they hold stays."""
+    from sandbox import postgres, service
+
+    home = _settings().home
+    service.down(home)
+    postgres.down(home)
+    if as_json:
+        print_json({"running": False})
+    else:
+        show("the sandbox is down; its ledger and its bill are kept")
+
+
+@sandbox.command("reset")
+def sandbox_reset(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False, as_json: AsJson = False
+) -> None:
+    """Stop both and delete all they hold: every sandbox run, and the bill."""
+    import shutil
+
+    from sandbox import postgres, service
+
+    home = _settings().home
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigurationError("this deletes every sandbox run and its bill: say --yes if you mean it")
+        typer.confirm(f"Delete every sandbox run and its bill in {home}?", abort=True, err=True)
+    service.reset(home)
+    postgres.reset(home)
+    shutil.rmtree(home / "prefect", ignore_errors=True)
+    if as_json:
+        print_json({"reset": True})
+    else:
+        show("the sandbox is empty")
+
+
+@sandbox.command("status")
+def sandbox_status(as_json: AsJson = False) -> None:
+    """Say what runs, and what the sandbox has billed."""
+    from sandbox import postgres, service
+    from schemas.money import Currency, Money
+
+    home = _settings().home
+    server, deepseek = postgres.status(home), service.status(home)
+    bill = deepseek.bill
+    if as_json:
+        return print_json(
+            {
+                "postgres": {"running": server is not None, "port": server.port if server else None},
+                "deepseek": {"running": deepseek.endpoint is not None, "kept": deepseek.is_kept},
+                "attempts": bill.attempts,
+                "cost_pico": bill.cost_pico,
+                "currency": bill.currency,
+            }
+        )
+    show(
+        f"Postgres  {f'on port {server.port}' if server else 'not running'}\n"
+        f"DeepSeek  {f'at {deepseek.endpoint.url}' if deepseek.endpoint else 'not running'}\n"
+        f"billed    {Money(bill.cost_pico, Currency(bill.currency))} for {bill.attempts:,} attempts"
+    )
+
+
+@sandbox.command("bill")
+def sandbox_bill(as_json: AsJson = False) -> None:
+    """Say what the sandbox billed, from its own files: the figure an audit must meet."""
+    from sandbox.bill import read_bill
+    from schemas.money import Currency, Money
+
+    bill = read_bill(_settings().home)
+    if as_json:
+        print_json({"attempts": bill.attempts, "cost_pico": bill.cost_pico, "currency": bill.currency})
+    else:
+        show(
+            f"{Money(bill.cost_pico, Currency(bill.currency))} for {bill.attempts:,} attempts ({bill.cost_pico} pico)"
+        )
+
+
+# Where things are
+
+
+def _settings() -> Settings:
+    """The environment, read anew. Raises ConfigurationError that names the variable and not its value."""
+    from pydantic import ValidationError
+
+    from schemas.settings import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise ConfigurationError(*_explain(error, "environment, ")) from None
+
+
+def _explain(error: ValidationError, prefix: str) -> list[str]:
+    """Each of pydantic's complaints as a line, without the value, which may be a secret."""
+    return [
+        f"{prefix}{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
+        for each in error.errors(include_url=False, include_input=False)
+    ]
+
+
+def _database(settings: Settings) -> SecretStr:
+    from tasks.enrichment import require_database
+
+    return require_database(settings)
+
+
+def _has_sandbox_ledger(settings: Settings) -> bool:
+    return (settings.home / "postgres").exists()
+
+
+@contextmanager
+def _ledger_address(in_sandbox: bool) -> Iterator[SecretStr]:
+    """The ledger to read: the environment's, else the sandbox's for as long as the block lasts."""
+    from pydantic import SecretStr
+
+    settings = _settings()
+    if settings.database_url is not None and not in_sandbox:
+        yield settings.database_url
+        return
+    if not _has_sandbox_ledger(settings):
+        raise ConfigurationError(
+            f"there is no ledger: FARTHING_DATABASE_URL is not set, and {settings.home} holds no sandbox; "
+            "set it to postgresql://USER:PASSWORD@HOST:PORT/DATABASE, or run `farthing demo` first"
+        )
+    from sandbox import postgres
+
+    tell(f"reading the sandbox's ledger in {settings.home}")
+    with postgres.running(settings.home) as server:
+        yield SecretStr(server.url)
+
+
+def _ask(question: Callable[[Ledger], Awaitable[T]], in_sandbox: bool, *, is_proof: bool = False) -> T:
+    """The answer of the ledger, asked as its auditor. A proof reads the rows themselves, which only a lane may."""
+    with _ledger_address(in_sandbox) as url:
+        return wait_for(_ask_at(url, question, is_proof=is_proof))
+
+
+async def _ask_at(url: SecretStr, question: Callable[[Ledger], Awaitable[T]], *, is_proof: bool = False) -> T:
+    from tasks.ledger.connection import Role, opened
+
+    async with opened(url, Role.LANE if is_proof else Role.AUDITOR, pool_size=1) as ledger:
+        return await question(ledger)
+
+
+@contextmanager
+def _sandbox(settings: Settings, phase: Callable[[str], None]) -> Iterator[Settings]:
+    """Both servers of this machine while the block lasts, with the environment saying where they are."""
+    from pydantic import SecretStr
+
+    from sandbox import postgres, service
+    from tasks.ledger.connection import upgrade
+
+    phase("starting the sandbox's Postgres")
+    with postgres.running(settings.home) as server:
+        upgrade(SecretStr(server.url))
+        phase("starting the sandbox's DeepSeek")
+        with service.running(settings.home, **_service_options(settings)) as endpoint:
+            os.environ.update(_addresses(server.url, endpoint.url, endpoint.api_key))
+            yield _settings()
+
+
+def _service_options(settings: Settings) -> dict[str, Option]:
+    """The same for every command, since a DeepSeek that runs already is shared only with the same options."""
+    keys = [ROOT / CORPUS / f"answers-{job}.jsonl" for job in SHIPPED]
+    return {"answers": [key for key in keys if key.exists()], "time_scale": settings.time_scale}
+
+
+def _addresses(database_url: str, base_url: str, api_key: str) -> dict[str, str]:
+    return {
+        "FARTHING_DATABASE_URL": database_url,
+        "DEEPSEEK_BASE_URL": base_url,
+        "DEEPSEEK_API_KEY": api_key,
+        "FARTHING_SANDBOX": "1",
+    }
+
+
+@contextmanager
+def _view(job: str, is_quiet: bool) -> Iterator[View]:
+    """What a person sees on stderr while a run goes on."""
+    from rich.console import Console
+
+    from tasks.live import View
+
+    console = Console(stderr=True, quiet=is_quiet)
+    with View(console, job) as view:
+        yield view
+
+
+# What is read of a run
+
+
+def _parse_target(target: str | None) -> tuple[int | None, str | None]:
+    """A run's number, or a job's name, or neither."""
+    if target is None:
+        return None, None
+    return (int(target), None) if target.isdecimal() else (None, target)
+
+
+async def _find_newest(ledger: Ledger, job: str | None) -> int:
+    """The newest run of a job, or of all. Raises ConfigurationError where there is none."""
+    from tasks.ledger.spend import list_runs
+
+    listed = await list_runs(ledger, job)
+    if not listed:
+        of = f" of {job}" if job else ""
+        raise ConfigurationError(
+            f"there is no run{of} in this ledger yet; start one with `farthing run {job or 'JOB'}`"
+        )
+    return listed[0].run
+
+
+async def _prove(ledger: Ledger, run_id: int | None) -> Proof:
+    from schemas.pricing import load_price_book
+    from tasks.ledger.proof import prove
+
+    return await prove(ledger, run_id or await _find_newest(ledger, None), load_price_book())
+
+
+async def _conclude(url: SecretStr, run_id: int) -> tuple[Audit, Proof]:
+    """What the run cost and whether the ledger proves it."""
+    from tasks.ledger import spend
+
+    audit = await _ask_at(url, lambda ledger: spend.audit(ledger, run=run_id))
+    return audit, await _ask_at(url, lambda ledger: _prove(ledger, run_id), is_proof=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -103,6 +103,12 @@ def upgrade(database_url: SecretStr) -> str:
         engine.dispose()
 
 
+async def find_version(ledger: Ledger) -> str:
+    """The version of an open ledger, which is this code's."""
+    async with ledger.transaction() as connection:
+        return str((await connection.execute(text("SELECT version_num FROM ledger_version"))).scalar_one())
+
+
 def parse_url(database_url: SecretStr) -> URL:
     """The SQLAlchemy URL for psycopg. The error of a bad one does not repeat it: it may hold a password."""
     try:

@@ -1,0 +1,53 @@
+# Farthing's everyday commands. `make demo` is the first one: it needs Python and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench faults lock clean
+
+help:
+	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
+	@echo "make test     lint, types and every test but the long faults"
+	@echo "make setup    only install into $(VENV)    make lint    only ruff and mypy"
+	@echo "make bench    measure the pipeline         make faults  kill it, again and again"
+	@echo "make lock     resolve requirements.lock    make clean   remove $(VENV), the sandbox and caches"
+
+setup: $(READY)
+
+# The stamp is written last, so that an interrupted installation is done again.
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: there is no $(PYTHON): install Python 3.11 or newer, or say make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Farthing needs Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) has no venv: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/farthing demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -n auto -m "not long"
+
+faults: setup
+	$(BIN)/python -m pytest tests/faults -m long
+
+bench: setup
+	$(BIN)/python -m benchmarks.pipeline
+
+lock:
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url -o requirements.lock
+
+clean:
+	-test -x $(BIN)/farthing && $(BIN)/farthing sandbox reset --yes
+	rm -rf $(VENV) .farthing data/licences .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,240 @@
+"""The live view of a run: alone responsible for what a person sees on stderr while it goes on.
+
+A thread polls the ledger as its auditor, on a connection of its own: the run's event loop may be busy for a second,
+and the view must not be. On a terminal it is redrawn twice a second; elsewhere it is one line every few seconds.
+Until the run has a lane at work, the phase that the command is in is shown instead, so that nothing long is silent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from pydantic import SecretStr
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from schemas.errors import FarthingError
+from schemas.money import Currency, Money
+from tasks.ledger import spend
+from tasks.ledger.connection import Ledger, Role, opened
+from tasks.ledger.spend import Progress
+from tasks.report import share
+
+POLL_EVERY_S = 0.5
+LINE_EVERY_S = 5.0
+#: A rate is that of the last so many seconds.
+WINDOW_S = 10.0
+
+
+@dataclass
+class Pace:
+    """How fast documents end, from what was seen in the last `WINDOW_S`. Instants are monotonic seconds."""
+
+    _seen: deque[tuple[float, int]] = field(default_factory=deque)
+
+    def see(self, at: float, done: int) -> None:
+        self._seen.append((at, done))
+        while len(self._seen) > 2 and at - self._seen[0][0] > WINDOW_S:
+            self._seen.popleft()
+
+    @property
+    def rate(self) -> float | None:
+        """Documents per second; None until two looks at them."""
+        if len(self._seen) < 2:
+            return None
+        (since, before), (until, now) = self._seen[0], self._seen[-1]
+        return (now - before) / (until - since) if until > since else None
+
+    def remaining_s(self, documents: int) -> float | None:
+        """Seconds until all have ended at this rate; None where nothing moves."""
+        return (documents - self._seen[-1][1]) / self.rate if self.rate else None
+
+
+def project(progress: Progress) -> Money | None:
+    """What the whole run comes to if the rest costs what the documents so far did; None before the first."""
+    if not progress.done:
+        return None
+    return Money(-(-progress.cost_pico * progress.documents // progress.done), Currency(progress.currency))
+
+
+def line(progress: Progress, pace: Pace) -> str:
+    """Progress in one line, for logs and pipes."""
+    cost, projected = _money(progress, progress.cost_pico), project(progress)
+    parts = [
+        f"{progress.done:,}/{progress.documents:,} documents",
+        f"{pace.rate:,.0f}/s" if pace.rate is not None else None,
+        f"{duration(pace.remaining_s(progress.documents))} left" if pace.rate else None,
+        f"{cost} of {_money(progress, progress.budget_pico)}",
+        f"projected {projected}" if projected else None,
+        f"cache {share(progress.hit_tokens, progress.hit_tokens + progress.miss_tokens)}",
+        f"escalated {share(progress.escalated, progress.done)}",
+        f"dead {progress.dead_letters:,}",
+        f"in flight {progress.in_flight:,}",
+        f"waiting: {progress.waiting_because}" if progress.waiting_because else None,
+    ]
+    return f"run {progress.run}: " + " · ".join(part for part in parts if part)
+
+
+def panel(progress: Progress, pace: Pace) -> RenderableType:
+    """Progress as a person reads it on a terminal."""
+    head = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=max(1, progress.documents), completed=progress.done, width=40)
+    rate = "" if pace.rate is None else f"{pace.rate:,.0f}/s"
+    left = duration(pace.remaining_s(progress.documents)) if pace.rate else "—"
+    name = Text(f"{progress.job} · run {progress.run}", "bold")
+    head.add_row(name, bar, f"{progress.done:,}/{progress.documents:,}", rate, f"{left} left")
+    parts: list[RenderableType] = [head, _figures(progress)]
+    if progress.is_simulated:
+        parts.append(Text("sandbox: prices are real, the answers are simulated", "dim"))
+    if progress.waiting_because:
+        parts.append(Text(f"waiting: {progress.waiting_because}", "yellow"))
+    return Group(*parts)
+
+
+def _figures(progress: Progress) -> Table:
+    unknown, projected = progress.unknown_pico, project(progress)
+    spent = str(_money(progress, progress.cost_pico))
+    figures = {
+        "spent": spent + (f" (+ at most {_money(progress, unknown)} open)" if unknown else ""),
+        "projected": str(projected or "—"),
+        "budget": str(_money(progress, progress.budget_pico)),
+        "from cache": share(progress.hit_tokens, progress.hit_tokens + progress.miss_tokens),
+        "escalated": share(progress.escalated, progress.done),
+        "dead letters": f"{progress.dead_letters:,}",
+        "in flight": f"{progress.in_flight:,}",
+    }
+    grid = Table.grid(padding=(0, 3))
+    grid.add_row(*(Text(name, "dim") for name in figures))
+    grid.add_row(*figures.values())
+    return grid
+
+
+def duration(seconds: float | None) -> str:
+    """`42 s`, `3 min 20 s` or `5 h 12 min`; — where it is not known."""
+    if seconds is None:
+        return "—"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _money(progress: Progress, pico: int) -> Money:
+    return Money(pico, Currency(progress.currency))
+
+
+class View:
+    """What is shown on `console` about one job's run, from the first phase to the end. A context manager."""
+
+    def __init__(self, console: Console, job: str, tick: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._job, self._tick = console, job, tick
+        self._phase, self._phase_since = "", tick()
+        self._url: SecretStr | None = None
+        self._run_id: int | None = None
+        self._progress: Progress | None = None
+        self._pace = Pace()
+        self._closing, self._ended = threading.Event(), threading.Event()
+        self._poller = threading.Thread(target=self._poll, name="farthing-view", daemon=True)
+        self._spinner = Spinner("dots")
+        self._live: Live | None = None
+        if console.is_terminal and not console.quiet:
+            self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        self._poller.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the view off the terminal. Safe to repeat."""
+        self._closing.set()
+        self._poller.join(timeout=10)
+        if self._live is not None:
+            self._live.stop()
+
+    def phase(self, text: str) -> None:
+        """Say what the command is busy with while there is no progress to show."""
+        self._phase, self._phase_since = text, self._tick()
+        if self._live is None:
+            self._print(f"{text} …")
+
+    def follow(self, url: SecretStr, run_id: int | None = None) -> None:
+        """Show the progress of this run, or of the job's run that has a lane at work, as soon as there is one."""
+        self._run_id, self._url = run_id, url
+
+    def wait(self) -> Progress | None:
+        """Block until the run that is followed no longer runs; returns how it was left."""
+        while not self._ended.wait(0.2):
+            pass
+        return self._progress
+
+    def _draw(self) -> RenderableType:
+        parts = [] if self._progress is None else [panel(self._progress, self._pace)]
+        if self._phase and not (self._progress and self._progress.lanes):
+            waited = self._tick() - self._phase_since
+            self._spinner.update(text=f"{self._phase} …" + (f" {waited:.0f} s" if waited >= 1 else ""))
+            parts.append(self._spinner)
+        return Group(*parts)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _poll(self) -> None:
+        asyncio.run(self._poll_until_closed())
+
+    async def _poll_until_closed(self) -> None:
+        while not self._closing.is_set():
+            if self._url is not None:
+                try:
+                    async with opened(self._url, Role.AUDITOR, pool_size=1) as ledger:
+                        await self._look_often(ledger)
+                except FarthingError:
+                    pass  # the run itself says so, and goes on once Postgres is back
+            await asyncio.sleep(POLL_EVERY_S / 2)
+
+    async def _look_often(self, ledger: Ledger) -> None:
+        printed_at = -LINE_EVERY_S
+        while not self._closing.is_set():
+            await self._look(ledger)
+            if self._live is None and self._progress and self._tick() - printed_at >= LINE_EVERY_S:
+                printed_at = self._tick()
+                self._print(line(self._progress, self._pace))
+            await asyncio.sleep(POLL_EVERY_S)
+
+    async def _look(self, ledger: Ledger) -> None:
+        progress = await self._find(ledger) if self._run_id is None else await spend.progress(ledger, self._run_id)
+        if progress is None:
+            return
+        self._run_id = progress.run
+        self._pace.see(self._tick(), progress.done)
+        self._progress = progress
+        if progress.state != "running":
+            self._ended.set()
+
+    async def _find(self, ledger: Ledger) -> Progress | None:
+        """The job's run that is under way: a run that was killed has no lane and may be another selection's."""
+        for listed in await spend.list_runs(ledger, self._job):
+            if listed.state == "running":
+                progress = await spend.progress(ledger, listed.run)
+                if progress.lanes:
+                    return progress
+        return None

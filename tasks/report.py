@@ -1,0 +1,432 @@
+"""What people look at: alone responsible for turning estimates, prices, audits and proofs into tables and text.
+
+Pure: nothing is read or printed in here. Every sum is printed by `Money`, every share from two counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from schemas.errors import UnknownPrice
+from schemas.estimates import Estimate
+from schemas.money import Currency, Money
+from schemas.pricing import Band, Price, PriceBook
+from tasks.ledger.proof import Proof
+from tasks.ledger.spend import Audit, Progress, RunSummary
+
+MILLION = 10**6
+
+#: Said wherever figures of a sandbox run are shown.
+SIMULATED = (
+    "SIMULATED: documents, tokens and prices are real. The answers are not: how often a tier is wrong and how sure "
+    "it sounds, and so accuracy, confidence and what escalation bought, follow from the sandbox's stated error model "
+    "(sandbox/errormodel.py) and say nothing about DeepSeek."
+)
+
+
+def share(part: int, whole: int) -> str:
+    """`part` of `whole` in percent, cut to two decimals so that 99.996 % is never shown as all; — of nothing."""
+    if not whole:
+        return "—"
+    hundredths = part * 10_000 // whole
+    return f"{hundredths // 100}.{hundredths % 100:02d} %"
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
+    """A table whose first column is text and whose others are figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made.caption, made.caption_justify = caption, "left"
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+# Prices
+
+
+def price_table(prices: Sequence[Price], book: PriceBook, at: datetime) -> Table:
+    """Prices at an instant per 1M tokens, as the provider prints them."""
+    rows = [
+        (
+            price.model + ("?" if price.is_uncertain else "") + (" (what-if only)" if price.is_what_if_only else ""),
+            price.band.value.replace("_", "-"),
+            *(str(Money(pico * MILLION, price.currency)) for pico in (price.hit_pico, price.miss_pico)),
+            str(Money(price.output_pico * MILLION, price.currency)),
+            f"{price.valid_from:%Y-%m-%d %H:%M}",
+            _instant(book.next_change(price.model, price.currency, at)),
+        )
+        for price in prices
+    ]
+    columns = ("per 1M tokens", "hours", "cache hit", "cache miss", "output", "since (UTC)", "next change")
+    return table(f"Prices at {at.astimezone(UTC):%Y-%m-%d %H:%M} UTC", columns, rows, _price_notes(prices, book, at))
+
+
+def _price_notes(prices: Sequence[Price], book: PriceBook, at: datetime) -> str | None:
+    notes = [f"{price.model}? {price.note}" for price in prices if price.is_uncertain]
+    if window := next((w for price in prices if (w := find_peak(book, price, at))), None):
+        start, end = window
+        until = f"until {end:%H:%M}" if end.date() == start.date() else f"until {_instant(end)}"
+        begin = "peak hours now" if start <= at else f"next peak hours {_instant(start)}"
+        notes.insert(0, f"{begin} {until} UTC")
+    return "\n".join(notes) or None
+
+
+def find_peak(book: PriceBook, price: Price, at: datetime) -> tuple[datetime, datetime] | None:
+    """The peak window that `at` is in, or the next one; None where the price has no peak hours."""
+    if price.band is Band.FLAT:
+        return None
+    change = book.next_change(price.model, price.currency, at)
+    if change is None:
+        return None
+    if price.band is Band.PEAK:
+        return at, change
+    try:
+        if book.at(price.model, price.currency, change).band is not Band.PEAK:
+            return None
+        end = book.next_change(price.model, price.currency, change)
+    except UnknownPrice:  # the holidays of that day are not published yet
+        return None
+    return None if end is None else (change, end)
+
+
+def price_json(price: Price, book: PriceBook, at: datetime) -> dict[str, Any]:
+    """A price row in pico units per token, as scripts rely on it."""
+    change = book.next_change(price.model, price.currency, at)
+    return {
+        "model": price.model,
+        "band": price.band.value,
+        "currency": price.currency.value,
+        "hit_pico": price.hit_pico,
+        "miss_pico": price.miss_pico,
+        "output_pico": price.output_pico,
+        "valid_from": price.valid_from.isoformat(),
+        "next_change": change.isoformat() if change else None,
+        "uncertain": price.is_uncertain,
+        "what_if_only": price.is_what_if_only,
+        "note": price.note,
+    }
+
+
+def _instant(at: datetime | None) -> str:
+    return "—" if at is None else f"{at.astimezone(UTC):%a %Y-%m-%d %H:%M}"
+
+
+# Estimates
+
+
+def estimate_table(estimate: Estimate, budget: Money) -> Table:
+    """What a run is expected to cost, tier by tier, with what the figures rest on."""
+    rows = [
+        (
+            f"{each.tokens.tier} ({each.model})",
+            f"{each.attempts:,}",
+            f"{each.tokens.hit:,}",
+            f"{each.tokens.miss:,}",
+            f"{each.tokens.output:,}",
+            str(each.cost),
+        )
+        for each in estimate.tiers
+    ]
+    columns = ("tier", "attempts", "hit tokens each", "miss", "output", "cost")
+    title = f"{estimate.job}: {estimate.documents:,} documents, {estimate.cost} expected"
+    made = table(title, columns, rows, "\n".join(_estimate_notes(estimate, budget)))
+    made.add_section()
+    made.add_row("between", "", "", "", "", f"{estimate.low} and {estimate.high}")
+    return made
+
+
+def _estimate_notes(estimate: Estimate, budget: Money) -> list[str]:
+    notes = [f"· {line}" for line in estimate.assumptions]
+    if budget.currency is estimate.cost.currency and budget.pico < estimate.cost.pico:
+        notes.insert(0, f"The budget of {budget} will not do: the run would pause. Raise it with --budget.")
+    return notes
+
+
+def estimate_json(estimate: Estimate) -> dict[str, Any]:
+    """An estimate as scripts rely on it; sums in pico units."""
+    return {
+        "job": estimate.job,
+        "documents": estimate.documents,
+        "to_send": estimate.to_send,
+        "cost_pico": estimate.cost.pico,
+        "low_pico": estimate.low.pico,
+        "high_pico": estimate.high.pico,
+        "currency": estimate.cost.currency.value,
+        "tiers": {
+            each.tokens.tier: {
+                "model": each.model,
+                "attempts": each.attempts,
+                "hit_tokens": each.tokens.hit,
+                "miss_tokens": each.tokens.miss,
+                "output_tokens": each.tokens.output,
+                "cost_pico": each.cost.pico,
+            }
+            for each in estimate.tiers
+        },
+        "assumptions": list(estimate.assumptions),
+    }
+
+
+# Audits
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: the same rows become a table on the terminal and one in markdown."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def sections(audit: Audit) -> list[Section]:
+    """The report of an audit; parts with nothing to say are left out."""
+    parts = [_totals(audit), _tiers(audit), _cache(audit), _escalations(audit), _accuracy(audit), _dead(audit)]
+    return [part for part in [*parts, _waste(audit)] if part.rows]
+
+
+def audit_report(audit: Audit) -> list[RenderableType]:
+    """An audit for a terminal."""
+    made: list[RenderableType] = [
+        table(part.title, part.columns, part.rows, part.note or None) for part in sections(audit)
+    ]
+    return [*made, Text(SIMULATED, "yellow")] if audit.is_simulated else made
+
+
+def markdown(audit: Audit) -> str:
+    """An audit as markdown, for a Prefect artifact."""
+    parts = [_markdown(part) for part in sections(audit)]
+    return "\n\n".join([*parts, f"> {SIMULATED}"] if audit.is_simulated else parts)
+
+
+def _markdown(part: Section) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    ruler = line(["---"] + ["---:"] * (len(part.columns) - 1))
+    body = "\n".join([f"## {part.title}", "", line(part.columns), ruler, *map(line, part.rows)])
+    return f"{body}\n\n{part.note}" if part.note else body
+
+
+def title(audit: Audit) -> str:
+    """What was audited: `licences, run 3 (done)`."""
+    if audit.run is not None:
+        state = f"{audit.state}: {audit.reason}" if audit.reason else f"{audit.state}"
+        return f"{audit.job}, run {audit.run} ({state})"
+    return f"{audit.job or 'the whole ledger'}, {len(audit.runs)} runs"
+
+
+def _totals(audit: Audit) -> Section:
+    rows = [
+        ("documents", f"{audit.documents:,}"),
+        ("results", f"{audit.results:,}" + (f" ({audit.reused:,} reused)" if audit.reused else "")),
+        ("dead letters", f"{audit.dead_letters:,}"),
+        ("duplicates", f"{audit.duplicates:,}"),
+        ("attempts", f"{audit.attempts:,}"),
+        ("escalated", f"{audit.escalated:,}"),
+        ("cost", _exact(audit, audit.cost_pico)),
+        ("per 1,000 documents", _money(audit, audit.pico_per_1000_documents)),
+        ("budget", _money(audit, audit.budget_pico)),
+        ("tokens: cached, not cached, output", _tokens(audit.hit_tokens, audit.miss_tokens, audit.output_tokens)),
+    ]
+    if audit.unknown_pico:
+        bound = f"at most {_money(audit, audit.unknown_pico)}, {audit.unknown_attempts:,} attempts"
+        rows.insert(7, ("not known to be billed", bound))
+    if audit.adjusted_pico:
+        rows.insert(7, ("corrections", _money(audit, audit.adjusted_pico)))
+    return Section(title(audit), ("", ""), tuple(row for row in rows if row[1] not in ("", "0", "—")))
+
+
+def _tiers(audit: Audit) -> Section:
+    rows = [
+        (
+            name,
+            f"{tier.attempts:,}",
+            f"{tier.results:,}",
+            _money(audit, tier.cost_pico),
+            share(tier.cost_pico, audit.cost_pico),
+            _tokens(tier.hit_tokens, tier.miss_tokens, tier.output_tokens),
+        )
+        for name, tier in audit.tiers.items()
+    ]
+    columns = ("tier", "attempts", "results", "cost", "of all", "tokens: cached, not cached, output")
+    return Section("Where the money went", columns, tuple(rows))
+
+
+def _cache(audit: Audit) -> Section:
+    """What the prompt cache saved: hits are priced against misses of the same tokens, at each attempt's own price."""
+    if not audit.attempts:
+        return Section("The prompt cache", (), ())
+    rate = "—" if audit.prefix_hit_rate is None else share(round(audit.prefix_hit_rate * MILLION), MILLION)
+    rows = (
+        ("shared prefix that hit, after priming", rate),
+        ("saved by hits", _money(audit, audit.saved_pico)),
+        ("the same attempts without a cache", _money(audit, audit.cost_pico + audit.saved_pico)),
+        ("lost to misses of the prefix", _money(audit, audit.lost_pico)),
+        ("spent on priming", _money(audit, audit.priming_pico)),
+    )
+    return Section("What the cache saved", ("", ""), rows)
+
+
+def _escalations(audit: Audit) -> Section:
+    rows = [
+        (
+            f"{each.reason.replace('_', ' ')} → {each.to_tier}",
+            f"{each.escalated:,}",
+            f"{each.rescued:,}",
+            f"{each.changed:,}",
+            f"{each.right_before:,} → {each.right_after:,} of {each.labelled:,}" if each.labelled else "—",
+            _money(audit, each.cost_pico),
+        )
+        for each in audit.escalations
+    ]
+    columns = ("why, to which tier", "documents", "answered there", "changed", "right before → after", "cost")
+    return Section("What escalation bought", columns, tuple(rows), _gain_note(audit))
+
+
+def _gain_note(audit: Audit) -> str:
+    """The price of one more right document, where labels tell; a document that climbs twice counts once per step."""
+    labelled = [each for each in audit.escalations if each.labelled]
+    gain = sum(each.right_after - each.right_before for each in labelled)
+    if not labelled:
+        return ""
+    if gain <= 0:
+        return "Against the experts' labels it made no document right that was not."
+    cost = sum(each.cost_pico for each in labelled)
+    return f"{gain:,} more right, by the experts' labels: {_money(audit, -(-cost // gain))} for each."
+
+
+def _accuracy(audit: Audit) -> Section:
+    rows = [
+        (each.tier, f"{each.labelled:,}", f"{each.correct:,}", share(each.correct, each.labelled))
+        for each in audit.accuracy
+    ]
+    if rows:
+        labelled, correct = (sum(each.labelled for each in audit.accuracy), sum(e.correct for e in audit.accuracy))
+        rows.append(("all", f"{labelled:,}", f"{correct:,}", share(correct, labelled)))
+    return Section("Against the labels", ("answered by", "labelled results", "right", "share"), tuple(rows))
+
+
+def _dead(audit: Audit) -> Section:
+    rows = [(reason.replace("_", " "), f"{count:,}") for reason, count in audit.dead_letters_by_reason.items()]
+    return Section("Dead letters", ("reason", "documents"), tuple(rows))
+
+
+def _waste(audit: Audit) -> Section:
+    rows = [
+        (
+            " ".join(filter(None, (each.signal, each.verdict and f"({each.verdict})"))).replace("_", " "),
+            each.tier,
+            each.purpose,
+            f"{each.attempts:,}",
+            _money(audit, each.cost_pico),
+            f"at most {_money(audit, each.unknown_pico)}" if each.unknown_pico else "—",
+        )
+        for each in audit.waste
+    ]
+    columns = ("attempts that bought no answer", "tier", "purpose", "attempts", "cost", "not known")
+    return Section("Waste", columns, tuple(rows))
+
+
+def _money(audit: Audit, pico: int | None) -> str:
+    return "—" if pico is None or audit.currency is None else str(Money(pico, Currency(audit.currency)))
+
+
+def _exact(audit: Audit, pico: int) -> str:
+    """A sum for people and, to the last unit, for those who check it."""
+    return f"{_money(audit, pico)} ({pico:,} pico)"
+
+
+def _tokens(hit: int, miss: int, output: int) -> str:
+    return f"{hit:,} / {miss:,} / {output:,}"
+
+
+# Runs and proofs
+
+
+def run_table(runs: Sequence[RunSummary]) -> Table:
+    """One line per run, newest first."""
+    rows = [
+        (
+            f"{each.run}",
+            each.job,
+            each.state + (f" ({each.reason})" if each.reason else ""),
+            f"{each.done:,}/{each.documents:,}",
+            str(Money(each.cost_pico, Currency(each.currency))),
+            f"{each.opened_at:%Y-%m-%d %H:%M}",
+            "simulated" if each.is_simulated else "",
+        )
+        for each in runs
+    ]
+    return table("Runs", ("run", "job", "state", "documents", "cost", "opened (UTC)", ""), rows)
+
+
+def progress_table(progress: Progress) -> Table:
+    """How far a run is, and what happened to it of late."""
+    currency = Currency(progress.currency)
+    rows = [
+        ("state", progress.state),
+        ("documents", f"{progress.done:,} of {progress.documents:,} ({share(progress.done, progress.documents)})"),
+        ("waits because", progress.waiting_because or "it does not wait"),
+        ("in flight", f"{progress.in_flight:,} in {progress.lanes} lane(s)"),
+        ("dead letters", f"{progress.dead_letters:,}"),
+        ("escalated", f"{progress.escalated:,}"),
+        ("spent", f"{Money(progress.cost_pico, currency)} of {Money(progress.budget_pico, currency)}"),
+        ("not known to be billed", f"at most {Money(progress.unknown_pico, currency)}"),
+    ]
+    made = table(f"{progress.job}, run {progress.run}", ("", ""), rows)
+    made.add_section()
+    for event in progress.events:
+        detail = ", ".join(f"{name} {value}" for name, value in event.detail.items())
+        made.add_row(
+            f"{event.happened_at.astimezone(UTC):%m-%d %H:%M:%S}", f"{event.kind.replace('_', ' ')} {detail}"
+        )
+    return made
+
+
+def run_report(audit: Audit, proof: Proof) -> list[RenderableType]:
+    """What is shown after a run: its audit, then whether the ledger proves it."""
+    return [*audit_report(audit), proof_line(proof)]
+
+
+def proof_line(proof: Proof) -> Text:
+    """Whether the ledger proves, in one line."""
+    if proof.proved:
+        names = list(proof.guarantees)
+        return Text(f"The ledger proves: {names[0]} to {names[-1]} hold, to the last unit.", "bold green")
+    broken = ", ".join(name for name, holds in proof.guarantees.items() if not holds)
+    return Text(f"The ledger does NOT prove: {broken}. See `farthing verify {proof.run}`.", "bold red")
+
+
+def proof_table(proof: Proof) -> Table:
+    """Each guarantee with what was checked and, where it is broken, the rows that break it."""
+    made = table(f"{proof.job}, run {proof.run} ({proof.state})", ("", "checked", "holds", "what it says"), ())
+    made.columns[-1].justify = "left"
+    for name, evidence in proof.evidence.items():
+        says = "\n".join([evidence.says, *evidence.violations])
+        holds = Text("NO", "bold red") if evidence.violations else Text("yes", "green")
+        made.add_row(name, f"{evidence.checked:,}", holds, says)
+    return made
+
+
+def next_commands(audit: Audit) -> str:
+    """What to try after the demo."""
+    return (
+        "Try next:\n"
+        "  farthing demo                     again: every answer is reused, 0 attempts, costs 0\n"
+        f"  farthing audit {audit.run or audit.job}                  the same figures; with --json for scripts\n"
+        f"  farthing verify {audit.run or ''}                 recompute every guarantee from the ledger's rows\n"
+        "  farthing demo --job obligations   extraction with quotes, over three tiers\n"
+        "  farthing new mine                 a job of your own to start from"
+    )
