@@ -105,7 +105,7 @@ def show(*parts: RenderableType) -> None:
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     for part in parts:
-        console.print(part)
+        console.print(part, highlight=False, markup=False)
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:

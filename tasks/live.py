@@ -111,10 +111,12 @@ def _figures(progress: Progress) -> Table:
         "budget": str(_money(progress, progress.budget_pico)),
         "from cache": share(progress.hit_tokens, progress.hit_tokens + progress.miss_tokens),
         "escalated": share(progress.escalated, progress.done),
-        "dead letters": f"{progress.dead_letters:,}",
+        "dead": f"{progress.dead_letters:,}",
         "in flight": f"{progress.in_flight:,}",
     }
-    grid = Table.grid(padding=(0, 3))
+    grid = Table.grid(padding=(0, 2))
+    for _ in figures:
+        grid.add_column(no_wrap=True)
     grid.add_row(*(Text(name, "dim") for name in figures))
     grid.add_row(*figures.values())
     return grid

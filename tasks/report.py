@@ -20,7 +20,7 @@ from schemas.estimates import Estimate
 from schemas.money import Currency, Money
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
-from tasks.ledger.spend import Audit, Progress, RunSummary
+from tasks.ledger.spend import Audit, Progress, RunSummary, TierSpend
 
 MILLION = 10**6
 
@@ -40,12 +40,20 @@ def share(part: int, whole: int) -> str:
     return f"{hundredths // 100}.{hundredths % 100:02d} %"
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
-    """A table whose first column is text and whose others are figures."""
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str | None = None,
+    *,
+    texts: Sequence[int] = (0,),
+) -> Table:
+    """A table of figures but for the columns `texts`; without column names it has no head."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made.show_header = any(columns)
     made.caption, made.caption_justify = caption, "left"
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if number in texts else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
     return made
@@ -228,24 +236,22 @@ def title(audit: Audit) -> str:
 
 
 def _totals(audit: Audit) -> Section:
+    unknown = f"at most {_money(audit, audit.unknown_pico)}, {audit.unknown_attempts:,} attempts"
     rows = [
-        ("documents", f"{audit.documents:,}"),
-        ("results", f"{audit.results:,}" + (f" ({audit.reused:,} reused)" if audit.reused else "")),
-        ("dead letters", f"{audit.dead_letters:,}"),
-        ("duplicates", f"{audit.duplicates:,}"),
-        ("attempts", f"{audit.attempts:,}"),
-        ("escalated", f"{audit.escalated:,}"),
-        ("cost", _exact(audit, audit.cost_pico)),
-        ("per 1,000 documents", _money(audit, audit.pico_per_1000_documents)),
-        ("budget", _money(audit, audit.budget_pico)),
-        ("tokens: cached, not cached, output", _tokens(audit.hit_tokens, audit.miss_tokens, audit.output_tokens)),
+        ("documents", f"{audit.documents:,}", True),
+        ("results", f"{audit.results:,}" + (f" ({audit.reused:,} reused)" if audit.reused else ""), True),
+        ("dead letters", f"{audit.dead_letters:,}", True),
+        ("duplicates", f"{audit.duplicates:,}", audit.duplicates),
+        ("attempts", f"{audit.attempts:,}", True),
+        ("escalated", f"{audit.escalated:,}", audit.escalated),
+        ("cost", _exact(audit, audit.cost_pico), audit.currency),
+        ("not known to be billed", unknown, audit.unknown_pico),
+        ("corrections", _money(audit, audit.adjusted_pico), audit.adjusted_pico),
+        ("per 1,000 documents", _money(audit, audit.pico_per_1000_documents), audit.pico_per_1000_documents),
+        ("budget", _money(audit, audit.budget_pico), audit.budget_pico),
+        ("tokens: cached, not cached, output", _tokens(audit), audit.attempts),
     ]
-    if audit.unknown_pico:
-        bound = f"at most {_money(audit, audit.unknown_pico)}, {audit.unknown_attempts:,} attempts"
-        rows.insert(7, ("not known to be billed", bound))
-    if audit.adjusted_pico:
-        rows.insert(7, ("corrections", _money(audit, audit.adjusted_pico)))
-    return Section(title(audit), ("", ""), tuple(row for row in rows if row[1] not in ("", "0", "—")))
+    return Section(title(audit), ("", ""), tuple((name, figure) for name, figure, is_told in rows if is_told))
 
 
 def _tiers(audit: Audit) -> Section:
@@ -256,7 +262,7 @@ def _tiers(audit: Audit) -> Section:
             f"{tier.results:,}",
             _money(audit, tier.cost_pico),
             share(tier.cost_pico, audit.cost_pico),
-            _tokens(tier.hit_tokens, tier.miss_tokens, tier.output_tokens),
+            _tokens(tier),
         )
         for name, tier in audit.tiers.items()
     ]
@@ -348,8 +354,8 @@ def _exact(audit: Audit, pico: int) -> str:
     return f"{_money(audit, pico)} ({pico:,} pico)"
 
 
-def _tokens(hit: int, miss: int, output: int) -> str:
-    return f"{hit:,} / {miss:,} / {output:,}"
+def _tokens(spent: Audit | TierSpend) -> str:
+    return f"{spent.hit_tokens:,} / {spent.miss_tokens:,} / {spent.output_tokens:,}"
 
 
 # Runs and proofs
@@ -369,7 +375,7 @@ def run_table(runs: Sequence[RunSummary]) -> Table:
         )
         for each in runs
     ]
-    return table("Runs", ("run", "job", "state", "documents", "cost", "opened (UTC)", ""), rows)
+    return table("Runs", ("run", "job", "state", "documents", "cost", "opened (UTC)", ""), rows, texts=(1, 2, 6))
 
 
 def progress_table(progress: Progress) -> Table:
@@ -385,7 +391,7 @@ def progress_table(progress: Progress) -> Table:
         ("spent", f"{Money(progress.cost_pico, currency)} of {Money(progress.budget_pico, currency)}"),
         ("not known to be billed", f"at most {Money(progress.unknown_pico, currency)}"),
     ]
-    made = table(f"{progress.job}, run {progress.run}", ("", ""), rows)
+    made = table(f"{progress.job}, run {progress.run}", ("", ""), rows, texts=(0, 1))
     made.add_section()
     for event in progress.events:
         detail = ", ".join(f"{name} {value}" for name, value in event.detail.items())
@@ -411,8 +417,9 @@ def proof_line(proof: Proof) -> Text:
 
 def proof_table(proof: Proof) -> Table:
     """Each guarantee with what was checked and, where it is broken, the rows that break it."""
-    made = table(f"{proof.job}, run {proof.run} ({proof.state})", ("", "checked", "holds", "what it says"), ())
-    made.columns[-1].justify = "left"
+    made = table(
+        f"{proof.job}, run {proof.run} ({proof.state})", ("", "checked", "holds", "what it says"), (), texts=(0, 3)
+    )
     for name, evidence in proof.evidence.items():
         says = "\n".join([evidence.says, *evidence.violations])
         holds = Text("NO", "bold red") if evidence.violations else Text("yes", "green")
