@@ -11,11 +11,11 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from urllib.parse import unquote
 
 from schemas.errors import ConfigurationError, Problem
 
 _WILDCARD = re.compile(r"[*?\[]")
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
 def has_wildcard(pattern: str) -> bool:
@@ -66,7 +66,11 @@ def is_hidden(name: str) -> bool:
 def hive_values(path: str) -> dict[str, str]:
     """The `key=value` folders of a path, values with their %-escapes undone."""
     folders = (folder.partition("=") for folder in path.split("/")[:-1])
-    return {key: unquote(value) for key, equals, value in folders if key and equals}
+    return {key: _unescape(value) for key, equals, value in folders if key and equals}
+
+
+def _unescape(value: str) -> str:
+    return _ESCAPE.sub(lambda escape: bytes.fromhex(escape[1].decode()), value.encode()).decode("utf-8", "replace")
 
 
 def partition_of(path: str, key: str | None) -> str | None:

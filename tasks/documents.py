@@ -587,8 +587,6 @@ class _Reader:
         metadata = self._parquet.metadata
         sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
         self._starts = list(accumulate(sizes, initial=0))
-        leaves: Any = self._parquet.schema
-        self._leaves = [leaf for leaf in range(len(leaves)) if leaves.column(leaf).path in columns]
         self._group = -1
         self._position = 0
         self._batches: Iterator[Any] = iter(())
@@ -630,10 +628,14 @@ class _Reader:
         )
 
     def _batch_rows(self, group: int) -> int:
-        """How many rows make a batch of a few megabytes, to the footer's knowledge."""
+        """How many rows make a batch of a few megabytes, to the footer's knowledge.
+
+        The size of our columns alone would be closer, but Arrow 26 aborts the process where a corrupt footer has
+        nonsense in a column's size statistics.
+        """
         metadata = self._parquet.metadata.row_group(group)
         rows: int = metadata.num_rows
-        size: int = sum(metadata.column(leaf).total_uncompressed_size for leaf in self._leaves)
+        size: int = metadata.total_byte_size
         return max(1, min(_BATCH_ROWS, _BATCH_BYTES * rows // max(size, 1)))
 
     def _take(self, most: int) -> Any:

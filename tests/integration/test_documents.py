@@ -8,10 +8,13 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs
@@ -57,6 +60,14 @@ def problems_of(input: Input, root: Path, **options: Any) -> str:
     return str(caught.value)
 
 
+def run_python(program: str, *arguments: str) -> str:
+    """What the program prints, run by a Python of its own; fails if it does."""
+    command = [sys.executable, "-c", program, *arguments]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
 # The property: shards, put together, are the table
 
 rows = st.lists(
@@ -87,7 +98,7 @@ def passes(row: dict[str, Any], conditions: list[tuple[str, str, Any]] | None) -
     return all(held is not None and MEANING[operator](held, value) for held, operator, value in values)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.lists(st.tuples(rows, st.integers(1, 30)), min_size=1, max_size=3),
     shard_rows=st.integers(1, 25),
@@ -318,6 +329,26 @@ def test_a_limit_leaves_later_files_unopened(tmp_path: Path) -> None:
     assert "b.parquet" in problems_of(BASIC, tmp_path, limit=11)
 
 
+@pytest.mark.parametrize("limit", [1, 4, 5, 6, 7, 11, 12])
+@pytest.mark.parametrize("is_filtered", [False, True])
+def test_a_limit_ends_the_last_shard_at_its_document(tmp_path: Path, limit: int, is_filtered: bool) -> None:
+    for name in "ab":
+        ids = [f"{name}{number}" for number in range(6)]
+        columns = {"id": ids, "text": ids, "n": list(range(6))}
+        write(tmp_path / f"d/{name}.parquet", columns, row_group_size=4)
+    input = Input(path="d", id="id", text="text", filter=[("n", "!=", 1)] if is_filtered else None)
+    expected = [f"{name}{number}" for name in "ab" for number in range(6) if not (is_filtered and number == 1)]
+    manifest = plan(input, shard_rows=3, limit=limit, root=tmp_path)
+    assert [row.document_id for row in read_all(input, manifest, tmp_path)] == expected[:limit]
+    assert sum(file.rows for file in manifest.files) == manifest.document_count == min(limit, len(expected))
+
+
+def test_a_name_that_promises_compression_is_only_a_name(tmp_path: Path) -> None:
+    write_rows(tmp_path / "d/a.parquet.gz", ["1"])
+    input = Input(path="d/*.gz", id="id", text="text")
+    assert plan_and_read(input, tmp_path) == [Document(0, "1", "text of 1")]
+
+
 def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
     write_rows(tmp_path / "elsewhere/a.parquet", ["1"])
     (tmp_path / "d").mkdir()
@@ -441,6 +472,43 @@ def test_a_flipped_bit_is_refused_or_contained(tmp_path: Path, seed: int) -> Non
         assert len(plan_and_read(BASIC, tmp_path)) == 300
 
 
+FLIP = """
+import random, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+import pyarrow as pa
+from schemas.errors import ConfigurationError, InputChanged
+from schemas.jobs import Input
+from tasks.documents import plan, read_labels, read_shard
+
+path, dice = Path(sys.argv[1]) / "a.parquet", random.Random(int(sys.argv[2]))
+input = Input(path=str(path), id="id", text="text", label="label", filter=[("n", ">=", 0)])
+for _ in range(400):
+    columns = {"id": [str(n) for n in range(600)], "text": [f"text {n}" for n in range(600)], "n": list(range(600))}
+    columns["label"] = pa.array(["a", "b"] * 300).dictionary_encode()
+    codec, version = dice.choice(["snappy", "zstd", "none", "gzip", "lz4"]), dice.choice(["1.0", "2.0"])
+    pq.write_table(pa.table(columns), path, row_group_size=200, compression=codec, data_page_version=version)
+    content = bytearray(path.read_bytes())
+    start = dice.choice([0, len(content) - 2500])
+    content[dice.randrange(start, len(content))] ^= 1 << dice.randrange(8)
+    path.write_bytes(content)
+    try:
+        manifest = plan(input, shard_rows=70)
+        for shard in manifest.shards:
+            list(read_shard(input, manifest.files[0], shard))
+        list(read_labels(input, manifest))
+    except (ConfigurationError, InputChanged):
+        pass
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_no_flipped_bit_ends_the_process(tmp_path: Path, seed: int) -> None:
+    """A corrupt footer can make Arrow abort, which no `except` would see; so this runs in a process of its own."""
+    run_python(FLIP, str(tmp_path), str(seed))
+
+
 # After the plan
 
 
@@ -525,7 +593,7 @@ def test_a_changed_filter_cannot_renumber_documents(tmp_path: Path) -> None:
                 read_all(input, manifest, tmp_path)
     wider = plan(BASIC.model_copy(update={"filter": (("n", "in", [1, 3]),)}), shard_rows=10, root=tmp_path)
     with pytest.raises(InputChanged, match="the filter selects other rows"):
-        read_all(BASIC, wider, tmp_path)
+        next(read_shard(BASIC, wider.files[0], wider.shards[0], root=tmp_path))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -562,7 +630,11 @@ from schemas.jobs import Input
 from tasks.documents import plan, read_shard
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:  # Linux lets a child begin with its parent's ru_maxrss, so ask for this program's own
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 small = Input(path="small.parquet", id="id", text="text")
 large = Input(path="large.parquet", id="id", text="text")
@@ -579,24 +651,17 @@ print(peak() - before)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """200 MB of incompressible text in a single row group cost less than a fifth of that."""
+    """Once warm, 200 MB of incompressible text in a single row group cost less than a third of that."""
     block = os.urandom(4_000_000).hex()
-    for name, count in (("small", 500), ("large", 20_000)):
+    for name, count in (("small", 8_000), ("large", 20_000)):
         texts = [block[(start := number * 397 % 7_000_000) : start + 10_000] for number in range(count)]
         ids = [str(number) for number in range(count)]
         columns = {"id": ids, "text": texts}
         write(tmp_path / f"{name}.parquet", columns, compression="none", use_dictionary=False, row_group_size=count)
     size = (tmp_path / "large.parquet").stat().st_size
-    measured = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    growth = int(run_python(MEASURE, str(tmp_path)))
     assert size > 190_000_000
-    assert int(measured.stdout) < size / 5
+    assert growth < size / 3
 
 
 # Other file systems
@@ -636,3 +701,140 @@ def test_another_file_system_goes_the_same_way(tmp_path: Path, other_place: Any,
     assert not is_unchanged(input, manifest.files[0], filesystem=other_place)
     with pytest.raises(ConfigurationError, match="no file matches bucket/x"):
         plan(Input(path="bucket/x*", id="id", text="text"), shard_rows=1, filesystem=other_place)
+
+
+class Store(BaseHTTPRequestHandler):
+    """As much of S3 as reading takes: list, head, and get of a range; keys are files below the server's folder."""
+
+    server: StoreServer
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = urlsplit(self.path)
+        file = self.server.folder / unquote(url.path).strip("/")
+        if self.server.refuses_with and self.server.refuses_only in (None, self.command):
+            self._reply(self.server.refuses_with, b"")
+        elif "list-type" in parse_qs(url.query):
+            self._reply(200, self._list(file, parse_qs(url.query)))
+        elif file.is_file():
+            self._send_file(file)
+        else:
+            self._reply(404, b"")
+
+    def _list(self, bucket: Path, query: dict[str, list[str]]) -> bytes:
+        prefix = query.get("prefix", [""])[0]
+        keys = sorted(path.relative_to(bucket).as_posix() for path in bucket.rglob("*") if path.is_file())
+        contents = "".join(
+            f"<Contents><Key>{key}</Key><Size>{(bucket / key).stat().st_size}</Size>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
+            for key in keys
+            if key.startswith(prefix)
+        )
+        return f"<ListBucketResult><IsTruncated>false</IsTruncated>{contents}</ListBucketResult>".encode()
+
+    def _send_file(self, file: Path) -> None:
+        content = file.read_bytes()
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            self._reply(206, content[int(first) : int(last) + 1])
+        else:
+            self._reply(200, content)
+
+    def _reply(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class StoreServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Store)
+        self.folder = folder
+        self.refuses_with = 0
+        self.refuses_only: str | None = None
+
+    def url(self, path: str) -> str:
+        return f"s3://{path}?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:{self.server_port}"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    server = StoreServer(tmp_path)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_documents_are_read_from_an_object_store(tmp_path: Path, store: StoreServer) -> None:
+    write_rows(tmp_path / "bucket/in/day=1/a.parquet", ["1", "2"], row_group_size=1)
+    write_rows(tmp_path / "bucket/in/day=2/b.parquet", ["3"])
+    (tmp_path / "bucket/in/_SUCCESS").write_text("")
+    input = Input(path=store.url("bucket/in/**/*.parquet"), id="id", text="text", partition="day")
+    manifest = plan(input, shard_rows=1)
+    assert [file.path for file in manifest.files] == [
+        "s3://bucket/in/day=1/a.parquet",
+        "s3://bucket/in/day=2/b.parquet",
+    ]
+    assert [row.document_id for row in read_all(input, manifest)] == ["1", "2", "3"]
+    (tmp_path / "bucket/in/day=1/a.parquet").unlink()
+    with pytest.raises(InputChanged, match=r"s3://bucket/in/day=1/a\.parquet: is gone"):
+        read_all(input, manifest)
+
+
+def test_a_store_that_refuses_us_stops_the_plan_and_pauses_a_run(tmp_path: Path, store: StoreServer) -> None:
+    write_rows(tmp_path / "bucket/a.parquet", ["1"])
+    input = Input(path=store.url("bucket/a.parquet"), id="id", text="text")
+    manifest = plan(input, shard_rows=1)
+    store.refuses_with = 403
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)input.path: the input cannot be read.*ACCESS_DENIED.*AWS_PROFILE"
+    ) as told:
+        plan(input, shard_rows=1)
+    assert "hush" not in str(told.value)
+    with pytest.raises(InputUnavailable, match=r"ACCESS_DENIED.*then resume the run"):
+        read_all(input, manifest)
+
+
+@pytest.mark.parametrize("refused", ["GET", None])
+def test_a_store_that_fails_in_the_middle_does_not_condemn_the_file(
+    tmp_path: Path, store: StoreServer, refused: str | None
+) -> None:
+    write_rows(tmp_path / "bucket/a.parquet", [str(number) for number in range(2000)], row_group_size=1000)
+    input = Input(path=store.url("bucket/a.parquet"), id="id", text="text")
+    manifest = plan(input, shard_rows=2000)
+    stream = read_shard(input, manifest.files[0], manifest.shards[0])
+    next(stream)
+    store.refuses_with, store.refuses_only = 403, refused
+    with pytest.raises(InputUnavailable):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("s3://AKIA:hush-hush@bucket/a", "input.path: holds credentials; remove them"),
+        ("gs://someone@bucket/a", "input.path: holds credentials; remove them"),
+        ("s3://bucket/a?region=x&colour=blue", "input.path: Unexpected query parameter in S3 URI: 'colour'"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_repeating_a_secret(path: str, told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        plan(Input(path=path, id="id", text="text"), shard_rows=1)
+    assert told in str(caught.value)
+    assert "hush" not in str(caught.value)

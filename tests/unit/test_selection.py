@@ -60,7 +60,7 @@ def test_search_begins_at_the_fixed_folder(pattern: str, folder: str, depth: int
 
 
 def test_hive_values_are_unescaped_and_the_file_name_is_no_folder() -> None:
-    assert hive_values("t/day=2026/city=A%20B/x=1.parquet") == {"day": "2026", "city": "A B"}
+    assert hive_values("t/day=2026/city=Z%C3%BCrich%20%2/x=1.parquet") == {"day": "2026", "city": "Zürich %2"}
 
 
 @pytest.mark.parametrize("wanted", ["2026-01-01", "day=2026-01-01"])
