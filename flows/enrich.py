@@ -12,8 +12,9 @@ from prefect import flow
 
 from schemas.requests import RunRequest
 from schemas.settings import Settings
+from tasks.artifacts import show_report, shown_progress
 from tasks.logs import configure, follow_in_prefect
-from tasks.steps import open_run, settle_run, work_lanes
+from tasks.steps import open_run, outcome, settle_run, work_lanes
 
 
 @flow(name="enrich", flow_run_name="enrich-{job}", retries=0, persist_result=False)
@@ -37,6 +38,8 @@ async def enrich(
     configure(json_lines=settings.log_json)
     follow_in_prefect()
     run = await open_run(request)
-    ended = await work_lanes(request, run)
-    run = await settle_run(run, ended)
-    return {"run_id": run.run_id, "state": run.state, "ended": [e.reason for e in ended]}
+    async with shown_progress(run, settings):
+        ended = await work_lanes(request, run)
+    settled = await settle_run(run, ended)
+    await show_report(settled, settings)
+    return outcome(settled, ended)

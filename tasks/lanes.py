@@ -22,6 +22,7 @@ from typing import Any
 import structlog
 
 from schemas.attempts import LaneId
+from schemas.brakes import Breaker, RetryBudget
 from schemas.errors import FarthingError, LedgerUnavailable
 from schemas.jobs import Job
 from schemas.pricing import PriceBook
@@ -49,6 +50,8 @@ FENCE_AFTER_S = 20.0
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
 BUILD_S = 2.0
+#: How often one attempt may find out whether an absent provider is back, in its seconds.
+PROBE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,8 @@ class Lane:
             watch=Watch(self.ledger, plan.job, plan.run, plan.book, self._now),
             now=self._now,
             tick=loop.time,
+            breaker=Breaker(probe_every_s=PROBE_EVERY_S * plan.scale),
+            retry_budget=RetryBudget(trickle_per_s=1 / max(plan.scale, 0.001)),
         )
 
     async def run_shards(self) -> Ended:
@@ -254,7 +259,7 @@ class Lane:
     @property
     def _reusable(self) -> Reusable:
         job = self.plan.job
-        return Reusable(job.prompt_version, job.ladder[-1].name, job.escalate.below)
+        return Reusable(job.prompt_version, job.ladder[-1].name, job.escalate.below, self.plan.run.is_simulated)
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -47,7 +47,7 @@ async def work_lanes(request: RunRequest, run: Run) -> list[Ended]:
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; only the one that started the lanes answers it, by pausing the run."""
+    """Ctrl-C reaches every process of a terminal; only the one that started the lanes answers, by pausing the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -64,6 +64,17 @@ async def work_lane(request: RunRequest, run: Run, lane_no: int) -> Ended:
 async def settle_run(run: Run, ended: list[Ended]) -> Run:
     """Finish the run if all its shards ended, else pause it."""
     return await enrichment.settle_run(Settings(), run, ended)
+
+
+def outcome(run: Run, ended: list[Ended]) -> dict[str, Any]:
+    """What the flow returns: plain values, since Prefect hands them on."""
+    advice = [end.advice for end in ended if end.advice]
+    return {
+        "run_id": run.run_id,
+        "state": run.state,
+        "reason": run.reason,
+        "advice": advice[0] if advice else "",
+    }
 
 
 async def show_as_task_run(name: str, work: Callable[[], Awaitable[None]]) -> None:

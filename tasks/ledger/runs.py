@@ -20,6 +20,7 @@ from schemas.jobs import Job
 from schemas.money import Currency
 from schemas.pricing import Price
 from tasks.ledger.connection import Ledger
+from tasks.ledger.leases import end_lanes, lock_lanes
 from tasks.ledger.rows import append, as_json
 
 
@@ -42,6 +43,7 @@ class Run:
     run_id: RunId
     job: str
     state: str
+    reason: str | None
     documents: int
     currency: Currency
     budget_id: int
@@ -58,6 +60,10 @@ _UNFINISHED = text("""
     WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
     ORDER BY run_id DESC
 """)
+
+_LANES = text("SELECT lane_id FROM lane WHERE run_id = :run_id")
+
+_STATE = text("SELECT state, ledger_digest FROM run WHERE run_id = :run_id FOR NO KEY UPDATE")
 
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
 
@@ -125,23 +131,32 @@ async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, An
 
 
 async def settle(ledger: Ledger, run_id: RunId) -> str | None:
-    """Finish a run whose shards have all ended: state `done`, with a digest over its rows. None if some have not."""
+    """Finish a run whose shards have all ended: state `done`, with a digest over its rows. None if some have not.
+
+    Lanes that are still there are ended, since nothing is left for them, and every grant is closed. Whoever writes
+    to the run later waits for this, so the digest's instant divides its rows exactly. Safe to repeat.
+    """
     unfinished = select(tables.shard.c.shard_no).where(
         tables.shard.c.run_id == run_id, tables.shard.c.state.not_in(["done", "failed"])
     )
     async with ledger.transaction() as connection:
+        lanes = (await connection.execute(_LANES, {"run_id": run_id})).all()
+        await lock_lanes(connection, [lane.lane_id for lane in lanes])
         if (await connection.execute(unfinished.limit(1))).first():
             return None
+        state, digest = (await connection.execute(_STATE, {"run_id": run_id})).one()
+        if state not in ("running", "paused"):
+            return digest if state == "done" else None
+        await end_lanes(connection, run_id, [lane.lane_id for lane in lanes], "run done")
         until = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
         digest = await compute_digest(connection, run_id, until)
-        changed = await connection.execute(
+        await connection.execute(
             update(tables.run)
-            .where(tables.run.c.run_id == run_id, tables.run.c.state == "running")
+            .where(tables.run.c.run_id == run_id)
             .values(state="done", reason=None, ledger_digest=digest, finished_at=until)
         )
-        if changed.rowcount:
-            await _note(connection, run_id, "done", {"ledger_digest": digest})
-        return digest
+        await _note(connection, run_id, "done", {"ledger_digest": digest})
+        return str(digest)
 
 
 async def compute_digest(connection: AsyncConnection, run_id: RunId, until: datetime) -> str:
@@ -151,7 +166,10 @@ async def compute_digest(connection: AsyncConnection, run_id: RunId, until: date
 
 
 async def register_prices(ledger: Ledger, prices: Iterable[Price]) -> dict[str, int]:
-    """Make sure these price rows are in the ledger; returns their ids by name."""
+    """Make sure these price rows are in the ledger; returns their ids by name.
+
+    Raises ConfigurationError where the ledger has a row of that name with other amounts: attempts were booked by it.
+    """
     rows = [
         {
             "name": price.name,
@@ -166,9 +184,20 @@ async def register_prices(ledger: Ledger, prices: Iterable[Price]) -> dict[str, 
         for price in prices
     ]
     async with ledger.transaction() as connection:
-        await connection.execute(upsert(tables.price).on_conflict_do_nothing(), rows)
-        found = await connection.execute(select(tables.price.c.name, tables.price.c.price_id))
-        return {name: price_id for name, price_id in found}
+        if rows:
+            await connection.execute(upsert(tables.price).on_conflict_do_nothing(), rows)
+        found = {row["name"]: row for row in (await connection.execute(select(tables.price))).mappings()}
+        changed = [row["name"] for row in rows if any(found[row["name"]][key] != value for key, value in row.items())]
+        if changed:
+            raise ConfigurationError(*(_explain_changed_price(str(name)) for name in changed))
+        return {name: row["price_id"] for name, row in found.items()}
+
+
+def _explain_changed_price(name: str) -> str:
+    return (
+        f"prices: {name} is not what the ledger booked by; a price row never changes: put it back, and add a [[row]] "
+        "with its own valid_from for the new price"
+    )
 
 
 async def add_labels(ledger: Ledger, run_id: RunId, labels: Iterable[tuple[int, str]]) -> None:
@@ -247,7 +276,8 @@ async def _insert_manifest(connection: AsyncConnection, run_id: int, manifest: M
         }
         for file in manifest.files
     ]
-    await connection.execute(insert(tables.input_file), files)
+    if files:
+        await connection.execute(insert(tables.input_file), files)
     shard_columns = ("shard_no", "file_no", "first_row", "row_count", "first_document_no", "document_count")
     shards = ((run_id, *(getattr(shard, name) for name in shard_columns)) for shard in manifest.shards)
     await append(connection, tables.shard, ("run_id", *shard_columns), shards)
@@ -309,7 +339,7 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
     r, b = tables.run.c, tables.budget.c
     found = (
         await connection.execute(
-            select(r.job, r.state, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated)
+            select(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated)
             .join_from(tables.run, tables.budget, r.budget_id == b.budget_id)
             .where(r.run_id == run_id)
         )
@@ -320,6 +350,7 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
         run_id=run_id,
         job=found.job,
         state=found.state,
+        reason=found.reason,
         documents=found.documents,
         currency=Currency(found.currency),
         budget_id=found.budget_id,
