@@ -28,7 +28,9 @@ BEGIN
                 NULL;  -- another database of this cluster was migrated at the same moment
             END;
         END IF;
-        IF NOT pg_has_role(current_user, name, 'SET') THEN
+        -- before Postgres 16 a member may always SET ROLE
+        IF NOT pg_has_role(current_user, name, CASE WHEN current_setting('server_version_num')::int < 160000
+                                                    THEN 'MEMBER' ELSE 'SET' END) THEN
             EXECUTE format('GRANT %I TO CURRENT_USER', name);
         END IF;
     END LOOP;

@@ -143,6 +143,7 @@ CREATE TABLE budget_grant (
     granted_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX budget_grant_by_run ON budget_grant (run_id);
+CREATE INDEX budget_grant_by_budget ON budget_grant (budget_id);
 COMMENT ON TABLE budget_grant IS 'Money a lane may spend without asking again; attempts reserve from it';
 
 CREATE TABLE grant_close (
@@ -170,6 +171,7 @@ CREATE TABLE attempt_intent (
     intended_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     PRIMARY KEY (run_id, document_no, attempt_no)
 );
+CREATE INDEX attempt_intent_by_grant ON attempt_intent (grant_id);
 COMMENT ON TABLE attempt_intent IS 'Written before a request leaves: every bill has a row (G4); reserved is its worst case W';
 
 CREATE TABLE attempt_outcome (

@@ -14,15 +14,15 @@ down_revision = "0001"
 TRIGGERS = """
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    RAISE EXCEPTION 'farthing.% is append-only: % is refused; correct it by a new row', TG_TABLE_NAME, TG_OP
+    RAISE EXCEPTION 'farthing.%: % is refused; correct the ledger by new rows', TG_TABLE_NAME, TG_OP
         USING ERRCODE = 'insufficient_privilege';
 END $$;
 
 CREATE FUNCTION refuse_all_but_purge() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF to_jsonb(NEW) - 'answer' - 'content' IS DISTINCT FROM to_jsonb(OLD) - 'answer' - 'content'
-       OR NEW.answer IS NOT NULL THEN
-        RAISE EXCEPTION 'farthing.%: only answers may be purged (set to null)', TG_TABLE_NAME
+       OR NEW.answer IS NOT NULL OR to_jsonb(NEW) ->> 'content' <> '' THEN
+        RAISE EXCEPTION 'farthing.%: only answers may be purged (answer null, content empty)', TG_TABLE_NAME
             USING ERRCODE = 'insufficient_privilege';
     END IF;
     RETURN NEW;
@@ -45,6 +45,12 @@ BEGIN
         EXECUTE format('CREATE TRIGGER append_only BEFORE DELETE ON %I
                         FOR EACH ROW EXECUTE FUNCTION refuse_change()', name);
         EXECUTE format('CREATE TRIGGER append_only_all BEFORE TRUNCATE ON %I
+                        FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', name);
+    END LOOP;
+    FOREACH name IN ARRAY ARRAY['run', 'shard', 'lane', 'budget'] LOOP
+        EXECUTE format('CREATE TRIGGER never_deleted BEFORE DELETE ON %I
+                        FOR EACH ROW EXECUTE FUNCTION refuse_change()', name);
+        EXECUTE format('CREATE TRIGGER never_deleted_all BEFORE TRUNCATE ON %I
                         FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', name);
     END LOOP;
 END $$;

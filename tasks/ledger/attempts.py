@@ -17,17 +17,23 @@ from schemas import tables
 from schemas.attempts import LaneId, RunId, Signal
 from schemas.ladder import PastAttempt, Verdict
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
+from tasks.ledger.budgets import settle_grants
 from tasks.ledger.connection import Ledger
+from tasks.ledger.leases import lock_lanes
 from tasks.ledger.rows import append, as_json, storable
 
 
 @dataclass(frozen=True, slots=True)
 class Reusable:
-    """Which earlier results count as answers: same prompt version, and sure enough for today's policy."""
+    """Which earlier results count as answers: same prompt version, and sure enough for today's policy.
+
+    Simulated answers count for simulated runs only, and real ones for real runs.
+    """
 
     prompt_version: str
     last_tier: str
     below: Decimal
+    is_simulated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +67,7 @@ _REUSABLE = text("""
     SELECT d.text_digest, min(d.run_id) AS run_id, min(d.document_no) AS document_no
     FROM document d JOIN run r USING (run_id)
     WHERE d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
-      AND r.prompt_version = :prompt_version
+      AND r.prompt_version = :prompt_version AND r.is_simulated = :is_simulated
       AND (d.tier = :last_tier OR d.confidence IS NULL OR d.confidence >= :below)
     GROUP BY d.text_digest, d.run_id
     ORDER BY d.run_id
@@ -89,6 +95,13 @@ _PAID_ANSWER = text("""
     SELECT i.tier, attempt_no, a.content, a.answer, a.confidence, a.confidence_signal
     FROM answer a JOIN attempt_intent i USING (run_id, document_no, attempt_no)
     WHERE run_id = :run_id AND document_no = :document_no ORDER BY attempt_no DESC LIMIT 1
+""")
+
+#: Of these attempts, those that were declared unknown when their lane was ended, and so counted.
+_DECLARED = text("""
+    SELECT count(*), coalesce(sum(bound), 0) FROM attempt_unknown
+    WHERE run_id = :run_id AND (document_no, attempt_no) IN (SELECT * FROM unnest(
+        CAST(:documents AS bigint[]), CAST(:attempts AS smallint[])))
 """)
 
 _COUNT = text(f"""
@@ -171,6 +184,8 @@ async def intend(
         digests = {intent.text_digest for intent in intents if intent.text_digest is not None}
         answered = await find_results(connection, digests, reusable)
         permits = [_permit(intent, held, answered) for intent in intents]
+        if any(isinstance(permit, ResultKey) for permit in permits):
+            permits = await _keep_durable(connection, run_id, lane_id, intents, permits)
         rows = [
             _intent_row(run_id, lane_id, i) for i, p in zip(intents, permits, strict=True) if isinstance(p, Permitted)
         ]
@@ -190,16 +205,20 @@ async def record(ledger: Ledger, run_id: RunId, lane_id: LaneId, records: Sequen
     paid answer are kept, and the shard's new owner finds them.
     """
     async with ledger.transaction() as connection:
+        has_ended = lane_id in await lock_lanes(connection, [lane_id])
         endings = [record.ending for record in records if record.ending is not None]
         held = await _held_leases(connection, run_id, lane_id, {ending.lease.shard_no for ending in endings})
         kept = [ending for ending in endings if ending.lease in held]
         outcomes = [_with_fenced_answer(record, held) for record in records if record.outcome is not None]
+        declared = await _find_declared(connection, run_id, outcomes) if has_ended else (0, 0)
         appended = await _append_outcomes(connection, run_id, outcomes)
         if kept:
             rows = [_ending_row(run_id, ending) for ending in kept]
             appended += await append(connection, tables.document, _ENDING_COLUMNS, rows)
         if appended:  # nothing new: this is the repetition of a commit whose answer was lost
-            await connection.execute(_COUNT, _counts(outcomes, kept) | {"lane_id": lane_id})
+            await connection.execute(_COUNT, _counts(outcomes, kept, declared) | {"lane_id": lane_id})
+            if has_ended:  # its grants were closed by the bounds of what is known now
+                await settle_grants(connection, run_id, lanes=[lane_id])
     return {ending.lease for ending in endings} - held
 
 
@@ -216,6 +235,7 @@ async def find_results(
             "prompt_version": reusable.prompt_version,
             "last_tier": reusable.last_tier,
             "below": float(reusable.below),
+            "is_simulated": reusable.is_simulated,
         },
     )
     found: dict[bytes, ResultKey] = {}
@@ -269,6 +289,24 @@ async def _mine(
 ) -> set[tuple[int, int]]:
     rows = await connection.execute(_MINE, {"run_id": run_id, "lane_id": lane_id, "documents": documents})
     return {(number, attempt_no) for number, attempt_no in rows}
+
+
+async def _keep_durable(
+    connection: AsyncConnection, run_id: RunId, lane_id: LaneId, intents: Sequence[Intent], permits: list[Permit]
+) -> list[Permit]:
+    """Permit what a commit whose answer was lost has made durable, though its text was answered since."""
+    mine = await _mine(connection, run_id, lane_id, [intent.document_no for intent in intents])
+    return [
+        Permitted() if isinstance(p, ResultKey) and (i.document_no, i.attempt_no) in mine else p
+        for i, p in zip(intents, permits, strict=True)
+    ]
+
+
+async def _find_declared(connection: AsyncConnection, run_id: RunId, outcomes: Sequence[Outcome]) -> tuple[int, int]:
+    """How many of these attempts were declared unknown when the lane ended, and the sum of their bounds."""
+    numbers = {"documents": [o.document_no for o in outcomes], "attempts": [o.attempt_no for o in outcomes]}
+    row = (await connection.execute(_DECLARED, {"run_id": run_id, **numbers})).one()
+    return int(row[0]), int(row[1])
 
 
 def _permit(intent: Intent, held: set[Lease], answered: dict[bytes, ResultKey]) -> Permit:
@@ -342,7 +380,7 @@ def _outcome_row(run_id: RunId, outcome: Outcome) -> tuple[object, ...]:
         reply.signal.value,
         outcome.verdict.value if outcome.verdict else None,
         reply.http_status,
-        reply.finish_reason,
+        _text(reply.finish_reason),
         reply.sent_at,
         reply.completed_at,
         usage.hit if usage else None,
@@ -351,11 +389,16 @@ def _outcome_row(run_id: RunId, outcome: Outcome) -> tuple[object, ...]:
         usage.reasoning if usage else None,
         outcome.price_id,
         outcome.cost,
-        reply.served_model,
-        reply.fingerprint,
-        reply.provider_id,
-        storable(reply.detail) or None,
+        _text(reply.served_model),
+        _text(reply.fingerprint),
+        _text(reply.provider_id),
+        _text(reply.detail),
     )
+
+
+def _text(said: str | None) -> str | None:
+    """What the provider said, as Postgres can hold it; null where it said nothing."""
+    return storable(said) if said else None
 
 
 def _answer_row(run_id: RunId, outcome: Outcome, answer: StoredAnswer) -> tuple[object, ...]:
@@ -388,8 +431,9 @@ def _ending_row(run_id: RunId, ending: Ending) -> tuple[object, ...]:
     )
 
 
-def _counts(outcomes: Sequence[Outcome], endings: Sequence[Ending]) -> dict[str, int]:
-    """What these rows add to the lane's counters (`schemas.tables.LANE_COUNTERS`)."""
+def _counts(outcomes: Sequence[Outcome], endings: Sequence[Ending], declared: tuple[int, int]) -> dict[str, int]:
+    """What these rows add to the lane's counters (`schemas.tables.LANE_COUNTERS`), which have `declared` already."""
+    counted, bounds = declared
     usages = [outcome.reply.usage for outcome in outcomes if outcome.reply.usage is not None]
     states = [ending.state for ending in endings]
     return {
@@ -398,9 +442,9 @@ def _counts(outcomes: Sequence[Outcome], endings: Sequence[Ending]) -> dict[str,
         "dead_letters": states.count(DocumentState.DEAD_LETTER),
         "reused": states.count(DocumentState.REUSED),
         "escalated": sum(outcome.is_escalated for outcome in outcomes),
-        "attempts": len(outcomes),
+        "attempts": len(outcomes) - counted,
         "cost": sum(outcome.cost or 0 for outcome in outcomes),
-        "bounds": sum(outcome.bound or 0 for outcome in outcomes if outcome.cost is None),
+        "bounds": sum(outcome.bound or 0 for outcome in outcomes if outcome.cost is None) - bounds,
         "hit": sum(usage.hit for usage in usages),
         "miss": sum(usage.miss for usage in usages),
         "output": sum(usage.output for usage in usages),

@@ -7,6 +7,7 @@ makes an unknown known, it is closed once more with the new sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import text
@@ -43,14 +44,20 @@ _IS_MONEY_OUT = text("""
           AND NOT EXISTS (SELECT FROM grant_close c WHERE c.grant_id = g.grant_id))
 """)
 
-#: Closes anew every grant of ended lanes, and every named one, whose books differ from the attempts' rows.
+#: One settlement of a budget at a time: two would both write the next close of a grant.
+_LOCK_BUDGET = text("""
+    SELECT budget_id FROM budget WHERE budget_id = (SELECT budget_id FROM run WHERE run_id = :run_id)
+    FOR NO KEY UPDATE
+""")
+
+#: Closes anew every one of these grants, and of these lanes' grants, whose books differ from the attempts' rows.
 _SETTLE = text("""
     WITH last AS (
         SELECT g.grant_id, g.budget_id, g.amount, c.close_no, coalesce(c.used, g.amount) AS booked
-        FROM budget_grant g JOIN lane l USING (lane_id)
+        FROM budget_grant g
         LEFT JOIN LATERAL (SELECT close_no, used FROM grant_close x WHERE x.grant_id = g.grant_id
                            ORDER BY close_no DESC LIMIT 1) c ON true
-        WHERE g.run_id = :run_id AND (l.ended_at IS NOT NULL OR g.grant_id = ANY(:grants))
+        WHERE g.run_id = :run_id AND (g.lane_id = ANY(:lanes) OR g.grant_id = ANY(:grants))
     ), spent AS (
         SELECT i.grant_id, sum(coalesce(o.cost, u.bound, i.reserved)) AS used
         FROM attempt_intent i
@@ -95,9 +102,12 @@ async def is_money_out(ledger: Ledger, budget_id: int) -> bool:
 async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:
     """Close these grants by what their attempts used; every attempt of theirs must have been recorded."""
     async with ledger.transaction() as connection:
-        await settle_grants(connection, run_id, grants)
+        await settle_grants(connection, run_id, grants=grants)
 
 
-async def settle_grants(connection: AsyncConnection, run_id: RunId, grants: list[int] | None = None) -> None:
-    """Close the grants of the run's ended lanes, and these, by their attempts' rows. Safe to repeat."""
-    await connection.execute(_SETTLE, {"run_id": run_id, "grants": grants or []})
+async def settle_grants(
+    connection: AsyncConnection, run_id: RunId, *, lanes: Sequence[LaneId] = (), grants: Sequence[int] = ()
+) -> None:
+    """Close these grants, and all of these ended lanes, by their attempts' rows. Safe to repeat."""
+    await connection.execute(_LOCK_BUDGET, {"run_id": run_id})
+    await connection.execute(_SETTLE, {"run_id": run_id, "lanes": list(lanes), "grants": list(grants)})

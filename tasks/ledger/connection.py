@@ -20,6 +20,7 @@ from alembic.script import ScriptDirectory
 from pydantic import SecretStr
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
@@ -29,9 +30,32 @@ from tasks.ledger.rows import create_incoming
 
 #: Class 08 is a broken connection, 57P0x a server going down or coming up, 40001/40P01 a lost race: try again.
 #: None means that the client saw the connection break before any code came.
-_PASSING = ("08", "57P01", "57P02", "57P03", "40001", "40P01")
+#: 25P03 is the server ending a transaction that we left idle.
+_PASSING = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "40001", "40P01")
 #: A value that Postgres refuses: the row's fault, not the server's.
 _POISON = ("22", "23514", "54")
+
+
+#: A peer that vanished without a word is noticed in half a minute, on both sides: a lane that waits for it would
+#: miss its heartbeat, and the server would keep the locks of a lane that is gone.
+_CONNECT: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+_SESSION = (
+    "tcp_keepalives_idle TO 10",
+    "tcp_keepalives_interval TO 5",
+    "tcp_keepalives_count TO 3",
+    "tcp_user_timeout TO 30000",
+    "idle_in_transaction_session_timeout TO '20s'",  # a lane that was stopped in mid-transaction blocks nobody
+)
+#: A server that does not wait for its disk would forget what we reported (G3).
+_DURABLE = """
+    SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
+"""
 
 
 class Role(StrEnum):
@@ -54,8 +78,10 @@ class Ledger:
         try:
             async with self.engine.begin() as connection:
                 yield connection
-        except (DBAPIError, OSError) as error:
+        except (DBAPIError, psycopg.Error, OSError) as error:  # psycopg's own come from COPY
             raise explain(error, self.url) from None  # its text may quote a row (G15)
+        except PoolTimeout:
+            raise PassingFailure("every connection to Postgres is busy: it may be slow or stuck") from None
 
 
 class PassingFailure(LedgerUnavailable):
@@ -75,7 +101,7 @@ async def opened(database_url: SecretStr, role: Role, *, pool_size: int = 4) -> 
     """A ledger in `role`. Raises LedgerUnavailable where it is away, not migrated, or newer than this code."""
     url = parse_url(database_url)
     engine = create_async_engine(
-        url, pool_size=pool_size, max_overflow=0, hide_parameters=True, connect_args={"connect_timeout": 10}
+        url, pool_size=pool_size, max_overflow=0, hide_parameters=True, connect_args=_CONNECT
     )
     event.listen(engine.sync_engine, "connect", _work_as(role))
     ledger = Ledger(engine, url)
@@ -90,7 +116,7 @@ async def opened(database_url: SecretStr, role: Role, *, pool_size: int = 4) -> 
 def upgrade(database_url: SecretStr) -> str:
     """Bring the ledger's tables, views and roles up to this code; returns the version. Safe to repeat."""
     url = parse_url(database_url)
-    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 10})
+    engine = create_engine(url, poolclass=NullPool, connect_args=_CONNECT)
     try:
         with engine.begin() as connection:
             config = _alembic_config()
@@ -124,12 +150,16 @@ def parse_url(database_url: SecretStr) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
-def explain(error: DBAPIError | OSError, url: URL) -> FarthingError:
+def explain(error: Exception, url: URL) -> FarthingError:
     """The error a caller can act on. Messages name host and database, never the password or a row's values."""
     place = f"{url.host or 'localhost'}:{url.port or 5432}/{url.database}"
     original = error.orig if isinstance(error, DBAPIError) else error
     code = getattr(original, "sqlstate", None)
     match code:
+        case "42P01" | "3F000" | "42703" | "22023":  # 22023: SET ROLE, and there is no such role
+            return LedgerUnavailable(f"the ledger at {place} lacks tables of this version: run `farthing db upgrade`")
+        case None if isinstance(original, psycopg.DataError):
+            return PoisonValue("psycopg refused a value")
         case str() if code.startswith(_POISON):
             return PoisonValue(f"Postgres refused a value ({code})")
         case "53100":
@@ -144,8 +174,6 @@ def explain(error: DBAPIError | OSError, url: URL) -> FarthingError:
             )
         case "42501":
             return LedgerUnavailable(_explain_permission(place))
-        case "42P01" | "3F000" | "42703":
-            return LedgerUnavailable(f"the ledger at {place} lacks tables of this version: run `farthing db upgrade`")
         case None if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | OSError):
             return PassingFailure(
                 f"Postgres at {place} cannot be reached: start it, or set FARTHING_DATABASE_URL, "
@@ -158,7 +186,7 @@ def explain(error: DBAPIError | OSError, url: URL) -> FarthingError:
 def _explain_permission(place: str) -> str:
     return (
         f"this login may not do that at {place}. To migrate it needs CREATEROLE and CREATE on the database; to run "
-        "it must be a member of farthing_lane and farthing_auditor: GRANT farthing_lane, farthing_auditor TO <login>"
+        "it needs TEMPORARY there, and membership: GRANT farthing_lane, farthing_auditor TO <login>"
     )
 
 
@@ -166,8 +194,9 @@ def _work_as(role: Role) -> Callable[[Any, object], None]:
     def set_role(connection: Any, _record: object) -> None:
         with connection.cursor() as cursor:
             cursor.execute(f"SET ROLE {role.value}")
-            cursor.execute(f"SET search_path TO {SCHEMA}")
-            cursor.execute("SET timezone TO 'UTC'")
+            for setting in (f"search_path TO {SCHEMA}", "timezone TO 'UTC'", *_SESSION):
+                cursor.execute(f"SET {setting}")
+            cursor.execute(_DURABLE)
         if role is Role.LANE:
             create_incoming(connection)
         connection.commit()

@@ -3,13 +3,15 @@
 A lane shows that it lives in two ways: a heartbeat in its row, for machines that vanish, and a session lock on
 its id, which Postgres lets go the moment its process dies. Whoever finds a lane dead buries it: its shards get
 a new epoch (so that a zombie can commit nothing more), its open intents become unknowns, its grants are closed.
+
+Row locks are always taken in this order, or Postgres would find deadlocks: lanes by number, shards, the budget.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -51,19 +53,39 @@ _CLAIM = text("""
     RETURNING shard_no, file_no, first_row, row_count, first_document_no, document_count, lease_epoch
 """)
 
+#: A lane that was buried may claim nothing: nobody would bury it a second time.
+_LIVING = text("SELECT lane_id FROM lane WHERE lane_id = :lane_id AND ended_at IS NULL FOR SHARE")
+
+_LOCK_LANES = text("""
+    SELECT lane_id, ended_at IS NOT NULL AS has_ended FROM lane
+    WHERE lane_id = ANY(:lanes) ORDER BY lane_id FOR NO KEY UPDATE
+""")
+
 _FINISH = text("""
     UPDATE shard s SET state = 'done'
     WHERE run_id = :run_id AND shard_no = :shard_no AND lease_epoch = :epoch AND lane_id = :lane_id
+      AND state IN ('leased', 'done')
       AND (SELECT count(*) FROM document d WHERE d.run_id = s.run_id AND d.document_no >= s.first_document_no
            AND d.document_no < s.first_document_no + s.document_count) = s.document_count
 """)
 
+_FAIL = text("""
+    UPDATE shard SET state = 'failed'
+    WHERE run_id = :run_id AND shard_no = :shard_no AND lease_epoch = :epoch AND lane_id = :lane_id
+      AND state IN ('leased', 'failed')
+""")
+
+#: Only under the lock that `_FAIL` holds: else a new owner's results would meet our dead letters.
 _FAIL_DOCUMENTS = text("""
-    INSERT INTO document (run_id, document_no, document_id, state, reason)
-    SELECT s.run_id, n, '', 'dead_letter', :reason
-    FROM shard s, generate_series(s.first_document_no, s.first_document_no + s.document_count - 1) n
-    WHERE s.run_id = :run_id AND s.shard_no = :shard_no AND s.lease_epoch = :epoch AND s.lane_id = :lane_id
-    ON CONFLICT DO NOTHING
+    WITH failed AS (
+        INSERT INTO document (run_id, document_no, document_id, state, reason)
+        SELECT s.run_id, n, '', 'dead_letter', :reason
+        FROM shard s, generate_series(s.first_document_no, s.first_document_no + s.document_count - 1) n
+        WHERE s.run_id = :run_id AND s.shard_no = :shard_no
+        ON CONFLICT DO NOTHING RETURNING document_no
+    )
+    UPDATE lane SET done = done + f.documents, dead_letters = dead_letters + f.documents
+    FROM (SELECT count(*) AS documents FROM failed) f WHERE lane_id = :lane_id
 """)
 
 _DEAD_LANES = text("""
@@ -72,22 +94,35 @@ _DEAD_LANES = text("""
         heartbeat_at < clock_timestamp() - make_interval(secs => :dead_after)
         OR (heartbeat_at < clock_timestamp() - make_interval(secs => :grace)
             AND pg_try_advisory_xact_lock(:space, CAST(lane_id AS integer))))
-    FOR UPDATE SKIP LOCKED
+    ORDER BY lane_id FOR NO KEY UPDATE SKIP LOCKED
 """)
 
 _FENCE = text("""
     UPDATE shard SET state = 'open', lease_epoch = lease_epoch + 1, lane_id = NULL
     WHERE run_id = :run_id AND lane_id = ANY(:lanes) AND state = 'leased'
+    RETURNING shard_no
 """)
 
+#: Open intents can only be in shards that were not finished. The lanes count what is declared for them.
 _DECLARE_UNKNOWN = text("""
-    INSERT INTO attempt_unknown (run_id, document_no, attempt_no, bound, because)
-    SELECT i.run_id, i.document_no, i.attempt_no, i.reserved, :because
-    FROM attempt_intent i
-    WHERE i.run_id = :run_id AND i.lane_id = ANY(:lanes)
-      AND NOT EXISTS (SELECT FROM attempt_outcome o WHERE o.run_id = i.run_id
-                      AND o.document_no = i.document_no AND o.attempt_no = i.attempt_no)
-    ON CONFLICT DO NOTHING
+    WITH declared AS (
+        INSERT INTO attempt_unknown (run_id, document_no, attempt_no, bound, because)
+        SELECT i.run_id, i.document_no, i.attempt_no, i.reserved, :because
+        FROM shard s JOIN attempt_intent i ON i.run_id = s.run_id AND i.lane_id = ANY(:lanes)
+            AND i.document_no BETWEEN s.first_document_no AND s.first_document_no + s.document_count - 1
+        WHERE s.run_id = :run_id
+          AND (s.shard_no = ANY(:shards) OR (s.state = 'failed' AND s.lane_id = ANY(:lanes)))
+          AND NOT EXISTS (SELECT FROM attempt_outcome o WHERE o.run_id = i.run_id
+                          AND o.document_no = i.document_no AND o.attempt_no = i.attempt_no)
+        ON CONFLICT DO NOTHING RETURNING document_no, attempt_no, bound
+    ), tally AS (
+        SELECT i.lane_id, count(*) AS attempts, sum(d.bound) AS bounds
+        FROM declared d JOIN attempt_intent i
+            ON i.run_id = :run_id AND i.document_no = d.document_no AND i.attempt_no = d.attempt_no
+        GROUP BY i.lane_id
+    )
+    UPDATE lane SET attempts = lane.attempts + t.attempts, bounds = lane.bounds + t.bounds
+    FROM tally t WHERE lane.lane_id = t.lane_id
 """)
 
 _BEAT = text("""
@@ -130,8 +165,10 @@ async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str |
 
 
 async def claim(ledger: Ledger, run_id: RunId, lane_id: LaneId) -> ClaimedShard | None:
-    """Lease the next open shard, with a new epoch. None: there is none right now."""
+    """Lease the next open shard, with a new epoch. None: there is none right now, or the lane was buried."""
     async with ledger.transaction() as connection:
+        if (await connection.execute(_LIVING, {"lane_id": lane_id})).first() is None:
+            return None
         row = (await connection.execute(_CLAIM, {"run_id": run_id, "lane_id": lane_id})).one_or_none()
         if row is None:
             return None
@@ -146,33 +183,29 @@ async def claim(ledger: Ledger, run_id: RunId, lane_id: LaneId) -> ClaimedShard 
 
 
 async def finish(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease) -> bool:
-    """Mark a shard done. False if the lease is lost or a document of it has no terminal row."""
+    """Mark a shard done. False if the lease is lost or a document of it has no terminal row. Safe to repeat."""
     async with ledger.transaction() as connection:
         return bool((await connection.execute(_FINISH, _key(run_id, lane_id, lease))).rowcount)
 
 
 async def fail(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease, reason: str) -> bool:
-    """Fail a shard whose file changed or cannot be read: what did not end becomes a dead letter (G1, G2)."""
+    """Fail a shard whose file changed or cannot be read: what did not end becomes a dead letter (G1, G2).
+
+    False if the lease is lost; then nothing is written. Safe to repeat.
+    """
     key = _key(run_id, lane_id, lease)
     async with ledger.transaction() as connection:
+        await lock_lanes(connection, [lane_id])
+        if not (await connection.execute(_FAIL, key)).rowcount:
+            return False
         await connection.execute(_FAIL_DOCUMENTS, key | {"reason": reason})
-        failed = await connection.execute(
-            update(tables.shard)
-            .where(
-                tables.shard.c.run_id == run_id,
-                tables.shard.c.shard_no == lease.shard_no,
-                tables.shard.c.lease_epoch == lease.epoch,
-                tables.shard.c.lane_id == lane_id,
-            )
-            .values(state="failed")
-        )
-        return bool(failed.rowcount)
+        return True
 
 
 async def leave(ledger: Ledger, run_id: RunId, lane_id: LaneId, because: str) -> None:
     """End a lane in good order: its shards are open again, its open intents unknown, its grants closed."""
     async with ledger.transaction() as connection:
-        await _end(connection, run_id, [lane_id], because)
+        await end_lanes(connection, run_id, [lane_id], because)
 
 
 async def bury_dead(ledger: Ledger, run_id: RunId, *, grace_s: float = 10.0) -> int:
@@ -186,7 +219,7 @@ async def bury_dead(ledger: Ledger, run_id: RunId, *, grace_s: float = 10.0) -> 
         rows = await connection.execute(_DEAD_LANES, {"run_id": run_id, **limits})
         dead = [LaneId(lane_id) for (lane_id,) in rows]
         if dead:
-            await _end(connection, run_id, dead, "died")
+            await end_lanes(connection, run_id, dead, "died")
         return len(dead)
 
 
@@ -198,16 +231,24 @@ async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
-async def _end(connection: AsyncConnection, run_id: RunId, lanes: list[LaneId], because: str) -> None:
-    key = {"run_id": run_id, "lanes": lanes}
-    await connection.execute(_FENCE, key)  # first: it waits for, and then refuses, their last intents
-    await connection.execute(_DECLARE_UNKNOWN, key | {"because": f"lane {because}"})
+async def lock_lanes(connection: AsyncConnection, lanes: Sequence[LaneId]) -> set[LaneId]:
+    """Hold these lanes' rows until the transaction ends; returns those that have ended."""
+    rows = await connection.execute(_LOCK_LANES, {"lanes": list(lanes)})
+    return {LaneId(lane_id) for lane_id, has_ended in rows if has_ended}
+
+
+async def end_lanes(connection: AsyncConnection, run_id: RunId, lanes: Sequence[LaneId], because: str) -> None:
+    """End lanes: their shards are open again under a new epoch, open intents unknown, grants closed."""
+    key = {"run_id": run_id, "lanes": list(lanes)}
+    await lock_lanes(connection, lanes)
     await connection.execute(
         update(tables.lane)
         .where(tables.lane.c.lane_id.in_(lanes), tables.lane.c.ended_at.is_(None))
         .values(ended_at=text("clock_timestamp()"), ended_because=because, in_flight=0, waiting_because=None)
     )
-    await settle_grants(connection, run_id)
+    fenced = (await connection.execute(_FENCE, key)).scalars().all()  # waits for, then refuses, their last intents
+    await connection.execute(_DECLARE_UNKNOWN, key | {"because": f"lane {because}", "shards": list(fenced)})
+    await settle_grants(connection, run_id, lanes=lanes)
 
 
 async def _find_file(connection: AsyncConnection, run_id: RunId, file_no: int) -> InputFile:

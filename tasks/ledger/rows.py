@@ -5,6 +5,7 @@ Skipping makes every append safe to repeat, which is what one does when the answ
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -64,10 +65,15 @@ async def driver(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:
 
 
 def as_json(value: object) -> str | None:
-    """JSON text for a jsonb column; None stays null."""
-    return None if value is None else orjson.dumps(value).decode()
+    """JSON text for a jsonb column; None stays null. What orjson cannot write is for Postgres to judge."""
+    if value is None:
+        return None
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # a lone surrogate, which Postgres refuses for this row alone, or an integer over 64 bits
+        return json.dumps(value)
 
 
 def storable(value: str) -> str:
-    """Text that Postgres accepts: without NUL and lone surrogates, each replaced by U+FFFD."""
+    """Text that Postgres accepts: NUL becomes U+FFFD, a lone surrogate a question mark."""
     return value.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
