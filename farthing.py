@@ -78,15 +78,29 @@ def main() -> NoReturn:
     from sandbox.errors import SandboxError
 
     try:
-        app()
+        exit_code = app(standalone_mode=False)
+    except typer.Abort:
+        _fail("nothing was done", 1)
+    except typer.TyperException as error:
+        _refuse(error)
     except FarthingError as error:
         _fail(str(error), error.exit_code)
     except SandboxError as error:
         _fail(str(error), ConfigurationError.exit_code)
-    sys.exit(0)
+    sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def _refuse(error: typer.TyperException) -> NoReturn:
+    """Wrong usage: one line about it and where to read more, or the whole help where nothing was asked for."""
+    message = error.format_message()
+    if message.startswith("Usage:"):
+        tell(message)
+        sys.exit(error.exit_code)
+    _fail(f"{message} (see --help)", error.exit_code)
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
+    """Say what is wrong: for people line by line, for scripts as one object."""
     for line in message.splitlines():
         tell(f"error: {line}")
     if "--json" in sys.argv:
@@ -200,8 +214,10 @@ def _load_job(name: str, is_in_sandbox: bool = False) -> Job:
         from sandbox.licences import write_corpus
 
         if not (ROOT / CORPUS / "corpus.json").exists():
-            tell(f"writing the documents into {CORPUS}")
+            tell(f"writing the documents into {CORPUS} …")
         write_corpus(ROOT / CORPUS)
+    elif is_in_sandbox:
+        tell(f"the sandbox has no answer key for {job.name}: it makes up answers that fit the schema")
     return job
 
 
@@ -641,15 +657,22 @@ def _settings() -> Settings:
     try:
         return Settings()
     except ValidationError as error:
-        raise ConfigurationError(*_explain(error, "environment, ")) from None
+        raise ConfigurationError(*_explain(error, "FARTHING_")) from None
 
 
 def _explain(error: ValidationError, prefix: str) -> list[str]:
     """Each of pydantic's complaints as a line, without the value, which may be a secret."""
-    return [
-        f"{prefix}{'.'.join(map(str, each['loc']))}: {each['msg'].removeprefix('Value error, ')}"
-        for each in error.errors(include_url=False, include_input=False)
-    ]
+    lines = []
+    for each in error.errors(include_url=False, include_input=False):
+        name = ".".join(map(str, each["loc"]))
+        what = each["msg"].removeprefix("Value error, ")
+        lines.append(f"{name if name.isupper() else _spell(prefix, name)}: {what}")
+    return lines
+
+
+def _spell(prefix: str, name: str) -> str:
+    """A field as a user wrote it: `--budget`, `FARTHING_TIME_SCALE`."""
+    return prefix + (name.upper() if prefix.isupper() else name)
 
 
 def _database(settings: Settings) -> SecretStr:

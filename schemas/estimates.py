@@ -181,7 +181,8 @@ def _sum(costs: Iterable[Money], currency: Currency) -> Money:
 
 def _assumptions(job: Job, size: Size, rows: Mapping[str, Price], history: History | None) -> list[str]:
     """What the figures rest on, for the table's foot."""
-    bands = ", ".join(f"{price.model} {price.band.value.replace('_', '-')}" for price in rows.values())
+    hours = (f"{price.model} {price.band.value.replace('_', '-')}" for price in rows.values())
+    bands = ", ".join(dict.fromkeys(hours))
     skipped = size.documents - size.to_send
     lines = [
         f"expected at the price of {'the next off-peak hour' if job.when is When.OFF_PEAK else 'this hour'}: {bands}",

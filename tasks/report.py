@@ -51,6 +51,7 @@ def table(
     """A table of figures but for the columns `texts`; without column names it has no head."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     made.show_header = any(columns)
+    made.min_width = len(title) + 1  # else a long title over a narrow table is broken
     made.caption, made.caption_justify = caption, "left"
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number in texts else "right", overflow="fold")
@@ -232,7 +233,8 @@ def title(audit: Audit) -> str:
     if audit.run is not None:
         state = f"{audit.state}: {audit.reason}" if audit.reason else f"{audit.state}"
         return f"{audit.job}, run {audit.run} ({state})"
-    return f"{audit.job or 'the whole ledger'}, {len(audit.runs)} runs"
+    runs = "1 run" if len(audit.runs) == 1 else f"{len(audit.runs)} runs"
+    return f"{audit.job or 'the whole ledger'}, {runs}"
 
 
 def _totals(audit: Audit) -> Section:

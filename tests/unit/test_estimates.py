@@ -1,0 +1,153 @@
+"""Estimates: exact arithmetic over stated assumptions or the job's own history."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from schemas.answers import Answer
+from schemas.documents import Shard
+from schemas.estimates import (
+    BYTES_PER_TOKEN,
+    FRAME_TOKENS,
+    MILLION,
+    PRIMING_ATTEMPTS,
+    THINKING_TOKENS,
+    History,
+    Size,
+    TierTokens,
+    estimate,
+    measure_answer,
+    measure_prefix,
+)
+from schemas.jobs import TIERS, Input, Job, When
+from schemas.money import Money
+from schemas.pricing import load_price_book
+from tasks.samples import spread
+
+OFF_PEAK = datetime(2026, 11, 25, 5, tzinfo=UTC)
+PEAK = datetime(2026, 11, 25, 2, tzinfo=UTC)
+SCHEMA = {
+    "type": "object",
+    "properties": {"topic": {"type": "string", "enum": ["a", "other"]}, "sure": {"type": "number"}},
+}
+SIZE = Size(documents=1_000, to_send=1_000, sampled=10, sampled_bytes=40_000)
+#: Two tiers whose figures are easy to follow: 1,000 cached tokens, 100 not, 10 out; a tenth goes up.
+HISTORY = History(
+    runs=1,
+    documents=500,
+    is_simulated=False,
+    tiers=(TierTokens("flash", 1_000, 100, 10, MILLION), TierTokens("pro", 1_000, 100, 10, 100_000)),
+)
+
+
+def make_job(**changes: object) -> Job:
+    job = Job(
+        name="tickets",
+        folder=Path("jobs/tickets"),
+        input=Input(path="data/*.parquet", id="id", text="text"),
+        prompt="Sort these. Answer with JSON.",
+        answer=Answer.from_schema("Answer", SCHEMA),
+        ladder=(TIERS["flash"], TIERS["pro"]),
+        budget=Money.parse("1 USD"),
+        concurrency={"flash": 10, "pro": 10},
+        tolerance=Decimal("0.01"),
+    )
+    return replace(job, **changes)  # type: ignore[arg-type]  # the fields are checked where they are used
+
+
+def test_the_expected_cost_is_tokens_times_prices_plus_priming() -> None:
+    found = estimate(make_job(), SIZE, load_price_book(), OFF_PEAK, HISTORY)
+    flash = 1_000 * (1_000 * 3_000 + 100 * 150_000 + 10 * 600_000) + PRIMING_ATTEMPTS * 1_000 * (150_000 - 3_000)
+    pro = 100 * (1_000 * 22_000 + 100 * 660_000 + 10 * 1_980_000) + PRIMING_ATTEMPTS * 1_000 * (660_000 - 22_000)
+    assert [each.cost.pico for each in found.tiers] == [flash, pro]
+    assert found.cost.pico == flash + pro
+
+
+def test_low_is_the_first_tier_alone_at_its_cheapest_hours_whatever_the_hour() -> None:
+    expected = 1_000 * (1_000 * 3_000 + 100 * 150_000 + 10 * 600_000)
+    for instant in (OFF_PEAK, PEAK):
+        assert estimate(make_job(), SIZE, load_price_book(), instant, HISTORY).low.pico == expected
+
+
+def test_high_is_the_whole_ladder_without_a_cache_at_its_dearest_hours() -> None:
+    flash = 1_000 * (1_100 * 300_000 + 10 * 1_200_000)
+    pro = 1_000 * (1_100 * 1_320_000 + 10 * 3_960_000)
+    for instant in (OFF_PEAK, PEAK):
+        assert estimate(make_job(), SIZE, load_price_book(), instant, HISTORY).high.pico == flash + pro
+
+
+def test_peak_hours_double_the_expected_cost() -> None:
+    cheap, dear = (
+        estimate(make_job(), SIZE, load_price_book(), instant, HISTORY).cost.pico for instant in (OFF_PEAK, PEAK)
+    )
+    assert dear == 2 * cheap
+
+
+def test_a_job_that_waits_for_off_peak_is_priced_by_it() -> None:
+    book = load_price_book()
+    waits = estimate(make_job(when=When.OFF_PEAK), SIZE, book, PEAK, HISTORY)
+    assert waits.cost == estimate(make_job(), SIZE, book, OFF_PEAK, HISTORY).cost
+    assert "next off-peak hour" in waits.assumptions[0]
+
+
+@pytest.mark.parametrize("to_send", [1, 2, 7, 1_000, 10_000_000])
+@pytest.mark.parametrize("history", [None, HISTORY])
+def test_low_expected_and_high_are_in_order(to_send: int, history: History | None) -> None:
+    size = Size(to_send, to_send, 1, 777)
+    for instant in (OFF_PEAK, PEAK):
+        found = estimate(make_job(), size, load_price_book(), instant, history)
+        assert found.low.pico <= found.cost.pico <= found.high.pico
+
+
+def test_documents_that_are_not_sent_cost_nothing() -> None:
+    found = estimate(make_job(), Size(1_000, 0, 0, 0), load_price_book(), OFF_PEAK)
+    assert (found.documents, found.low.pico, found.cost.pico, found.high.pico) == (1_000, 0, 0, 0)
+
+
+def test_without_history_tokens_follow_from_bytes() -> None:
+    job = make_job()
+    found = estimate(job, SIZE, load_price_book(), OFF_PEAK)
+    flash, pro = (each.tokens for each in found.tiers)
+    assert flash.miss == FRAME_TOKENS + 4_000 // BYTES_PER_TOKEN
+    assert flash.hit == pro.hit == measure_prefix(job) == -(-len(job.prefix.encode()) // BYTES_PER_TOKEN)
+    assert flash.attempts_ppm > MILLION > pro.attempts_ppm > 0
+    assert any("no history" in line for line in found.assumptions)
+
+
+def test_a_tier_that_history_never_reached_is_expected_to_stay_unused() -> None:
+    history = replace(HISTORY, tiers=HISTORY.tiers[:1])
+    flash, pro = estimate(make_job(), SIZE, load_price_book(), OFF_PEAK, history).tiers
+    assert (flash.attempts, pro.attempts, pro.cost.pico) == (1_000, 0, 0)
+
+
+def test_simulated_history_is_called_so() -> None:
+    found = estimate(make_job(), SIZE, load_price_book(), OFF_PEAK, replace(HISTORY, is_simulated=True))
+    assert any("simulated" in line for line in found.assumptions)
+
+
+def test_an_answer_is_measured_by_its_schema() -> None:
+    longer = {**SCHEMA, "properties": {**SCHEMA["properties"], "quote": {"type": "string"}}}  # type: ignore[dict-item]
+    flash = TIERS["flash"]
+    assert 0 < measure_answer(SCHEMA, flash) < measure_answer(longer, flash)
+    assert measure_answer(SCHEMA, TIERS["flash-thinking"]) == measure_answer(SCHEMA, flash) + THINKING_TOKENS
+    assert measure_answer(longer, flash.model_copy(update={"max_tokens": 5})) == 5
+
+
+def test_a_schema_that_refers_to_itself_has_a_size() -> None:
+    tree = {
+        "$ref": "#/$defs/Node",
+        "$defs": {"Node": {"type": "object", "properties": {"left": {"$ref": "#/$defs/Node"}}}},
+    }
+    assert measure_answer(tree, TIERS["flash"]) < 200
+
+
+def test_a_sample_is_spread_over_the_input() -> None:
+    shards = [Shard(number, 0, 0, 1, number, 1) for number in range(95)]
+    assert [shard.shard_no for shard in spread(shards, 10)] == [0, 9, 19, 28, 38, 47, 57, 66, 76, 85]
+    assert spread(shards[:3], 10) == shards[:3]
+    assert spread([], 10) == []

@@ -1,0 +1,213 @@
+"""Reports: every figure that is shown is the audit's own."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from rich.console import Console, RenderableType
+
+from schemas.money import PICO, Currency, Money
+from tasks import report
+from tasks.ledger.proof import Evidence, Proof
+from tasks.ledger.spend import Accuracy, Audit, Escalation, Progress, PurposeSpend, TierSpend, Waste
+from tasks.live import Pace, duration, line, panel, project
+
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+AUDIT = Audit(
+    run=7,
+    job="tickets",
+    documents=1_000,
+    results=980,
+    dead_letters=15,
+    attempts=1_234,
+    cost_pico=3 * PICO + 141_592_653_589,
+    unknown_pico=12_000_000_000,
+    currency="USD",
+    hit_tokens=2_000_001,
+    miss_tokens=1_000_002,
+    output_tokens=30_003,
+    prefix_hit_rate=0.999961,
+    escalated=200,
+    tiers={
+        "flash": TierSpend(1_030, 800, 1 * PICO, 0, 1_900_000, 900_000, 25_000),
+        "pro": TierSpend(204, 180, 2 * PICO + 141_592_653_589, 12_000_000_000, 100_001, 100_002, 5_003),
+    },
+    runs=(7,),
+    state="done",
+    reason=None,
+    is_simulated=False,
+    prompt_version="sha256:0",
+    opened_at=NOW,
+    finished_at=NOW,
+    budget_pico=5 * PICO,
+    reused=40,
+    duplicates=5,
+    unknown_attempts=1,
+    reasoning_tokens=0,
+    priming_pico=77_000_000,
+    adjusted_pico=0,
+    lost_pico=88_000_000,
+    saved_pico=6 * PICO,
+    by_purpose={"answer": PurposeSpend(1_234, 3 * PICO + 141_592_653_589, 12_000_000_000)},
+    escalations=(Escalation("pro", "low_confidence", 200, 180, 120, 60, 190, 100, 150, 2 * PICO, 0),),
+    accuracy=(Accuracy("flash", 800, 780), Accuracy("pro", 190, 171)),
+    waste=(Waste("flash", "answer", "lost", None, "unknown", 1, 0, 12_000_000_000),),
+    dead_letters_by_reason={"invalid_answer": 14, "too_large": 1},
+)
+PROGRESS = Progress(
+    run=7,
+    job="tickets",
+    state="running",
+    reason=None,
+    done=250,
+    documents=1_000,
+    waiting_because="priming the prompt cache of pro",
+    in_flight=42,
+    lanes=1,
+    results=240,
+    dead_letters=10,
+    reused=0,
+    escalated=25,
+    attempts=300,
+    cost_pico=PICO,
+    unknown_pico=0,
+    hit_tokens=900,
+    miss_tokens=100,
+    output_tokens=10,
+    budget_pico=5 * PICO,
+    currency="USD",
+    is_simulated=True,
+    opened_at=NOW,
+    finished_at=None,
+    events=(),
+)
+
+
+def shown(*parts: RenderableType) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    for part in parts:
+        console.print(part)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_report_shows_the_audit_s_totals() -> None:
+    text = shown(*report.audit_report(AUDIT))
+    for figure in (
+        "1,000",
+        "980 (40 reused)",
+        "15",
+        "1,234",
+        "3,141,592,653,589 pico",
+        "2,000,001 / 1,000,002 / 30,003",
+    ):
+        assert figure in text
+    assert f"at most {Money(AUDIT.unknown_pico, Currency.USD)}, 1 attempts" in text
+
+
+def test_markdown_and_terminal_say_the_same() -> None:
+    text, marked = shown(*report.audit_report(AUDIT)), report.markdown(AUDIT)
+    for part in report.sections(AUDIT):
+        assert part.title in text
+        assert f"## {part.title}" in marked
+        for row in part.rows:
+            assert all(cell in text and cell in marked for cell in row)
+
+
+def test_tiers_add_up_to_the_total() -> None:
+    rows = next(part for part in report.sections(AUDIT) if part.title == "Where the money went").rows
+    assert [row[0] for row in rows] == ["flash", "pro"]
+    assert [row[3] for row in rows] == ["$1.00", "$2.14"]
+    assert rows[0][4] == report.share(AUDIT.tiers["flash"].cost_pico, AUDIT.cost_pico) == "31.83 %"
+
+
+def test_what_the_cache_saved_is_shown_beside_what_it_would_have_cost() -> None:
+    text = shown(*report.audit_report(AUDIT))
+    assert "99.99 %" in text
+    assert str(Money(AUDIT.cost_pico + AUDIT.saved_pico, Currency.USD)) in text
+
+
+def test_escalation_is_weighed_by_what_it_put_right() -> None:
+    text = shown(*report.audit_report(AUDIT))
+    assert "100 → 150 of 190" in text
+    assert "50 more right, by the experts' labels: $0.0400 for each." in text
+
+
+def test_escalation_that_put_nothing_right_is_called_so() -> None:
+    worse = replace(AUDIT.escalations[0], right_after=100)
+    assert "made no document right" in report.markdown(replace(AUDIT, escalations=(worse,)))
+
+
+def test_accuracy_is_that_of_all_labelled_results() -> None:
+    rows = next(part for part in report.sections(AUDIT) if part.title == "Against the labels").rows
+    assert rows[-1] == ("all", "990", "951", "96.06 %")
+
+
+@pytest.mark.parametrize("is_simulated", [True, False])
+def test_simulated_figures_are_called_so_and_only_they(is_simulated: bool) -> None:
+    audit = replace(AUDIT, is_simulated=is_simulated)
+    assert ("SIMULATED" in report.markdown(audit)) is is_simulated
+    assert ("SIMULATED" in shown(*report.audit_report(audit))) is is_simulated
+
+
+def test_a_run_that_reused_everything_says_zero_attempts() -> None:
+    nothing = replace(AUDIT, attempts=0, cost_pico=0, unknown_pico=0, tiers={}, escalations=(), waste=())
+    text = shown(*report.audit_report(nothing))
+    assert any(row == ("attempts", "0") for row in report.sections(nothing)[0].rows)
+    assert "$0.00 (0 pico)" in text
+
+
+def test_a_pipe_in_a_cell_does_not_break_a_markdown_table() -> None:
+    marked = report.markdown(replace(AUDIT, dead_letters_by_reason={"a|b": 1}))
+    assert "| a\\|b | 1 |" in marked
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [(0, 0, "—"), (0, 3, "0.00 %"), (1, 3, "33.33 %"), (99_996, 100_000, "99.99 %"), (3, 3, "100.00 %")],
+)
+def test_a_share_is_never_rounded_up(part: int, whole: int, text: str) -> None:
+    assert report.share(part, whole) == text
+
+
+def test_a_broken_proof_names_what_is_broken_and_the_row() -> None:
+    evidence = {"G1": Evidence(1, (), "fixed"), "G7": Evidence(9, ("attempt 7.3.1: costs 5, not 6",), "exact")}
+    proof = Proof(7, "tickets", "done", evidence)
+    assert "does NOT prove: G7" in report.proof_line(proof).plain
+    assert "attempt 7.3.1: costs 5, not 6" in shown(report.proof_table(proof))
+    whole = Proof(7, "tickets", "done", {"G1": evidence["G1"]})
+    assert "does NOT" not in report.proof_line(whole).plain
+
+
+def test_the_live_view_shows_rate_money_and_why_it_waits() -> None:
+    pace = Pace()
+    pace.see(100.0, 50)
+    pace.see(105.0, 250)
+    assert pace.rate == 40
+    for text in (line(PROGRESS, pace), shown(panel(PROGRESS, pace))):
+        for figure in ("250/1,000", "40/s", "19 s left", "$1.00", "$4.00", "$5.00", "90.00 %", "10.00 %", "42"):
+            assert figure in text
+        assert "priming the prompt cache of pro" in text
+
+
+def test_a_rate_is_that_of_the_last_seconds() -> None:
+    pace = Pace()
+    for second in range(60):
+        pace.see(float(second), second * 100 if second < 40 else 4_000)
+    assert pace.rate == 0
+    assert pace.remaining_s(10_000) is None
+
+
+def test_nothing_is_projected_before_the_first_document() -> None:
+    assert project(replace(PROGRESS, done=0)) is None
+    assert project(PROGRESS) == Money(4 * PICO, Currency.USD)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "—"), (0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18_720, "5 h 12 min")]
+)
+def test_a_duration_is_short(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
