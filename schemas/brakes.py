@@ -65,9 +65,11 @@ class Breaker:
         self._count_rejections(signal)
         if signal is Signal.MALFORMED:
             self._malformed.append(now_s)
-            while self._malformed and self._malformed[0] < now_s - 60:
-                self._malformed.popleft()
+        while self._malformed and self._malformed[0] < now_s - 60:
+            self._malformed.popleft()
         if signal in _PROOF_OF_LIFE:
+            if self._opened_s is not None:
+                self._malformed.clear()  # or a breaker that malformed replies opened would open again at once
             self._failing_since_s = self._opened_s = None
         elif signal in _REFUSALS and self._failing_since_s is None:
             self._failing_since_s = now_s
@@ -87,7 +89,8 @@ class Breaker:
         """Why attempts wait, for people; None while closed."""
         if self._opened_s is None:
             return None
-        return f"the provider has not answered for {now_s - (self._failing_since_s or self._opened_s):.0f} s"
+        since_s = self._opened_s if self._failing_since_s is None else self._failing_since_s
+        return f"the provider has not answered for {now_s - since_s:.0f} s"
 
     def verdict(self, now_s: float) -> str | None:
         """Why the run must stop, if it must."""

@@ -1,0 +1,132 @@
+"""The adaptive in-flight limit: slow start, one cut per round trip, a fair queue, no place lost when cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+
+from schemas.attempts import Signal
+from tasks.limiter import DECREASE, SLOW_START, Limiter
+
+
+async def fill(limiter: Limiter) -> list[int]:
+    """Take every free place; returns the tickets."""
+    return [await limiter.acquire() for _ in range(limiter.limit - limiter.in_flight)]
+
+
+def release_all(limiter: Limiter, tickets: list[int], signal: Signal | None = Signal.ANSWERED) -> None:
+    for ticket in tickets:
+        limiter.release(ticket, signal)
+
+
+async def round_trip(limiter: Limiter, tickets: list[int]) -> list[int]:
+    """Everything in flight is answered, and each place given back is taken again at once."""
+    taken: list[int] = []
+    for ticket in tickets:
+        limiter.release(ticket, Signal.ANSWERED)
+        taken += await fill(limiter)
+    return taken
+
+
+async def test_the_limit_doubles_each_round_trip_until_the_ceiling() -> None:
+    limiter = Limiter(ceiling=100)
+    tickets = await fill(limiter)
+    seen = []
+    for _ in range(4):
+        seen.append(limiter.limit)
+        tickets = await round_trip(limiter, tickets)
+    assert seen == [SLOW_START, 2 * SLOW_START, 4 * SLOW_START, 100]
+    assert limiter.in_flight == limiter.limit == 100
+
+
+async def test_a_ceiling_below_the_start_holds_from_the_start() -> None:
+    limiter = Limiter(ceiling=3)
+    release_all(limiter, await fill(limiter))
+    assert limiter.limit == 3
+
+
+async def test_one_round_trip_of_objections_cuts_the_limit_once() -> None:
+    limiter = Limiter(ceiling=1000)
+    release_all(limiter, await fill(limiter), Signal.RATE_LIMITED)
+    assert limiter.limit == int(SLOW_START * DECREASE)
+    release_all(limiter, await fill(limiter), Signal.UNAVAILABLE)
+    assert limiter.limit == int(SLOW_START * DECREASE * DECREASE)
+
+
+async def test_after_an_objection_the_limit_grows_by_about_one_a_round_trip() -> None:
+    limiter = Limiter(ceiling=1000)
+    tickets = await fill(limiter)
+    limiter.release(tickets.pop(), Signal.RATE_LIMITED)
+    release_all(limiter, tickets, None)
+    cut = limiter.limit
+    tickets = await fill(limiter)
+    for _ in range(5):
+        tickets = await round_trip(limiter, tickets)
+    assert cut + 4 <= limiter.limit <= cut + 6
+
+
+async def test_a_stated_ceiling_is_believed_at_once() -> None:
+    limiter = Limiter(ceiling=1000)
+    tickets = await fill(limiter)
+    limiter.release(tickets.pop(), Signal.RATE_LIMITED, ceiling=4)
+    assert limiter.limit <= 4
+
+
+async def test_the_limit_never_falls_below_one() -> None:
+    limiter = Limiter(ceiling=1000)
+    for _ in range(50):
+        release_all(limiter, await fill(limiter), Signal.RATE_LIMITED)
+    limiter.release(await limiter.acquire(), Signal.RATE_LIMITED, ceiling=0)
+    assert limiter.limit == 1
+
+
+async def test_successes_of_an_idle_lane_do_not_raise_the_limit() -> None:
+    limiter = Limiter(ceiling=1000)
+    for _ in range(100):
+        limiter.release(await limiter.acquire(), Signal.ANSWERED)
+    assert limiter.limit == SLOW_START
+
+
+async def test_no_more_than_the_limit_are_in_flight_and_the_first_come_are_first_served() -> None:
+    limiter = Limiter(ceiling=2)
+    tickets = await fill(limiter)
+    served: list[int] = []
+
+    async def ask(number: int) -> None:
+        tickets.append(await limiter.acquire())
+        served.append(number)
+
+    waiting = [asyncio.create_task(ask(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    assert (limiter.in_flight, served) == (2, [])
+    limiter.release(tickets[0])
+    limiter.release(tickets[1])
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert (limiter.in_flight, served) == (2, [0, 1])
+    limiter.release(tickets[2])
+    await asyncio.gather(*waiting)
+    assert served == [0, 1, 2]
+
+
+async def test_a_place_given_to_a_cancelled_waiter_goes_to_the_next() -> None:
+    limiter = Limiter(ceiling=1)
+    ticket = await limiter.acquire()
+    first, second = (asyncio.create_task(limiter.acquire()) for _ in range(2))
+    await asyncio.sleep(0)
+    limiter.release(ticket)  # the place is first's from here on
+    first.cancel()
+    await asyncio.wait([first])
+    assert await second > ticket
+    assert limiter.in_flight == 1
+
+
+async def test_a_waiter_cancelled_in_the_queue_is_passed_over() -> None:
+    limiter = Limiter(ceiling=1)
+    ticket = await limiter.acquire()
+    first, second = (asyncio.create_task(limiter.acquire()) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait([first])
+    limiter.release(ticket)
+    await second
+    assert limiter.in_flight == 1
