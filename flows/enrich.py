@@ -14,6 +14,7 @@ from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks.artifacts import show_report, shown_progress
 from tasks.logs import configure, follow_in_prefect
+from tasks.prefect_server import guard_temporary_server
 from tasks.steps import open_run, outcome, settle_run, work_lanes
 
 
@@ -37,6 +38,7 @@ async def enrich(
     settings = Settings()
     configure(json_lines=settings.log_json)
     follow_in_prefect()
+    guard_temporary_server()
     run = await open_run(request)
     async with shown_progress(run, settings):
         ended = await work_lanes(request, run)

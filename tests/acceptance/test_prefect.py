@@ -1,0 +1,144 @@
+"""The flow under a real Prefect server: entrypoints load, runs show what they should, deployments deploy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.flows import load_flow_from_entrypoint
+
+ROOT = Path(__file__).parents[2]
+#: One server serves all of these tests, so one worker runs them.
+pytestmark = pytest.mark.xdist_group("prefect")
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Prefect server of its own, and the environment in which commands use it."""
+
+    url: str
+    environment: dict[str, str]
+
+    def post(self, path: str) -> Any:
+        request = urllib.request.Request(
+            f"{self.url}/{path}", data=b"{}", headers={"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request) as reply:
+            return json.load(reply)
+
+    def command(self, *arguments: str) -> str:
+        done = subprocess.run(arguments, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/api"
+    environment = os.environ | {
+        "PREFECT_HOME": str(home / "prefect"),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "FARTHING_HOME": str(home / "farthing"),
+        "FARTHING_TIME_SCALE": "0",
+    }
+    arguments = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until_healthy(f"{url}/health", process)
+        yield Server(url, environment)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert process.poll() is None, "the Prefect server did not start: see fastapi's pin in pyproject.toml"
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise AssertionError("the Prefect server did not answer")
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
+def test_every_deployment_loads_strictly_and_takes_its_parameters(
+    deployment: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flow file that does not import would deploy all the same, as a placeholder."""
+    monkeypatch.chdir(ROOT)
+    flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
+    assert flow.validate_parameters(deployment["parameters"]).items() >= deployment["parameters"].items()
+
+
+def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server) -> None:
+    farthing = (sys.executable, "-m", "farthing")
+    audit = json.loads(server.command(*farthing, "run", "licences", "--sandbox", "--limit", "60", "--json"))
+    assert (audit["state"], audit["documents"]) == ("done", 60)
+
+    (flow_run,) = server.post("flow_runs/filter")
+    assert (flow_run["state_type"], flow_run["name"]) == ("COMPLETED", "enrich-licences")
+    tasks = {task["name"].split("-")[0]: task for task in server.post("task_runs/filter")}
+    assert {"open", "lane", "shard", "settle"} <= tasks.keys()
+    assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
+
+    artifacts = {artifact["key"]: artifact for artifact in server.post("artifacts/filter")}
+    assert artifacts.keys() == {"run-1", "run-1-cost", "run-1-report"}
+    assert artifacts["run-1"]["type"] == "progress"
+    assert "SIMULATED" in artifacts["run-1-report"]["data"]
+    assert "flash" in artifacts["run-1-cost"]["data"]
+
+    messages = " ".join(line["message"] for line in wait_for_logs(server, "shard done"))
+    everything = json.dumps([flow_run, tasks, artifacts, messages])
+    assert "sk-sandbox" not in everything
+    assert "postgresql://" not in everything
+
+
+def wait_for_logs(server: Server, sought: str) -> list[dict[str, Any]]:
+    """Prefect's log lines; they reach the server a moment after the run."""
+    lines: list[dict[str, Any]] = []
+    for _ in range(50):
+        lines = server.post("logs/filter")
+        if any(sought in line["message"] for line in lines):
+            return lines
+        time.sleep(0.2)
+    raise AssertionError(f"{sought!r} is not in {lines}")
+
+
+def test_two_lanes_in_processes_share_one_run_under_one_server(server: Server) -> None:
+    farthing = (sys.executable, "-m", "farthing")
+    arguments = ("run", "obligations", "--sandbox", "--limit", "900", "--lanes", "2", "--json")
+    audit = json.loads(server.command(*farthing, *arguments))
+    assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 900)
+    names = {task["name"] for task in server.post("task_runs/filter")}
+    assert {"lane-1", "lane-2"} <= names
+    proof = json.loads(server.command(*farthing, "verify", str(audit["run"]), "--json"))
+    assert proof["proved"] is True
+
+
+def test_prefect_deploy_all_works_as_it_stands(server: Server) -> None:
+    prefect = (sys.executable, "-m", "prefect", "--no-prompt")
+    server.command(*prefect, "work-pool", "create", "farthing", "--type", "process")
+    server.command(*prefect, "deploy", "--all")
+    assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
