@@ -182,7 +182,7 @@ class Lane:
             return reason
         if climber.grants.is_tight:
             return "the budget is nearly used: attempts in flight may give back what they do not need"
-        cold = [name for name, primer in climber.primers.items() if primer.attempts and not primer.is_warm]
+        cold = [name for name, primer in climber.primers.items() if primer.is_priming]
         if cold:
             return f"priming the prompt cache of {' and '.join(cold)}"
         if climber.backing_off:

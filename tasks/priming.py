@@ -36,6 +36,11 @@ class Primer:
     def __post_init__(self) -> None:
         self.is_warm = self.is_warm or self.prefix_bytes < UNIT_TOKENS * BYTES_PER_TOKEN_AT_MOST
 
+    @property
+    def is_priming(self) -> bool:
+        """Whether a document is on its way to warm the tier, and the others wait for it."""
+        return not self.is_warm and self._turn.locked()
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[bool]:
         """Wait until the tier is warm, or for one's turn to prime it; yields whether this attempt primes."""
