@@ -268,3 +268,19 @@ async def test_at_a_peak_hour_reservations_and_costs_are_at_peak_price(world: Wo
     assert run.state == "done"
     assert {row[0] for row in world.sql("SELECT DISTINCT band FROM attempt WHERE cost_pico > 0")} == {"peak"}
     assert_kept(world, run.run_id)
+
+
+async def test_a_cache_that_is_lost_in_mid_run_raises_an_alarm_in_dollars(tmp_path: Path, database_url: str) -> None:
+    async with make_world(tmp_path, database_url, documents=260) as world:
+        run = await world.open()
+        lane = asyncio.create_task(world.work(run))
+        while not world.value("SELECT count(*) FROM run_event WHERE kind = 'primed'"):
+            await asyncio.sleep(0.01)
+        world.server.house.cache.look_up = lambda _prompt, _now: 0  # type: ignore[method-assign]  # the loss itself
+        assert (await lane).is_done
+        alarms = world.sql(
+            "SELECT detail ->> 'tier', (detail ->> 'lost_pico')::bigint FROM run_event WHERE kind = 'cache_lost'"
+        )
+        lost = dict(world.sql("SELECT tier, lost_pico FROM cache_efficiency"))
+    assert {tier for tier, _ in alarms} >= {"flash"}
+    assert 0 < sum(pico for tier, pico in alarms if tier == "flash") <= lost["flash"]
