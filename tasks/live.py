@@ -62,10 +62,12 @@ class Pace:
 
 
 def project(progress: Progress) -> Money | None:
-    """What the whole run comes to if the rest costs what the documents so far did; None before the first."""
-    if not progress.done:
+    """What the whole run comes to if the rest costs what the documents so far did, those reused for nothing apart."""
+    paid = progress.done - progress.reused
+    if paid <= 0:
         return None
-    return Money(-(-progress.cost_pico * progress.documents // progress.done), Currency(progress.currency))
+    rest = -(-progress.cost_pico * (progress.documents - progress.done) // paid)
+    return Money(progress.cost_pico + rest, Currency(progress.currency))
 
 
 def line(progress: Progress, pace: Pace) -> str:

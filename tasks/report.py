@@ -20,7 +20,7 @@ from schemas.estimates import Estimate
 from schemas.money import Currency, Money
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
-from tasks.ledger.spend import Audit, Progress, RunSummary, TierSpend
+from tasks.ledger.spend import Audit, Progress, RunSummary, TierSpend, Waste
 
 MILLION = 10**6
 
@@ -334,7 +334,7 @@ def _dead(audit: Audit) -> Section:
 def _waste(audit: Audit) -> Section:
     rows = [
         (
-            " ".join(filter(None, (each.signal, each.verdict and f"({each.verdict})"))).replace("_", " "),
+            _what_came(each),
             each.tier,
             each.purpose,
             f"{each.attempts:,}",
@@ -345,6 +345,11 @@ def _waste(audit: Audit) -> Section:
     ]
     columns = ("attempts that bought no answer", "tier", "purpose", "attempts", "cost", "not known")
     return Section("Waste", columns, tuple(rows))
+
+
+def _what_came(waste: Waste) -> str:
+    """`answered, invalid answer`, or just `blank` where signal and verdict are one."""
+    return ", ".join(dict.fromkeys(filter(None, (waste.signal, waste.verdict)))).replace("_", " ")
 
 
 def _money(audit: Audit, pico: int | None) -> str:

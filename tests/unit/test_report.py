@@ -206,6 +206,11 @@ def test_nothing_is_projected_before_the_first_document() -> None:
     assert project(PROGRESS) == Money(4 * PICO, Currency.USD)
 
 
+def test_reused_documents_make_the_rest_no_cheaper() -> None:
+    assert project(replace(PROGRESS, done=250, reused=250)) is None
+    assert project(replace(PROGRESS, done=500, reused=250)) == Money(3 * PICO, Currency.USD)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "—"), (0.4, "0 s"), (59.4, "59 s"), (200, "3 min 20 s"), (18_720, "5 h 12 min")]
 )
