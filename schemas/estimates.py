@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from schemas.jobs import Job, Tier, When
+from schemas.jobs import Job, Tier
 from schemas.money import Currency, Money
 from schemas.pricing import Price, PriceBook
 
@@ -89,15 +89,14 @@ class Estimate:
 
 
 def estimate(job: Job, size: Size, book: PriceBook, now: datetime, history: History | None = None) -> Estimate:
-    """Price a run of `size` at `now`, or at the next off-peak instant where the job waits for it.
+    """Price a run of `size` at `now`.
 
     low: every document is accepted by the first tier, every prefix hits, at the model's cheapest hours.
     high: every document climbs the whole ladder, no prefix ever hits, at its dearest hours.
     Raises UnknownPrice where a tier has no price.
     """
-    instant = book.next_off_peak(now) if job.when is When.OFF_PEAK else now
     tokens = _expected(job, size, history)
-    rows = {tier.name: book.at(tier.model, job.budget.currency, instant) for tier in job.ladder}
+    rows = {tier.name: book.at(tier.model, job.budget.currency, now) for tier in job.ladder}
     expected = [_estimate_tier(job.tier(each.tier), each, size, rows[each.tier]) for each in tokens]
     return Estimate(
         job=job.name,
@@ -185,7 +184,7 @@ def _assumptions(job: Job, size: Size, rows: Mapping[str, Price], history: Histo
     bands = ", ".join(dict.fromkeys(hours))
     skipped = size.documents - size.to_send
     lines = [
-        f"expected at the price of {'the next off-peak hour' if job.when is When.OFF_PEAK else 'this hour'}: {bands}",
+        f"expected at the price of this hour: {bands}",
         "low: first tier only, every prefix hits, cheapest hours; "
         "high: every document climbs the whole ladder, no prefix hits, dearest hours",
         "answers that can be reused from earlier runs cost nothing, and are not counted here",

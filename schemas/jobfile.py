@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from schemas.errors import ConfigurationError, Problem
-from schemas.jobs import TIERS, Confidence, Escalate, Input, Tier, When, check_job_name
+from schemas.jobs import TIERS, Confidence, Escalate, Input, Tier, check_job_name
 from schemas.money import Money
 
 Loc = tuple[int | str, ...]
@@ -238,7 +238,6 @@ class JobFile(BaseModel):
     escalate: Escalate = Escalate()
     confidence: Confidence = Confidence()
     budget: Annotated[Money, BeforeValidator(_parse_budget)]
-    when: When = When.NOW
     tolerance: Decimal = Field(default=Decimal("0.01"), ge=0, le=1)
     shard_rows: int = Field(default=1000, ge=1, le=_LONGEST_SHARD)
     concurrency: Annotated[
@@ -270,6 +269,8 @@ def _explain_missing(item: ErrorDetails, loc: Loc) -> str:
 def _explain_extra(item: ErrorDetails, loc: Loc) -> str:
     if loc in (("escalate", "target"), ("escalate", "delta")):
         return "thresholds with a guarantee are not built yet; write `escalate: {below: 0.85}`"
+    if loc == ("when",):
+        return "waiting for off-peak hours is not built yet; remove it, and start the run then (`farthing prices`)"
     return f"unknown key{suggest(str(loc[-1]), _known_keys(loc[:-1]))}"
 
 

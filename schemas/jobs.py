@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from schemas.answers import Answer, AnswerRejected, canonical_json
 from schemas.money import Money
 
-__all__ = ["TIERS", "Answer", "AnswerRejected", "Confidence", "Escalate", "Input", "Job", "Tier", "When"]
+__all__ = ["TIERS", "Answer", "AnswerRejected", "Confidence", "Escalate", "Input", "Job", "Tier"]
 
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
 SCHEMA_PLACEHOLDER = "{{answer_schema}}"
@@ -38,13 +38,6 @@ class _Part(BaseModel):
     """A part of a job file: no key that is not known, nothing changed after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class When(StrEnum):
-    """When a run may send: at once, or only while the off-peak tariff holds."""
-
-    NOW = "now"
-    OFF_PEAK = "off-peak"
 
 
 class Signal(StrEnum):
@@ -207,7 +200,6 @@ class Job:
     concurrency: Mapping[str, int]
     escalate: Escalate = field(default_factory=Escalate)
     confidence: Confidence = field(default_factory=Confidence)
-    when: When = When.NOW
     tolerance: Decimal = Decimal("0.01")
     shard_rows: int = 1000
     measure: str | None = None

@@ -28,7 +28,6 @@ confidence: {signal: logprobs, fields: [topic, urgency]}
 # tiers: {flash: {max_tokens: 512}}
 
 budget: 1 USD                # a hard cap: a run stops before it passes it, and can be resumed
-when: now                    # or off-peak
 """
 
 PROMPT_MD = """\

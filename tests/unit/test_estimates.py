@@ -24,7 +24,7 @@ from schemas.estimates import (
     measure_answer,
     measure_prefix,
 )
-from schemas.jobs import TIERS, Input, Job, When
+from schemas.jobs import TIERS, Input, Job
 from schemas.money import Money
 from schemas.pricing import load_price_book
 from tasks.samples import spread
@@ -86,13 +86,6 @@ def test_peak_hours_double_the_expected_cost() -> None:
         estimate(make_job(), SIZE, load_price_book(), instant, HISTORY).cost.pico for instant in (OFF_PEAK, PEAK)
     )
     assert dear == 2 * cheap
-
-
-def test_a_job_that_waits_for_off_peak_is_priced_by_it() -> None:
-    book = load_price_book()
-    waits = estimate(make_job(when=When.OFF_PEAK), SIZE, book, PEAK, HISTORY)
-    assert waits.cost == estimate(make_job(), SIZE, book, OFF_PEAK, HISTORY).cost
-    assert "next off-peak hour" in waits.assumptions[0]
 
 
 @pytest.mark.parametrize("to_send", [1, 2, 7, 1_000, 10_000_000])

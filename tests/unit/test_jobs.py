@@ -13,7 +13,7 @@ import pytest
 
 from schemas.answers import Answer
 from schemas.errors import ConfigurationError
-from schemas.jobs import TIERS, Input, Job, Signal, Tier, When
+from schemas.jobs import TIERS, Input, Job, Signal, Tier
 from schemas.money import PICO, Currency, Money
 from tasks.jobs import list_jobs, load_job, write_new_job
 
@@ -65,7 +65,7 @@ def test_a_short_job_gets_the_defaults(tmp_path: Path) -> None:
     job = load_job("tick", tmp_path)
     assert job.budget == Money(5 * PICO, Currency.USD)
     assert (job.escalate.below, job.tolerance, job.shard_rows) == (Decimal("0.85"), Decimal("0.01"), 1000)
-    assert (job.when, job.confidence.signal, job.user_id) == (When.NOW, Signal.LOGPROBS, "job-tick")
+    assert (job.confidence.signal, job.user_id) == (Signal.LOGPROBS, "job-tick")
     assert job.concurrency == {"flash": 256, "pro": 256}
     assert [tier.model for tier in job.ladder] == ["deepseek-flash", "deepseek-v4-pro"]
 
@@ -80,7 +80,7 @@ def test_everything_a_job_may_say_is_read(tmp_path: Path) -> None:
     full = GOOD.replace("text: text}", "text: text, partition: day, label: topic, filter: [[n, '>=', 3]]}")
     write_job(
         tmp_path,
-        full + "when: off-peak\ntolerance: 0.05\nshard_rows: 2\nconcurrency: {pro: 9}\nmeasure: topic\n"
+        full + "tolerance: 0.05\nshard_rows: 2\nconcurrency: {pro: 9}\nmeasure: topic\n"
         "escalate: {below: 0.9}\nconfidence: {signal: field, field: score, fields: [topic]}\n"
         "tiers: {flash: {max_tokens: 64, deadline_s: 9.5}, own: {model: qwen}}\n",
     )
@@ -89,7 +89,7 @@ def test_everything_a_job_may_say_is_read(tmp_path: Path) -> None:
     assert (job.input.label, job.measure, job.input.partition) == ("topic", "topic", "day")
     assert job.concurrency == {"flash": 256, "pro": 9}
     assert (job.ladder[0].max_tokens, job.ladder[0].deadline_s, job.ladder[0].temperature) == (64, 9.5, 0)
-    assert (job.escalate.below, job.when, job.tolerance) == (Decimal("0.9"), When.OFF_PEAK, Decimal("0.05"))
+    assert (job.escalate.below, job.tolerance) == (Decimal("0.9"), Decimal("0.05"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_everything_a_job_may_say_is_read(tmp_path: Path) -> None:
         ("escalate: {below: 1.5}", "job.yaml:5: escalate.below: Input should be less than or equal to 1"),
         ("escalate: {below: .nan}", "job.yaml:5: escalate.below: Input should be a valid decimal"),
         ("escalate: 0.9", "job.yaml:5: escalate: must be a mapping"),
-        ("when: later", "job.yaml:5: when: Input should be 'now' or 'off-peak'"),
+        ("when: off-peak", "job.yaml:5: when: waiting for off-peak hours is not built yet"),
         ("tolerance: -1", "job.yaml:5: tolerance: Input should be greater than or equal to 0"),
         ("shard_rows: 0", "job.yaml:5: shard_rows: Input should be greater than or equal to 1"),
         ("concurrency: 0", "job.yaml:5: concurrency.flash: Input should be greater than or equal to 1"),
@@ -348,8 +348,8 @@ def test_the_version_changes_with_all_that_an_answer_depends_on(changes: dict[st
 
 @pytest.mark.parametrize(
     "changes",
-    [{"budget": Money.parse("9 USD")}, {"shard_rows": 7}, {"when": When.OFF_PEAK}, {"tolerance": Decimal(1)}],
-    ids=["budget", "shard_rows", "when", "tolerance"],
+    [{"budget": Money.parse("9 USD")}, {"shard_rows": 7}, {"tolerance": Decimal(1)}],
+    ids=["budget", "shard_rows", "tolerance"],
 )
 def test_the_version_ignores_what_no_answer_depends_on(changes: dict[str, object]) -> None:
     assert make_job(**changes).prompt_version == make_job().prompt_version
