@@ -106,7 +106,7 @@ def estimate(job: Job, size: Size, book: PriceBook, now: datetime, history: Hist
         cost=_sum((each.cost for each in expected), job.budget.currency),
         high=_high(job, tokens, size, book.rows(), rows),
         tiers=tuple(expected),
-        assumptions=tuple(_assumptions(job, size, rows, history)),
+        assumptions=tuple(_assumptions(size, rows, history)),
     )
 
 
@@ -178,7 +178,7 @@ def _sum(costs: Iterable[Money], currency: Currency) -> Money:
     return Money(sum(cost.pico for cost in costs), currency)
 
 
-def _assumptions(job: Job, size: Size, rows: Mapping[str, Price], history: History | None) -> list[str]:
+def _assumptions(size: Size, rows: Mapping[str, Price], history: History | None) -> list[str]:
     """What the figures rest on, for the table's foot."""
     hours = (f"{price.model} {price.band.value.replace('_', '-')}" for price in rows.values())
     bands = ", ".join(dict.fromkeys(hours))
