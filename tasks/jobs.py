@@ -84,7 +84,6 @@ def _assemble(file: JobFile, folder: Path, prompt: str, answer: Answer) -> Job:
         concurrency=file.concurrency,
         escalate=file.escalate,
         confidence=file.confidence,
-        when=file.when,
         tolerance=file.tolerance,
         shard_rows=file.shard_rows,
         measure=file.measure or file.input.label,
