@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 
+import psycopg
 import pytest
+from pydantic import SecretStr
 
 from sandbox.postgres import Server, create_database, drop_database, running
+
+#: The migrated database that `ledger_url` copies.
+TEMPLATE = "migrated"
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +30,25 @@ def database_url(postgres: Server) -> Iterator[str]:
     """The URL of a fresh, empty database."""
     name = f"test_{uuid.uuid4().hex}"
     yield create_database(postgres, name)
+    drop_database(postgres, name)
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Server) -> str:
+    """A migrated database to copy, made once for all workers."""
+    from tasks.ledger.connection import upgrade  # alembic and SQLAlchemy are for those who ask for a ledger
+
+    with closing(psycopg.connect(postgres.url, autocommit=True)) as connection:
+        connection.execute("SELECT pg_advisory_lock(hashtext(%s))", [TEMPLATE])
+        if not connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone():
+            upgrade(SecretStr(create_database(postgres, f"{TEMPLATE}_soon")))
+            connection.execute(f"ALTER DATABASE {TEMPLATE}_soon RENAME TO {TEMPLATE}")
+    return TEMPLATE
+
+
+@pytest.fixture
+def ledger_url(postgres: Server, template: str) -> Iterator[str]:
+    """The URL of a fresh, migrated database."""
+    name = f"test_{uuid.uuid4().hex}"
+    yield create_database(postgres, name, template=template)
     drop_database(postgres, name)

@@ -1,0 +1,130 @@
+"""The hard budget: whatever lanes do at the same moment, what was granted never passes the cap (G9)."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from schemas.attempts import Signal
+from schemas.records import Record
+from tasks.ledger import budgets, leases, runs
+from tasks.ledger.connection import Ledger
+from tests.ledgers import COST, RESERVED, Hand, lane_ledger, opening, sql, value
+
+HELD = """
+    SELECT coalesce(sum(coalesce(used, amount)), 0) FROM budget_grant g LEFT JOIN LATERAL (
+        SELECT used FROM grant_close c WHERE c.grant_id = g.grant_id ORDER BY close_no DESC LIMIT 1) c ON true
+"""
+
+
+async def open_grant(hand: Hand, need: int, want: int) -> int | None:
+    grant = await budgets.open_grant(
+        hand.ledger, hand.run.run_id, hand.lane_id, hand.run.budget_id, need=need, want=want
+    )
+    return grant.amount if grant else None
+
+
+async def test_twenty_takers_at_once_never_pass_the_cap(ledger_url: str) -> None:
+    cap = 10_000
+    async with lane_ledger(ledger_url, pool_size=12) as ledger:
+        run = await runs.open_run(ledger, opening(cap=cap))
+        hand = await Hand.join(ledger, run, amount=1)
+        seen: list[tuple[int, int]] = []
+        refused = 0
+
+        async def take(seed: int) -> None:
+            nonlocal refused
+            dice = random.Random(seed)
+            for _ in range(8):
+                need = dice.randint(1, 900)
+                grant = await budgets.open_grant(
+                    ledger, run.run_id, hand.lane_id, run.budget_id, need=need, want=need * dice.randint(1, 4)
+                )
+                refused += grant is None
+                if grant is not None and dice.random() < 0.5:
+                    await budgets.close_grants(ledger, run.run_id, [grant.grant_id])
+
+        async def watch() -> None:
+            while True:
+                seen.append(await asyncio.to_thread(observe))
+                await asyncio.sleep(0)
+
+        def observe() -> tuple[int, int]:
+            granted, held = sql(ledger_url, f"SELECT granted, ({HELD}) FROM budget")[0]
+            return granted, int(held)
+
+        watching = asyncio.create_task(watch())
+        await asyncio.gather(*(take(seed) for seed in range(20)))
+        watching.cancel()
+        await asyncio.wait([watching])
+        seen.append(observe())
+    assert refused
+    assert len(seen) > 2
+    assert all(granted <= cap and granted == held for granted, held in seen)
+
+
+async def test_a_grant_is_what_was_wanted_or_what_is_left_if_that_is_enough(ledger: Ledger) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening(cap=100)), amount=1)
+    assert await open_grant(hand, need=10, want=60) == 60
+    assert await open_grant(hand, need=10, want=60) == 39
+    assert await open_grant(hand, need=1, want=60) is None
+
+
+async def test_the_last_pico_can_be_granted_and_no_more(ledger: Ledger, ledger_url: str) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening(cap=100)), amount=1)
+    assert await open_grant(hand, need=99, want=99) == 99
+    assert value(ledger_url, "SELECT granted FROM budget") == 100
+
+
+async def test_a_closed_grant_gives_back_what_its_attempts_did_not_use(ledger: Ledger, ledger_url: str) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening()), amount=5 * RESERVED)
+    lease = (await hand.claim()).lease
+    await hand.answer(lease, 0)
+    await hand.intend(hand.intent(lease, 1))
+    await hand.record(Record(hand.outcome(1, signal=Signal.LOST, verdict=None, usage=None)))
+    await hand.intend(hand.intent(lease, 2))
+    await hand.record(Record(hand.outcome(2, signal=Signal.RATE_LIMITED, verdict=None, usage=None)))
+    await budgets.close_grants(ledger, hand.run.run_id, [hand.grant_id])
+    assert sql(ledger_url, "SELECT close_no, used FROM grant_close") == [(1, COST + RESERVED)]
+    assert value(ledger_url, "SELECT granted FROM budget") == COST + RESERVED
+
+
+async def test_closing_twice_closes_once(ledger: Ledger, ledger_url: str) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening()))
+    for _ in range(2):
+        await budgets.close_grants(ledger, hand.run.run_id, [hand.grant_id])
+    assert sql(ledger_url, "SELECT close_no, used FROM grant_close") == [(1, 0)]
+    assert value(ledger_url, "SELECT granted FROM budget") == 0
+
+
+async def test_a_late_outcome_closes_the_grant_anew_by_what_it_really_cost(ledger: Ledger, ledger_url: str) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening()))
+    lease = (await hand.claim()).lease
+    await hand.intend(hand.intent(lease, 0))
+    await hand.leave()
+    assert value(ledger_url, "SELECT granted FROM budget") == RESERVED
+    await hand.record(Record(hand.outcome(0)))
+    assert sql(ledger_url, "SELECT close_no, used FROM grant_close ORDER BY 1") == [(1, RESERVED), (2, COST)]
+    assert value(ledger_url, "SELECT granted FROM budget") == COST
+
+
+async def test_lanes_that_settle_the_same_grants_at_once_settle_them_once(ledger_url: str) -> None:
+    async with lane_ledger(ledger_url, pool_size=8) as ledger:
+        run = await runs.open_run(ledger, opening())
+        hand = await Hand.join(ledger, run, amount=RESERVED)
+        grants = [hand.grant_id, *[await hand.take(RESERVED) for _ in range(4)]]
+        closing = [budgets.close_grants(ledger, run.run_id, grants) for _ in range(6)]
+        await asyncio.gather(*closing, *(leases.leave(ledger, run.run_id, hand.lane_id, "done") for _ in range(2)))
+    assert value(ledger_url, "SELECT array_agg(DISTINCT close_no) FROM grant_close") == [1]
+    assert value(ledger_url, "SELECT granted FROM budget") == 0
+
+
+async def test_money_is_out_while_a_living_lane_holds_an_open_grant(ledger: Ledger) -> None:
+    run = await runs.open_run(ledger, opening())
+    hand = await Hand.join(ledger, run)
+    assert await budgets.is_money_out(ledger, run.budget_id)
+    await budgets.close_grants(ledger, run.run_id, [hand.grant_id])
+    assert not await budgets.is_money_out(ledger, run.budget_id)
+    await hand.take(RESERVED)
+    await hand.leave()
+    assert not await budgets.is_money_out(ledger, run.budget_id)
