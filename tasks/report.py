@@ -207,10 +207,11 @@ def sections(audit: Audit) -> list[Section]:
 
 def audit_report(audit: Audit) -> list[RenderableType]:
     """An audit for a terminal."""
-    made: list[RenderableType] = [
-        table(part.title, part.columns, part.rows, part.note or None) for part in sections(audit)
-    ]
-    return [*made, Text(SIMULATED, "yellow")] if audit.is_simulated else made
+    made: list[RenderableType] = []
+    for part in sections(audit):
+        made.append(table(part.title, part.columns, part.rows, part.note or None))
+        made += [""] if part.note else []  # a table ends with an empty line, its caption does not
+    return [*made, Text(SIMULATED, "yellow"), ""] if audit.is_simulated else made
 
 
 def markdown(audit: Audit) -> str:

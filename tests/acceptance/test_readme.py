@@ -1,0 +1,75 @@
+"""The README says what is: its commands, keys, settings, exit codes and SQL are those of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import psycopg
+from pydantic import SecretStr
+
+import farthing
+from schemas import errors
+from schemas.jobfile import JobFile
+from schemas.settings import Settings
+from tasks.ledger.connection import upgrade
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+
+
+def section(title: str) -> str:
+    """The text under a heading, up to the next one of its rank."""
+    return re.split(r"^## ", README.split(f"\n## {title}\n")[1], flags=re.MULTILINE)[0]
+
+
+def first_cells(text: str) -> set[str]:
+    """What stands in backquotes in the first column of the tables of a text."""
+    rows = [re.split(r"(?<!\\)\|", line)[1] for line in text.splitlines() if line.startswith("|")]
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_command_is_in_the_readme_and_every_one_in_it_exists() -> None:
+    names = {command.name or command.callback.__name__ for command in farthing.app.registered_commands}  # type: ignore[union-attr]  # they are functions
+    groups = {str(group.typer_instance.info.name) for group in farthing.app.registered_groups if group.typer_instance}
+    told = {cell.split()[1] for cell in first_cells(section("Commands")) if cell.startswith("farthing ")}
+    assert told == names | groups
+    assert set(re.findall(r"farthing ([a-z]+)", README)) - {"and"} <= names | groups
+
+
+def test_every_job_key_is_in_the_readme() -> None:
+    told = {name.split(".")[0] for name in first_cells(section("Write a job")) if not name.startswith(".")}
+    assert told == set(JobFile.model_fields)
+
+
+def test_every_setting_is_in_the_readme_and_none_that_is_not() -> None:
+    known = {
+        str(field.validation_alias or f"FARTHING_{name.upper()}") for name, field in Settings.model_fields.items()
+    }
+    told = first_cells(section("Against DeepSeek and your own Postgres"))
+    assert told == known - {"FARTHING_SANDBOX"}  # set by the sandbox, never by a user
+
+
+def test_exit_codes_are_those_of_the_errors() -> None:
+    told = {int(code) for code in re.findall(r"^\| (\d) \|", section("Commands"), flags=re.MULTILINE)}
+    raised = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    assert told == raised | {0}
+
+
+def test_every_make_target_exists() -> None:
+    for target in re.findall(r"\$ make ([a-z-]+)", README):
+        assert f"\n{target}:" in MAKEFILE
+
+
+def test_the_sql_runs_and_names_every_view(database_url: str) -> None:
+    text = section("Audit a job in SQL")
+    statement = text.split("```sql\n")[1].split("```")[0].strip().rstrip(";")
+    upgrade(SecretStr(database_url))
+    with psycopg.connect(database_url) as connection:
+        connection.execute("SET ROLE farthing_auditor")
+        assert connection.execute(statement).fetchall() == []
+        views = connection.execute("SELECT viewname FROM pg_views WHERE schemaname = 'farthing'").fetchall()
+    told = set(re.findall(r"`([a-z_]+)`", text)) | set(re.findall(r"farthing\.([a-z_]+)", text))
+    internal = {"run_overview", "lane_progress", "event"}  # what the command line reads while a run goes on
+    assert {name for (name,) in views} - internal <= told
