@@ -83,7 +83,7 @@ def line(progress: Progress, pace: Pace) -> str:
         f"escalated {share(progress.escalated, progress.done)}",
         f"dead {progress.dead_letters:,}",
         f"in flight {progress.in_flight:,}",
-        f"waiting: {progress.waiting_because}" if progress.waiting_because else None,
+        f"waiting: {_wait(progress)}" if _wait(progress) else None,
     ]
     return f"run {progress.run}: " + " · ".join(part for part in parts if part)
 
@@ -99,8 +99,8 @@ def panel(progress: Progress, pace: Pace) -> RenderableType:
     parts: list[RenderableType] = [head, _figures(progress)]
     if progress.is_simulated:
         parts.append(Text("sandbox: prices are real, the answers are simulated", "dim"))
-    if progress.waiting_because:
-        parts.append(Text(f"waiting: {progress.waiting_because}", "yellow"))
+    if reason := _wait(progress):
+        parts.append(Text(f"waiting: {reason}", "yellow"))
     return Group(*parts)
 
 
@@ -134,6 +134,11 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _wait(progress: Progress) -> str | None:
+    """Why it waits. A run whose documents have all ended has no lane any more and waits for nothing."""
+    return progress.waiting_because if progress.done < progress.documents else None
 
 
 def _money(progress: Progress, pico: int) -> Money:

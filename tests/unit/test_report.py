@@ -193,6 +193,11 @@ def test_the_live_view_shows_rate_money_and_why_it_waits() -> None:
         assert "priming the prompt cache of pro" in text
 
 
+def test_a_run_whose_documents_have_all_ended_waits_for_nothing() -> None:
+    ended = replace(PROGRESS, done=1_000, lanes=0, waiting_because="no lane is at work")
+    assert "no lane" not in line(ended, Pace()) + shown(panel(ended, Pace()))
+
+
 def test_a_rate_is_that_of_the_last_seconds() -> None:
     pace = Pace()
     for second in range(60):
