@@ -6,6 +6,7 @@ pool and the transactions; COPY goes to the psycopg connection underneath, which
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -166,14 +167,10 @@ def explain(error: Exception, url: URL) -> FarthingError:
             return LedgerFull(f"the disk of Postgres at {place} is full: free space there, then run the same command")
         case str() if code.startswith(_PASSING):
             return PassingFailure(f"Postgres at {place} interrupted us ({code}): check that it is up")
-        case "3D000":
-            return LedgerUnavailable(f"there is no database at {place}: create it with `createdb {url.database}`")
-        case "28P01" | "28000":
-            return LedgerUnavailable(
-                f"Postgres at {place} refuses this user or password: check FARTHING_DATABASE_URL"
-            )
         case "42501":
             return LedgerUnavailable(_explain_permission(place))
+        case None if (refusal := _read_refusal(original)) is not None:
+            return LedgerUnavailable(refusal.format(place=place, database=url.database))
         case None if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | OSError):
             return PassingFailure(
                 f"Postgres at {place} cannot be reached: start it, or set FARTHING_DATABASE_URL, "
@@ -181,6 +178,23 @@ def explain(error: Exception, url: URL) -> FarthingError:
             )
         case _:
             return LedgerUnavailable(f"Postgres at {place} failed with {code or type(original).__name__}")
+
+
+_NO_DATABASE = "there is no database at {place}: create it with `createdb {database}`"
+_NO_LOGIN = "Postgres at {place} refuses this user or password: check FARTHING_DATABASE_URL"
+#: libpq gives no code for a connection that the server refuses, only its words. In another language than English
+#: they are not recognised, and the failure counts as passing.
+_REFUSALS = (
+    (re.compile(r'database ".*" does not exist'), _NO_DATABASE),
+    (re.compile(r"authentication failed|no password supplied|no pg_hba.conf entry"), _NO_LOGIN),
+    (re.compile(r'role ".*" (does not exist|is not permitted to log in)'), _NO_LOGIN),
+)
+
+
+def _read_refusal(error: object) -> str | None:
+    """What a server that is up means by refusing a connection for good; None where it does not."""
+    said = str(error) if isinstance(error, psycopg.OperationalError) else ""
+    return next((means for words, means in _REFUSALS if words.search(said)), None)
 
 
 def _explain_permission(place: str) -> str:
