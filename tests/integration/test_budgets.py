@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 
+import psycopg
+
 from schemas.attempts import Signal
 from schemas.records import Record
 from tasks.ledger import budgets, leases, runs
@@ -15,6 +17,7 @@ HELD = """
     SELECT coalesce(sum(coalesce(used, amount)), 0) FROM budget_grant g LEFT JOIN LATERAL (
         SELECT used FROM grant_close c WHERE c.grant_id = g.grant_id ORDER BY close_no DESC LIMIT 1) c ON true
 """
+WAITERS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
 
 
 async def open_grant(hand: Hand, need: int, want: int) -> int | None:
@@ -109,13 +112,20 @@ async def test_a_late_outcome_closes_the_grant_anew_by_what_it_really_cost(ledge
 
 
 async def test_lanes_that_settle_the_same_grants_at_once_settle_them_once(ledger_url: str) -> None:
-    async with lane_ledger(ledger_url, pool_size=8) as ledger:
+    """Held up together at the budget's row, then let go: whoever comes second finds nothing left to do."""
+    async with lane_ledger(ledger_url) as ledger:
         run = await runs.open_run(ledger, opening())
         hand = await Hand.join(ledger, run, amount=RESERVED)
-        grants = [hand.grant_id, *[await hand.take(RESERVED) for _ in range(4)]]
-        closing = [budgets.close_grants(ledger, run.run_id, grants) for _ in range(6)]
-        await asyncio.gather(*closing, *(leases.leave(ledger, run.run_id, hand.lane_id, "done") for _ in range(2)))
-    assert value(ledger_url, "SELECT array_agg(DISTINCT close_no) FROM grant_close") == [1]
+        with psycopg.connect(ledger_url, options="-c search_path=farthing") as holder:
+            holder.execute("SELECT FROM budget FOR UPDATE")
+            settling = [
+                asyncio.create_task(budgets.close_grants(ledger, run.run_id, [hand.grant_id])),
+                asyncio.create_task(leases.leave(ledger, run.run_id, hand.lane_id, "done")),
+            ]
+            while value(ledger_url, WAITERS) < len(settling):
+                await asyncio.sleep(0.01)
+        await asyncio.gather(*settling)
+    assert sql(ledger_url, "SELECT close_no, used FROM grant_close") == [(1, 0)]
     assert value(ledger_url, "SELECT granted FROM budget") == 0
 
 
