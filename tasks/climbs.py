@@ -25,6 +25,7 @@ from schemas.ladder import Accept, Again, DeadLetter, Position, Step, Stop, Verd
 from schemas.pricing import Price, PriceBook, reservation
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.completions import Completions
+from tasks.failpoints import reach
 from tasks.grants import Grants
 from tasks.ledger.attempts import Fenced, Permit
 from tasks.ledger.connection import PoisonValue
@@ -135,7 +136,9 @@ class Climber:
                 if isinstance(permit, ResultKey):
                     return permit
                 used = reserved.worst  # from here on until the reply says otherwise
+                reach("send.before")
                 reply = await self.completions.complete(call)
+                reach("send.after")
                 booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
                 used = booking.used
                 return reply, booking

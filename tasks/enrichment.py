@@ -29,6 +29,7 @@ from tasks.jobs import load_job
 from tasks.lanes import Ended, Lane, LanePlan, Show, show_nothing
 from tasks.ledger import leases, runs
 from tasks.ledger.connection import Ledger, Role, opened
+from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Opening, Run
 
 log = structlog.get_logger("farthing.runs")
@@ -81,7 +82,9 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
         return run
 
 
-async def work_lane(request: RunRequest, settings: Settings, run: Run, show: Show = show_nothing) -> Ended:
+async def work_lane(
+    request: RunRequest, settings: Settings, run: Run, show: Show = show_nothing, times: LeaseTimes = USUAL_TIMES
+) -> Ended:
     """Work on the run in this process until nothing is left or something makes the lane drain."""
     job, book = load_job(request.job, request.root), load_price_book()
     async with (
@@ -99,6 +102,7 @@ async def work_lane(request: RunRequest, settings: Settings, run: Run, show: Sho
             scale=settings.time_scale,
             clock_offset=provider.clock_offset,
             show=show,
+            times=times,
         )
         allow_descriptors(plan)
         lane = Lane(ledger, await leases.register(ledger, run.run_id), completions, plan)

@@ -6,7 +6,7 @@
 
 Shards overlap, so that a slow last reply idles nothing. What stops a lane (the budget, the provider, a signal, an
 order from another terminal) makes it drain: no new attempt, every reply in flight recorded, then it leaves. A lane
-that cannot show its heartbeat for `FENCE_AFTER_S` drains by itself before others take its shards.
+that cannot show its heartbeat for long drains by itself before others take its shards.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from tasks.grants import Grants
 from tasks.ledger import attempts, leases
 from tasks.ledger.attempts import Permit, Reusable
 from tasks.ledger.connection import Ledger
+from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
 from tasks.priming import Primer
@@ -43,9 +44,6 @@ from tasks.writer import Writer
 
 log = structlog.get_logger("farthing.lanes")
 
-BEAT_EVERY_S = 1.0
-#: A lane that could not show its heartbeat for so long makes no more intents; others wait leases.DEAD_AFTER_S.
-FENCE_AFTER_S = 20.0
 #: Documents in progress per place in flight: some wait for a retry, some for their turn.
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
@@ -88,6 +86,7 @@ class LanePlan:
     scale: float = 1.0
     clock_offset: timedelta = timedelta(0)
     show: Show = show_nothing
+    times: LeaseTimes = USUAL_TIMES
 
 
 @dataclass
@@ -212,7 +211,7 @@ class Lane:
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), BEAT_EVERY_S / 4)
+            await asyncio.wait_for(self._stopping.wait(), self.plan.times.beat_every_s / 4)
 
     async def _commit_intents(self, intents: Sequence[Intent]) -> Sequence[Permit]:
         return await attempts.intend(self.ledger, self.plan.run.run_id, self.lane_id, intents, self._reusable)
@@ -230,11 +229,12 @@ class Lane:
             except FarthingError as error:
                 silent_s = self.climber.tick() - self._last_beat_s
                 log.warning("no heartbeat", lane=self.lane_id, silent_s=round(silent_s), error=str(error))
-                if silent_s > FENCE_AFTER_S:
+                if silent_s > self.plan.times.fence_after_s:
                     self.drain("fenced", "Postgres was away too long: run the same command to go on")
-                await asyncio.sleep(BEAT_EVERY_S)
+                await asyncio.sleep(self.plan.times.beat_every_s)
 
     async def _beat_on(self, session: leases.Session) -> None:
+        times, run_id = self.plan.times, self.plan.run.run_id
         while True:
             state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
             self._last_beat_s = self.climber.tick()
@@ -242,8 +242,8 @@ class Lane:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")
             elif state != "running":
                 self.drain(state)
-            await leases.bury_dead(self.ledger, self.plan.run.run_id)
-            await asyncio.sleep(BEAT_EVERY_S)
+            await leases.bury_dead(self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s)
+            await asyncio.sleep(times.beat_every_s)
 
     async def _leave(self) -> None:
         """Give everything back. If Postgres is away, whoever resumes the run does it for us."""

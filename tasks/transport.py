@@ -24,6 +24,8 @@ import aiohttp
 import httpx2
 from aiohttp.abc import AbstractStreamWriter
 
+from tasks.failpoints import reach
+
 #: Idle connections are dropped well before a provider's own limit: a request that is written into a connection
 #: that just closed counts as lost, and may be paid twice.
 KEEP_ALIVE_S = 15.0
@@ -95,6 +97,8 @@ class Transport(httpx2.AsyncBaseTransport):
             allow_redirects=False,
             proxy=self._proxy,
         ) as response:
+            if body.size:
+                reach("send.under_way")
             started = asyncio.get_running_loop().time()
             packed = await _read(response, self._size_cap)
             content = _unpack(packed, response.headers.get("Content-Encoding", ""), self._size_cap)

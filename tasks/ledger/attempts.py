@@ -179,7 +179,7 @@ async def intend(
     In one transaction: the shards' epochs are checked under a lock that a new owner has to wait for, texts
     that have a committed result since are taken out, the rest is appended.
     """
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("intend") as connection:
         held = await _held_leases(connection, run_id, lane_id, {intent.lease.shard_no for intent in intents})
         digests = {intent.text_digest for intent in intents if intent.text_digest is not None}
         answered = await find_results(connection, digests, reusable)
@@ -204,7 +204,7 @@ async def record(ledger: Ledger, run_id: RunId, lane_id: LaneId, records: Sequen
     Outcomes are facts and always appended. An ending needs the lease: without it, only the outcome and the
     paid answer are kept, and the shard's new owner finds them.
     """
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("record") as connection:
         has_ended = lane_id in await lock_lanes(connection, [lane_id])
         endings = [record.ending for record in records if record.ending is not None]
         held = await _held_leases(connection, run_id, lane_id, {ending.lease.shard_no for ending in endings})

@@ -83,7 +83,7 @@ async def open_grant(
     ledger: Ledger, run_id: RunId, lane_id: LaneId, budget_id: int, *, need: int, want: int
 ) -> Grant | None:
     """Take `want` pico units, or what is left if that is at least `need`. None: the cap does not allow it."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("open_grant") as connection:
         row = (
             await connection.execute(
                 _OPEN,
@@ -101,7 +101,7 @@ async def is_money_out(ledger: Ledger, budget_id: int) -> bool:
 
 async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:
     """Close these grants by what their attempts used; every attempt of theirs must have been recorded."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("close_grants") as connection:
         await settle_grants(connection, run_id, grants=grants)
 
 

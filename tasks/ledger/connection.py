@@ -27,6 +27,7 @@ from sqlalchemy.pool import NullPool
 
 from schemas.errors import ConfigurationError, FarthingError, LedgerUnavailable
 from schemas.tables import SCHEMA
+from tasks.failpoints import reach
 from tasks.ledger.rows import create_incoming
 
 #: Class 08 is a broken connection, 57P0x a server going down or coming up, 40001/40P01 a lost race: try again.
@@ -74,11 +75,18 @@ class Ledger:
         self.url = url
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction: committed, and so durable, when the block ends without an error."""
+    async def transaction(self, step: str | None = None) -> AsyncIterator[AsyncConnection]:
+        """One transaction: committed, and so durable, when the block ends without an error.
+
+        One that writes says which `step` it is, so that the fault harness can end the process around its COMMIT.
+        """
         try:
             async with self.engine.begin() as connection:
                 yield connection
+                if step is not None:
+                    reach(f"{step}.before_commit")
+            if step is not None:
+                reach(f"{step}.after_commit")
         except (DBAPIError, psycopg.Error, OSError) as error:  # psycopg's own come from COPY
             raise explain(error, self.url) from None  # its text may quote a row (G15)
         except PoolTimeout:

@@ -26,13 +26,32 @@ from schemas.records import Lease
 from tasks.ledger.budgets import settle_grants
 from tasks.ledger.connection import Ledger, explain
 
-#: A lane that did not beat for so long is dead (seconds); it fences itself well before (`lanes.FENCE_AFTER_S`).
+#: A lane that did not beat for so long is dead, in seconds; it fences itself well before.
 DEAD_AFTER_S = 30.0
+#: A lane whose session ended counts as dead after so long without a heartbeat, so that a restart of Postgres does
+#: not cost living lanes their shards.
+GRACE_S = 10.0
 #: Where session locks live among Postgres's advisory locks.
 _LOCK_SPACE = 0x4661
 
 #: A connection whose session holds a lane's lock.
 Session = AsyncConnection
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseTimes:
+    """How a lane shows that it lives, and when it counts as dead, in seconds.
+
+    One that could not show its heartbeat for `fence_after_s` makes no more intents.
+    """
+
+    beat_every_s: float = 1.0
+    fence_after_s: float = 20.0
+    grace_s: float = GRACE_S
+    dead_after_s: float = DEAD_AFTER_S
+
+
+USUAL_TIMES = LeaseTimes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +154,7 @@ _BEAT = text("""
 async def register(ledger: Ledger, run_id: RunId) -> LaneId:
     """A new lane of a run, on this host and process."""
     row = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid()}
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("register_lane") as connection:
         inserted = await connection.execute(insert(tables.lane).values(row).returning(tables.lane.c.lane_id))
         return LaneId(inserted.scalar_one())
 
@@ -166,7 +185,7 @@ async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str |
 
 async def claim(ledger: Ledger, run_id: RunId, lane_id: LaneId) -> ClaimedShard | None:
     """Lease the next open shard, with a new epoch. None: there is none right now, or the lane was buried."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("claim") as connection:
         if (await connection.execute(_LIVING, {"lane_id": lane_id})).first() is None:
             return None
         row = (await connection.execute(_CLAIM, {"run_id": run_id, "lane_id": lane_id})).one_or_none()
@@ -184,7 +203,7 @@ async def claim(ledger: Ledger, run_id: RunId, lane_id: LaneId) -> ClaimedShard 
 
 async def finish(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease) -> bool:
     """Mark a shard done. False if the lease is lost or a document of it has no terminal row. Safe to repeat."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("finish") as connection:
         return bool((await connection.execute(_FINISH, _key(run_id, lane_id, lease))).rowcount)
 
 
@@ -194,7 +213,7 @@ async def fail(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease, rea
     False if the lease is lost; then nothing is written. Safe to repeat.
     """
     key = _key(run_id, lane_id, lease)
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("fail") as connection:
         await lock_lanes(connection, [lane_id])
         if not (await connection.execute(_FAIL, key)).rowcount:
             return False
@@ -204,18 +223,16 @@ async def fail(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease, rea
 
 async def leave(ledger: Ledger, run_id: RunId, lane_id: LaneId, because: str) -> None:
     """End a lane in good order: its shards are open again, its open intents unknown, its grants closed."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("leave") as connection:
         await end_lanes(connection, run_id, [lane_id], because)
 
 
-async def bury_dead(ledger: Ledger, run_id: RunId, *, grace_s: float = 10.0) -> int:
-    """End the lanes whose machine or process is gone; returns how many.
-
-    A session that ended counts after `grace_s` without a heartbeat, so that a Postgres restart does not cost a
-    living lane its shards.
-    """
-    limits = {"dead_after": DEAD_AFTER_S, "grace": grace_s, "space": _LOCK_SPACE}
-    async with ledger.transaction() as connection:
+async def bury_dead(
+    ledger: Ledger, run_id: RunId, *, grace_s: float = GRACE_S, dead_after_s: float = DEAD_AFTER_S
+) -> int:
+    """End the lanes whose machine or process is gone; returns how many."""
+    limits = {"dead_after": dead_after_s, "grace": grace_s, "space": _LOCK_SPACE}
+    async with ledger.transaction("bury") as connection:
         rows = await connection.execute(_DEAD_LANES, {"run_id": run_id, **limits})
         dead = [LaneId(lane_id) for (lane_id,) in rows]
         if dead:

@@ -100,7 +100,7 @@ async def open_run(ledger: Ledger, opening: Opening) -> Run:
     An unfinished run of that selection which no longer matches (its prompt, policy or files changed) is marked
     `superseded`: what it paid for stays on the ledger, and its results are reused where they still apply.
     """
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("open_run") as connection:
         await connection.execute(_LOCK_JOB, {"job": opening.job.name})
         unfinished = (await connection.execute(_UNFINISHED, _identity(opening))).all()
         same = [run_id for run_id, is_same in unfinished if is_same]
@@ -120,13 +120,13 @@ async def find_run(ledger: Ledger, run_id: RunId) -> Run:
 
 async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | None = None) -> None:
     """Pause, finish or otherwise move a run, with an event that says so."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("change_state") as connection:
         await _change_state(connection, run_id, state, reason)
 
 
 async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, Any]) -> None:
     """Append an event. `detail` must be fit to be shown: no document text, no keys (G15)."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("note") as connection:
         await _note(connection, run_id, kind, detail)
 
 
@@ -139,7 +139,7 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
     unfinished = select(tables.shard.c.shard_no).where(
         tables.shard.c.run_id == run_id, tables.shard.c.state.not_in(["done", "failed"])
     )
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("settle") as connection:
         lanes = (await connection.execute(_LANES, {"run_id": run_id})).all()
         await lock_lanes(connection, [lane.lane_id for lane in lanes])
         if (await connection.execute(unfinished.limit(1))).first():
@@ -183,7 +183,7 @@ async def register_prices(ledger: Ledger, prices: Iterable[Price]) -> dict[str, 
         }
         for price in prices
     ]
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("register_prices") as connection:
         if rows:
             await connection.execute(upsert(tables.price).on_conflict_do_nothing(), rows)
         found = {row["name"]: row for row in (await connection.execute(select(tables.price))).mappings()}
@@ -202,7 +202,7 @@ def _explain_changed_price(name: str) -> str:
 
 async def add_labels(ledger: Ledger, run_id: RunId, labels: Iterable[tuple[int, str]]) -> None:
     """Keep what experts say about the run's documents, to measure results against. Safe to repeat."""
-    async with ledger.transaction() as connection:
+    async with ledger.transaction("add_labels") as connection:
         rows = ((run_id, number, label) for number, label in labels)
         await append(connection, tables.label, ("run_id", "document_no", "label"), rows)
 
