@@ -296,11 +296,11 @@ def _interruptible(work: Callable[[], T]) -> T:
 def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: bool, is_demo: bool) -> None:
     from tasks import report
 
+    if advice := outcome["advice"]:
+        tell(advice)
     if as_json:
-        return print_json(audit.to_json() | {"state": audit.state, "proved": proof.proved})
+        return print_json(audit.to_json() | {"proved": proof.proved, "advice": advice})
     show(*report.run_report(audit, proof))
-    if advice := outcome.get("advice"):
-        tell(str(advice))
     if is_demo:
         show(report.next_commands(audit))
 

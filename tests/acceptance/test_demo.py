@@ -1,0 +1,96 @@
+"""The demo as a user runs it, whole: what it must show, twice, and every command that reads what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Home:
+    """A sandbox of its own, at a fifth of real time."""
+
+    environment: dict[str, str]
+
+    def farthing(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "farthing", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return done
+
+    def ask(self, *arguments: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.farthing(*arguments, "--json").stdout)
+        return found
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FARTHING_", "PREFECT_"))}
+    folder = tmp_path_factory.mktemp("demo")
+    made = Home(inherited | {"FARTHING_HOME": str(folder), "FARTHING_TIME_SCALE": "0.2"})
+    made.farthing("sandbox", "up")  # so that Postgres is not started and stopped for every command below
+    yield made
+    made.farthing("sandbox", "reset", "--yes")
+
+
+@pytest.fixture(scope="module")
+def demo(home: Home) -> dict[str, Any]:
+    return home.ask("demo")
+
+
+pytestmark = pytest.mark.xdist_group("demo")
+
+
+def test_the_demo_finishes_thousands_of_real_documents_and_proves_its_books(demo: dict[str, Any]) -> None:
+    assert (demo["state"], demo["proved"], demo["is_simulated"]) == ("done", True, True)
+    assert demo["results"] + demo["dead_letters"] == demo["documents"] >= 2_000
+    assert demo["tiers"]["pro"]["results"] > 0
+
+
+def test_after_priming_at_least_99_percent_of_the_shared_prefix_hits(demo: dict[str, Any]) -> None:
+    assert demo["prefix_hit_rate"] >= 0.99
+    assert 0 < demo["priming_pico"] < demo["cost_pico"] // 20
+
+
+def test_the_audit_equals_the_sandbox_s_own_bill_to_the_last_unit(home: Home, demo: dict[str, Any]) -> None:
+    audit, bill = home.ask("audit", str(demo["run"])), home.ask("sandbox", "bill")
+    assert (audit["cost_pico"], audit["attempts"], audit["unknown_pico"]) == (bill["cost_pico"], bill["attempts"], 0)
+    assert audit["currency"] == bill["currency"]
+
+
+def test_the_same_command_again_makes_no_attempt_and_costs_nothing(home: Home, demo: dict[str, Any]) -> None:
+    before = home.ask("sandbox", "bill")
+    again = home.ask("demo")
+    assert (again["attempts"], again["cost_pico"], again["state"]) == (0, 0, "done")
+    assert again["reused"] == demo["results"]
+    assert home.ask("sandbox", "bill") == before
+
+
+def test_every_command_that_reads_tells_of_the_run(home: Home, demo: dict[str, Any]) -> None:
+    run = str(demo["run"])
+    assert home.ask("status", run)["done"] == demo["documents"]
+    assert set(home.ask("verify", run)["guarantees"].values()) == {True}
+    estimate = home.ask("estimate", "licences")
+    assert estimate["low_pico"] <= estimate["cost_pico"] <= estimate["high_pico"]
+    assert "SIMULATED" in home.farthing("audit", run).stdout
+    assert home.ask("db", "status")
+
+
+def test_a_budget_that_is_too_small_pauses_with_exit_code_3_and_is_never_passed(
+    home: Home, demo: dict[str, Any]
+) -> None:
+    before = home.ask("sandbox", "bill")["cost_pico"]
+    done = home.farthing("run", "obligations", "--sandbox", "--budget", "0.01 USD", "--json", code=3)
+    assert json.loads(done.stdout)["state"] == "paused"
+    assert "--budget" in done.stderr
+    assert 0 < home.ask("sandbox", "bill")["cost_pico"] - before <= 10_000_000_000
