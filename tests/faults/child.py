@@ -1,0 +1,99 @@
+"""One `farthing run` in a process of its own, without Prefect and its seconds: open, work one lane, settle.
+
+Exit codes are the command line's: 0 done, 3 paused, 2 refused; 1 is a crash, and its traceback is in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import SecretStr
+
+from schemas.attempts import RunId
+from schemas.errors import FarthingError
+from schemas.requests import RunRequest
+from schemas.settings import Settings
+from tasks import enrichment
+from tasks.failpoints import VARIABLE
+from tasks.ledger import leases, runs
+from tasks.ledger.connection import Role, opened
+from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
+from tasks.ledger.runs import Run
+
+API_KEY = "sk-sandbox-canary-5b1e"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a child is to do. `run_id` skips the planning, as a lane on another machine does.
+
+    `spoils` changes the input once the run is open, as a careless user would.
+    """
+
+    root: Path
+    database_url: str
+    base_url: str
+    log: Path
+    failpoint: str | None = None
+    run_id: int | None = None
+    spoils: bool = False
+    request: dict[str, Any] = field(default_factory=dict)
+    times: LeaseTimes = USUAL_TIMES
+
+
+def obey(order: Order) -> None:
+    """The body of the child process. Never returns: its parent's tear-down is not for the child."""
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for standard in (1, 2):
+        os.dup2(log, standard)
+    if order.failpoint is not None:
+        os.environ[VARIABLE] = order.failpoint
+    os._exit(_run(order))
+
+
+def _run(order: Order) -> int:
+    try:
+        return asyncio.run(_enrich(order))
+    except FarthingError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except asyncio.CancelledError:
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+
+
+async def _enrich(order: Order) -> int:
+    settings = Settings(
+        database_url=SecretStr(order.database_url),
+        DEEPSEEK_API_KEY=SecretStr(API_KEY),
+        DEEPSEEK_BASE_URL=order.base_url,
+        sandbox=True,
+        time_scale=0.0,
+    )
+    request = RunRequest(job="colours", root=order.root, **order.request)
+    run = await _open(order, request, settings)
+    if order.spoils:
+        with (order.root / "documents.parquet").open("ab") as file:
+            file.write(b"spoiled")
+    ended = await enrichment.work_lane(request, settings, run, times=order.times)
+    print(f"lane ended: {ended.reason} {ended.advice}", file=sys.stderr, flush=True)
+    settled = await enrichment.settle_run(settings, run, [ended])
+    return 0 if settled.state == "done" else 3
+
+
+async def _open(order: Order, request: RunRequest, settings: Settings) -> Run:
+    if order.run_id is None:
+        return await enrichment.open_run(request, settings)
+    async with opened(SecretStr(order.database_url), Role.LANE) as ledger:
+        await leases.bury_dead(ledger, RunId(order.run_id), grace_s=0)
+        await runs.change_state(ledger, RunId(order.run_id), "running")
+        return await runs.find_run(ledger, RunId(order.run_id))

@@ -1,0 +1,83 @@
+"""Every failpoint: killed there, resumed, and nothing is lost, forgotten or paid for twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tasks.failpoints import POINTS
+from tests.faults.stage import KILLED, Stage, staged
+
+#: Scenes that reach what an ordinary run does not: their order, and how they are gone on with after the kill.
+TIGHT = {"request": {"budget": "0.0005 USD"}}
+
+
+@pytest.fixture(scope="module")
+def stage(postgres: object, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    from sandbox.postgres import create_database, drop_database
+
+    root = tmp_path_factory.mktemp("stage")
+    name = f"stage_{root.parent.name}_{root.name}".replace("-", "_")
+    url = create_database(postgres, name, template=template)  # type: ignore[arg-type]
+    with staged(root, url, documents=12) as made:
+        made.remember_baseline()
+        yield made
+    drop_database(postgres, name)  # type: ignore[arg-type]
+
+
+def usual(stage: Stage, failpoint: str) -> int:
+    return stage.run(failpoint=failpoint)
+
+
+def after_a_crash(stage: Stage, failpoint: str) -> int:
+    """A lane has died with attempts in flight before the one that is killed now."""
+    assert stage.run(failpoint="send.after:3") == KILLED
+    return stage.run(failpoint=failpoint)
+
+
+def near_the_cap(stage: Stage, failpoint: str) -> int:
+    return stage.run(failpoint=failpoint, **TIGHT)
+
+
+def spoiled(stage: Stage, failpoint: str) -> int:
+    """The input changes under the run."""
+    return stage.run(failpoint=failpoint, spoils=True)
+
+
+SCENES: dict[str, Callable[[Stage, str], int]] = {
+    "bury": after_a_crash,
+    "close_grants": near_the_cap,
+    "change_state": near_the_cap,
+    "fail": spoiled,
+}
+
+
+def play(stage: Stage, point: str, hit: int) -> bool:
+    """Kill at that hit, resume, check. False: the run ended without reaching it."""
+    stage.scene()
+    step = point.partition(".")[0]
+    code = SCENES.get(step, usual)(stage, f"{point}:{hit}")
+    assert code in (0, 3, KILLED), stage.told()
+    earlier = stage.snapshot()
+    stage.resume(**({"run_id": stage.run_id} if step == "fail" else {}))
+    assert stage.violations(earlier) == [], stage.told()
+    return code == KILLED
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_its_first_hit_a_run_goes_on_and_keeps_its_promise(point: str, stage: Stage) -> None:
+    assert play(stage, point, 1), f"{point} was never reached"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_each_hit_until_a_run_ends_clean(
+    point: str, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hit = 1
+    while play(stage, point, hit):
+        hit += 1
+    assert hit > 1, f"{point} was never reached"
+    with capsys.disabled():
+        print(f"\n{point}: killed at {hit - 1} hits, 0 violations", end="")
