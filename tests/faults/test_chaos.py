@@ -1,0 +1,231 @@
+"""Random chaos, by seed: whatever is killed, stopped or cut, and whenever, both proofs find nothing after it.
+
+`FARTHING_CHAOS_SEED=n` plays one seed again; `FARTHING_CHAOS_ROUNDS=n` says how many the long form plays.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from sandbox import postgres
+from tasks.ledger.connection import upgrade
+from tasks.ledger.leases import LeaseTimes
+from tests.faults.checker import Snapshot
+from tests.faults.stage import Stage, staged, wait_until
+
+DOCUMENTS = 100
+#: Everything that is waited for in a run, scaled to a test's patience.
+TIMES = LeaseTimes(beat_every_s=0.2, fence_after_s=1.2, grace_s=1.0, dead_after_s=2.0)
+#: Exit codes of children that nobody killed: done, paused, refused because Postgres is away.
+ORDERLY = {0, 2, 3}
+#: Those that a signal ended: SIGKILL, SIGTERM before the lane listened, a second SIGTERM.
+SIGNALLED = {-signal.SIGKILL, -signal.SIGTERM, 130}
+
+
+@dataclass
+class PrivatePostgres:
+    """A server that may be hurt. Its address stays the same."""
+
+    home: Path
+    server: postgres.Server
+    users: ExitStack
+
+    def hurt(self, number: signal.Signals, away_s: float) -> None:
+        """End the server by a signal (SIGINT: fast, SIGQUIT: immediate, SIGKILL), and bring it back."""
+        os.kill(self.server.pid, number)
+        wait_until(lambda: postgres.status(self.home) is None)
+        time.sleep(away_s)
+        self.server = self.users.enter_context(postgres.running(self.home, throwaway=True))
+
+    def terminate_backends(self) -> None:
+        with psycopg.connect(self.server.url, autocommit=True) as connection:
+            connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'"
+            )
+
+
+@dataclass
+class Round:
+    """One seed: a run, the children that work on it, and what befell them."""
+
+    seed: int
+    stage: Stage
+    server: PrivatePostgres
+    tally: Counter[str]
+    children: list[ForkServerProcess] = field(default_factory=list)
+    snapshots: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def play(self, faults: int) -> list[str]:
+        """Start, hurt, resume until done. Returns the violations."""
+        self.stage.scene()
+        self._start()
+        if self.random.random() < 0.5:
+            self._start()
+        for _ in range(faults):
+            time.sleep(self.random.uniform(0.05, 1.0))
+            self._keep_one_alive()
+            name = self.random.choices(list(FAULTS), weights=[weight for weight, _ in FAULTS.values()])[0]
+            FAULTS[name][1](self)
+            self.remember()
+        for child in self.children:
+            self._judge(child)
+        self.stage.resume()
+        return self.stage.violations(self.snapshots)
+
+    def remember(self) -> None:
+        """Whatever is durable now must be there, unchanged, at the end (I12)."""
+        earlier: Snapshot = self.stage.snapshot()
+        self.snapshots.update(earlier)
+
+    @property
+    def living(self) -> list[ForkServerProcess]:
+        return [child for child in self.children if child.exitcode is None]
+
+    def pick(self) -> ForkServerProcess:
+        return self.random.choice(self.living)
+
+    def signal(self, child: ForkServerProcess, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child.pid or 0, number)
+
+    def _start(self) -> None:
+        self.children.append(self.stage.start())
+        self.stage.starts = max(self.stage.starts, len(self.living))
+
+    def _keep_one_alive(self) -> None:
+        if not self.living:
+            self._start()
+            time.sleep(self.random.uniform(0.3, 1.0))  # until it works, mostly
+            if not self.living:  # it finished the run, so there is nothing to hurt any more
+                self._start()
+
+    def _judge(self, child: ForkServerProcess) -> None:
+        code = self.stage.wait(child)
+        assert code in ORDERLY | SIGNALLED, f"seed {self.seed}: exit code {code}: {self.stage.told()}"
+        self.tally[f"exit {code}"] += 1
+
+    def kill(self) -> None:
+        child = self.pick()
+        self.signal(child, signal.SIGKILL)
+        child.join()
+        self.tally["kills"] += child.exitcode == -signal.SIGKILL
+
+    def stop_past_the_lease(self) -> None:
+        """A zombie: stopped until others have buried its lane, then awake again among them."""
+        zombie = self.pick()
+        if len(self.living) < 2:
+            self._start()
+        self.signal(zombie, signal.SIGSTOP)
+        buried = f"SELECT count(*) FROM lane WHERE pid = {zombie.pid} AND ended_because = 'died'"
+        wait_until(lambda: self.stage.value(buried) or len(self.living) < 2, TIMES.dead_after_s + 2)
+        self.tally["zombies"] += bool(self.stage.value(buried))
+        self.signal(zombie, signal.SIGCONT)
+
+    def interrupt(self) -> None:
+        self.signal(self.pick(), signal.SIGTERM)
+        self.tally["SIGTERM"] += 1
+
+    def interrupt_twice(self) -> None:
+        child = self.pick()
+        self.signal(child, signal.SIGTERM)
+        time.sleep(self.random.uniform(0.0, 0.1))
+        self.signal(child, signal.SIGTERM)
+        self.tally["SIGTERM twice"] += 1
+
+    def start_another(self) -> None:
+        if len(self.living) < 3:
+            self._start()
+            self.tally["second starts"] += 1
+
+    def hurt_postgres(self, number: signal.Signals) -> None:
+        self.server.hurt(number, away_s=self.random.uniform(0.0, 1.0))
+        self.tally["Postgres crashes" if number is not signal.SIGINT else "Postgres restarts"] += 1
+
+    def terminate_backends(self) -> None:
+        self.server.terminate_backends()
+        self.tally["backends terminated"] += 1
+
+
+FAULTS: dict[str, tuple[int, Callable[[Round], None]]] = {
+    "kill": (5, Round.kill),
+    "zombie": (2, Round.stop_past_the_lease),
+    "SIGTERM": (1, Round.interrupt),
+    "SIGTERM twice": (1, Round.interrupt_twice),
+    "another start": (1, Round.start_another),
+    "Postgres restart": (1, lambda round: round.hurt_postgres(signal.SIGINT)),
+    "Postgres immediate": (1, lambda round: round.hurt_postgres(signal.SIGQUIT)),
+    "Postgres SIGKILL": (1, lambda round: round.hurt_postgres(signal.SIGKILL)),
+    "backends terminated": (1, Round.terminate_backends),
+}
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Iterator[PrivatePostgres]:
+    with ExitStack() as users:
+        home = tmp_path / "home"
+        server = users.enter_context(postgres.running(home, throwaway=True))
+        upgrade(SecretStr(server.url))
+        yield PrivatePostgres(home, server, users)
+
+
+@pytest.fixture
+def stage(private: PrivatePostgres, tmp_path: Path) -> Iterator[Stage]:
+    root = tmp_path / "stage"
+    root.mkdir()
+    with staged(root, private.server.url, documents=DOCUMENTS, time_scale=1, reply=0.15) as made:
+        made.times = TIMES
+        made.remember_baseline()
+        yield made
+
+
+def play(seeds: range, faults: int, stage: Stage, private: PrivatePostgres) -> Counter[str]:
+    tally: Counter[str] = Counter()
+    for seed in seeds:
+        found = Round(seed, stage, private, tally).play(faults)
+        assert found == [], f"FARTHING_CHAOS_SEED={seed}: {found}\n{stage.told()}"
+    return tally
+
+
+def seeds(usual: range) -> range:
+    one = os.environ.get("FARTHING_CHAOS_SEED")
+    return range(int(one), int(one) + 1) if one else usual
+
+
+def test_a_few_faults_of_each_kind_break_no_promise(
+    stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]
+) -> None:
+    played = seeds(range(3))
+    tally = play(played, 5, stage, private)
+    with capsys.disabled():
+        print(f"\n{summary(played, tally)}")
+
+
+@pytest.mark.long
+def test_chaos_breaks_no_promise(stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]) -> None:
+    played = seeds(range(1000, 1000 + int(os.environ.get("FARTHING_CHAOS_ROUNDS", "20"))))
+    tally = play(played, 8, stage, private)
+    with capsys.disabled():
+        print(f"\n{summary(played, tally)}")
+    assert tally["kills"] > 0
+
+
+def summary(played: range, tally: Counter[str]) -> str:
+    counts = ", ".join(f"{count} {name}" for name, count in sorted(tally.items()))
+    return f"chaos, seeds {played.start} to {played.stop - 1}: {counts}; 0 violations"
