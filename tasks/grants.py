@@ -16,6 +16,7 @@ from schemas.money import Money
 from tasks.ledger import budgets
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import Run
+from tasks.patience import Patience
 
 #: A grant lasts about so long at the lane's rate of reserving, so that the budget's one row is not hot.
 GRANT_LASTS_S = 8.0
@@ -40,6 +41,7 @@ class Grants:
     ledger: Ledger
     run: Run
     lane_id: LaneId
+    patience: Patience = field(default_factory=Patience)
     is_tight: bool = False
     _open: dict[int, _Open] = field(default_factory=dict)
     _reserved_since: float = 0.0
@@ -75,13 +77,15 @@ class Grants:
                 if (grant_id := self._take(worst)) is not None:
                     return grant_id
                 self._given_back.clear()
-                opened = await budgets.open_grant(
+                opened = await self.patience.ask(
+                    budgets.open_grant,
                     self.ledger,
                     self.run.run_id,
                     self.lane_id,
                     self.run.budget_id,
                     need=worst,
                     want=max(worst, self._wanted(worst)),
+                    known=list(self._open),
                 )
                 if opened is not None:
                     self._open[opened.grant_id] = _Open(opened.amount)
@@ -97,7 +101,7 @@ class Grants:
             await self._given_back.wait()
         elif self._open:
             await self._close(list(self._open))  # scraps that are too small for anyone, together, may be enough
-        elif await budgets.is_money_out(self.ledger, self.run.budget_id):
+        elif await self.patience.ask(budgets.is_money_out, self.ledger, self.run.budget_id):
             await asyncio.sleep(ASK_AGAIN_S)
         else:
             raise BudgetExhausted(
@@ -132,4 +136,4 @@ class Grants:
         for grant_id in grants:
             del self._open[grant_id]
         if grants:
-            await budgets.close_grants(self.ledger, self.run.run_id, grants)
+            await self.patience.ask(budgets.close_grants, self.ledger, self.run.run_id, grants)

@@ -33,9 +33,10 @@ from tasks.grants import Grants
 from tasks.ledger import attempts, leases
 from tasks.ledger.attempts import Permit, Reusable
 from tasks.ledger.connection import Ledger
-from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
+from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
+from tasks.patience import Patience
 from tasks.priming import Primer
 from tasks.shards import ShardWork
 from tasks.waits import Waits
@@ -102,6 +103,9 @@ class Lane:
     _ended: Ended | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _last_beat_s: float = field(init=False)
+    _patience: Patience = field(default_factory=Patience)
+    #: Numbers of the shards under way.
+    _working: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         plan, loop = self.plan, asyncio.get_running_loop()
@@ -115,7 +119,7 @@ class Lane:
             book=plan.book,
             price_ids=plan.price_ids,
             completions=self.completions,
-            grants=Grants(self.ledger, plan.run, self.lane_id),
+            grants=Grants(self.ledger, plan.run, self.lane_id, self._patience),
             intents=Writer(self._commit_intents, linger_s=0.005),
             records=Writer(self._commit_records, linger_s=0.02),
             limiters={name: Limiter(ceiling) for name, ceiling in ceilings.items()},
@@ -173,7 +177,7 @@ class Lane:
     def waiting_because(self) -> str | None:
         """Why the lane is not as fast as it could be, in words for people; None when it is."""
         climber = self.climber
-        if trouble := climber.intents.trouble or climber.records.trouble:
+        if trouble := climber.intents.trouble or climber.records.trouble or self._patience.trouble:
             return trouble
         if self._ended is not None:
             return f"draining ({self._ended.reason.replace('_', ' ')})"
@@ -191,23 +195,32 @@ class Lane:
     async def _work_shards(self) -> None:
         async with asyncio.TaskGroup() as shards:
             while not self.climber.is_draining:
-                claimed = await leases.claim(self.ledger, self.plan.run.run_id, self.lane_id)
+                key = (self.ledger, self.plan.run.run_id, self.lane_id)
+                claimed = await self._patience.ask(leases.claim, *key, self._working)
                 if claimed is not None:
-                    work = ShardWork(
-                        claimed,
-                        self.climber,
-                        self.ledger,
-                        self.plan.root,
-                        self._reusable,
-                        self._slots,
-                        self.drain,
-                    )
-                    shards.create_task(self.plan.show(f"shard-{claimed.shard.shard_no:05d}", work.finish))
-                    await work.started.wait()
-                elif await leases.has_unfinished(self.ledger, self.plan.run.run_id):
+                    await self._start(claimed, shards)
+                elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
                     await self._pause()  # our own last shards, or another lane's: should it die, they come back
                 else:
                     return
+
+    async def _start(self, claimed: ClaimedShard, shards: asyncio.TaskGroup) -> None:
+        """Set a shard going; returns when every document of it is under way."""
+        work = ShardWork(
+            claimed,
+            self.climber,
+            self.ledger,
+            self.plan.root,
+            self._reusable,
+            self._slots,
+            self.drain,
+            self._patience,
+        )
+        number = claimed.shard.shard_no
+        self._working.add(number)
+        task = shards.create_task(self.plan.show(f"shard-{number:05d}", work.finish))
+        task.add_done_callback(lambda _: self._working.discard(number))
+        await work.started.wait()
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):

@@ -18,9 +18,10 @@ from schemas.records import DocumentState, Ending, Record, ResultKey
 from tasks import documents
 from tasks.climbs import Climber, Draining, Work, end_of
 from tasks.ledger import attempts, leases, runs
-from tasks.ledger.attempts import Reusable
+from tasks.ledger.attempts import PaidAnswer, Reusable
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import ClaimedShard
+from tasks.patience import Patience
 
 log = structlog.get_logger("farthing.shards")
 
@@ -39,6 +40,7 @@ class ShardWork:
     reusable: Reusable
     slots: asyncio.Semaphore
     drain: Callable[[str, str], None]
+    patience: Patience
     #: Set once every document of the shard is under way, so that the next shard may be claimed.
     started: asyncio.Event = field(default_factory=asyncio.Event)
     _is_lost: bool = False
@@ -54,16 +56,15 @@ class ShardWork:
                         break
                 self.started.set()
         except* InputChanged as changed:
-            await leases.fail(*key, "input_changed")
-            await runs.note(
-                self.ledger, self.climber.run.run_id, "input_changed", {"why": str(changed.exceptions[0])}
-            )
+            why = {"why": str(changed.exceptions[0])}
+            await self.patience.ask(leases.fail, *key, "input_changed")
+            await self.patience.ask(runs.note, self.ledger, self.climber.run.run_id, "input_changed", why)
             log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
         except* InputUnavailable as unavailable:
             self.drain("input", str(unavailable.exceptions[0]))
         finally:
             self.started.set()
-        if not self._is_over and await leases.finish(*key):
+        if not self._is_over and await self.patience.ask(leases.finish, *key):
             log.info("shard done", shard=self.claimed.shard.shard_no, documents=self.claimed.shard.document_count)
 
     @property
@@ -80,9 +81,9 @@ class ShardWork:
     async def _start(self, block: Sequence[Document | UnfitDocument], climbs: asyncio.TaskGroup) -> None:
         """Set a block's documents going: end those that need no attempt, climb the others."""
         span = (self.ledger, self.climber.run.run_id, block[0].document_no, block[-1].document_no)
-        ended = await attempts.find_endings(*span)
+        ended = await self.patience.ask(attempts.find_endings, *span)
         fresh = [document for document in block if document.document_no not in ended]
-        history = await attempts.find_history(*span) if fresh else {}
+        history = await self.patience.ask(attempts.find_history, *span) if fresh else {}
         endings, climbing = await self._sort(fresh, history)
         if endings:
             climbs.create_task(self._record(endings))
@@ -98,7 +99,7 @@ class ShardWork:
     ) -> tuple[list[Ending], list[Document]]:
         """Split what ends without an attempt (unfit, duplicate, answered before) from what has to climb."""
         texts = {d.text_digest for d in fresh if isinstance(d, Document) and d.document_no not in history}
-        answered = await attempts.find_results_now(self.ledger, texts, self.reusable)
+        answered = await self.patience.ask(attempts.find_results_now, self.ledger, texts, self.reusable)
         endings: list[Ending] = []
         climbing: list[Document] = []
         for document in fresh:
@@ -166,12 +167,12 @@ class ShardWork:
 
     async def _find_rejected(self, work: Work) -> RejectedAnswer | None:
         """The answer to repair, as the lane before this one stored it."""
-        paid = await attempts.find_paid_answer(self.ledger, self.climber.run.run_id, work.document.document_no)
+        paid = await self._find_paid_answer(work)
         return RejectedAnswer(paid.stored.content, ("it does not fit the schema",)) if paid else None
 
     async def _end_paid(self, work: Work) -> Ending:
         """The result of a lane that paid for it and lost its lease before it could say so."""
-        paid = await attempts.find_paid_answer(self.ledger, self.climber.run.run_id, work.document.document_no)
+        paid = await self._find_paid_answer(work)
         if paid is None:
             return end_of(work, DocumentState.DEAD_LETTER, reason="answer_missing")
         return end_of(
@@ -183,6 +184,10 @@ class ShardWork:
             confidence=paid.stored.confidence,
             confidence_signal=paid.stored.confidence_signal,
         )
+
+    async def _find_paid_answer(self, work: Work) -> PaidAnswer | None:
+        key = (self.ledger, self.climber.run.run_id, work.document.document_no)
+        return await self.patience.ask(attempts.find_paid_answer, *key)
 
     def _lose(self) -> None:
         if not self._is_lost:

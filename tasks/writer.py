@@ -11,9 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
-
-from tasks.ledger.connection import LedgerFull, PassingFailure, PoisonValue
+from tasks.ledger.connection import PoisonValue
+from tasks.patience import Patience
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -35,9 +34,13 @@ class Writer(Generic[Item, Answer]):
     commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]]
     linger_s: float
     most: int = 500
-    trouble: str | None = None
+    _patience: Patience = field(default_factory=Patience)
     _queue: list[_Waiting[Item, Answer]] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def trouble(self) -> str | None:
+        return self._patience.trouble
 
     async def put(self, item: Item) -> Answer:
         """Returns when the item is durable. Raises PoisonValue if Postgres refuses this very item."""
@@ -62,7 +65,7 @@ class Writer(Generic[Item, Answer]):
 
     async def _settle(self, batch: list[_Waiting[Item, Answer]]) -> None:
         try:
-            answers = await self._commit_surely([waiting.item for waiting in batch])
+            answers = await self._patience.ask(self.commit, [waiting.item for waiting in batch])
         except PoisonValue as poison:
             if len(batch) == 1:
                 self._fail(batch, poison)
@@ -74,22 +77,6 @@ class Writer(Generic[Item, Answer]):
         for waiting, answer in zip(batch, answers, strict=True):
             if not waiting.done.done():
                 waiting.done.set_result(answer)
-
-    async def _commit_surely(self, items: list[Item]) -> Sequence[Answer]:
-        """Commit, again and again while Postgres is away: every append of the ledger is safe to repeat."""
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type((PassingFailure, LedgerFull)),
-            wait=wait_random_exponential(multiplier=0.2, max=5),
-            before_sleep=self._remember_trouble,
-            reraise=True,
-        )
-        answers: Sequence[Answer] = await retrying(self.commit, items)
-        self.trouble = None
-        return answers
-
-    def _remember_trouble(self, state: RetryCallState) -> None:
-        assert state.outcome is not None
-        self.trouble = str(state.outcome.exception())
 
     def _fail(self, batch: list[_Waiting[Item, Answer]], error: Exception) -> None:
         for waiting in batch:

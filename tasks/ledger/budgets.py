@@ -7,7 +7,7 @@ makes an unknown known, it is closed once more with the new sum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import text
@@ -35,6 +35,14 @@ _OPEN = text("""
     )
     INSERT INTO budget_grant (budget_id, run_id, lane_id, amount)
     SELECT budget_id, :run_id, :lane_id, amount FROM taken RETURNING grant_id, amount
+""")
+
+#: A grant that this lane was given by a COMMIT whose answer was lost.
+_FORGOTTEN = text("""
+    SELECT grant_id, amount FROM budget_grant g
+    WHERE run_id = :run_id AND lane_id = :lane_id AND grant_id <> ALL(CAST(:known AS bigint[]))
+      AND NOT EXISTS (SELECT FROM grant_close c WHERE c.grant_id = g.grant_id)
+    LIMIT 1
 """)
 
 _IS_MONEY_OUT = text("""
@@ -80,10 +88,25 @@ _SETTLE = text("""
 
 
 async def open_grant(
-    ledger: Ledger, run_id: RunId, lane_id: LaneId, budget_id: int, *, need: int, want: int
+    ledger: Ledger,
+    run_id: RunId,
+    lane_id: LaneId,
+    budget_id: int,
+    *,
+    need: int,
+    want: int,
+    known: Collection[int] | None = None,
 ) -> Grant | None:
-    """Take `want` pico units, or what is left if that is at least `need`. None: the cap does not allow it."""
+    """Take `want` pico units, or what is left if that is at least `need`. None: the cap does not allow it.
+
+    With all its open grants that are `known`, a lane first gets one that it was given by a COMMIT whose answer was
+    lost, whatever its amount: this is then safe to repeat.
+    """
     async with ledger.transaction("open_grant") as connection:
+        if known is not None:
+            key = {"run_id": run_id, "lane_id": lane_id, "known": list(known)}
+            if forgotten := (await connection.execute(_FORGOTTEN, key)).one_or_none():
+                return Grant(*forgotten)
         row = (
             await connection.execute(
                 _OPEN,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,9 @@ class ClaimedShard:
 _CLAIM = text("""
     UPDATE shard SET state = 'leased', lease_epoch = lease_epoch + 1, lane_id = :lane_id
     WHERE (run_id, shard_no) = (
-        SELECT run_id, shard_no FROM shard WHERE run_id = :run_id AND state = 'open'
+        SELECT run_id, shard_no FROM shard
+        WHERE run_id = :run_id AND (state = 'open' OR (state = 'leased' AND lane_id = :lane_id
+              AND shard_no <> ALL(CAST(:working AS integer[]))))
         ORDER BY shard_no LIMIT 1 FOR UPDATE SKIP LOCKED)
     RETURNING shard_no, file_no, first_row, row_count, first_document_no, document_count, lease_epoch
 """)
@@ -183,12 +185,20 @@ async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str |
     return state
 
 
-async def claim(ledger: Ledger, run_id: RunId, lane_id: LaneId) -> ClaimedShard | None:
-    """Lease the next open shard, with a new epoch. None: there is none right now, or the lane was buried."""
+async def claim(
+    ledger: Ledger, run_id: RunId, lane_id: LaneId, working: Collection[int] | None = None
+) -> ClaimedShard | None:
+    """Lease the next open shard, with a new epoch. None: there is none right now, or the lane was buried.
+
+    With the numbers of the shards it is `working` on, a lane also gets back one that it was given by a COMMIT whose
+    answer was lost, which makes this safe to repeat.
+    """
     async with ledger.transaction("claim") as connection:
         if (await connection.execute(_LIVING, {"lane_id": lane_id})).first() is None:
             return None
-        row = (await connection.execute(_CLAIM, {"run_id": run_id, "lane_id": lane_id})).one_or_none()
+        known = None if working is None else list(working)
+        key = {"run_id": run_id, "lane_id": lane_id, "working": known}
+        row = (await connection.execute(_CLAIM, key)).one_or_none()
         if row is None:
             return None
         *shape, epoch = row

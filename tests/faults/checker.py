@@ -472,7 +472,7 @@ def results_as_without_faults(e: Evidence) -> Iterator[str]:
         return
     lost: Counter[tuple[int, int]] = Counter()
     for a in e.attempts:
-        lost[a.run_id, a.document_no] += a.signal is None or a.signal in RETRY_TAKES
+        lost[a.run_id, a.document_no] += a.bound is not None or a.signal in RETRY_TAKES
     for d in e.documents:
         due = e.beside.baseline.get(d.document_id)
         got = Answered(d.state, d.tier, d.answer)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
 DOORS = {
     "pyarrow": ("tasks/documents/", "sandbox/"),
     "openai": ("tasks/completions.py",),
-    "tenacity": ("tasks/completions.py", "tasks/lanes.py", "tasks/waits.py", "tasks/writer.py"),
+    "tenacity": ("tasks/completions.py", "tasks/lanes.py", "tasks/waits.py", "tasks/patience.py"),
 }
 
 #: Libraries that touch the world. Values never do.
