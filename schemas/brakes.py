@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from schemas.attempts import NOT_BILLED, UNKNOWN_BILLING, Signal
 
-_REFUSALS = frozenset({Signal.NOT_SENT, Signal.UNAVAILABLE, Signal.FAILED})
+_SILENCE = frozenset({Signal.NOT_SENT, Signal.UNAVAILABLE, Signal.FAILED, Signal.LOST})
 _PROOF_OF_LIFE = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED, Signal.INTERRUPTED})
 
 
@@ -71,7 +71,7 @@ class Breaker:
             if self._opened_s is not None:
                 self._malformed.clear()  # or a breaker that malformed replies opened would open again at once
             self._failing_since_s = self._opened_s = None
-        elif signal in _REFUSALS and self._failing_since_s is None:
+        elif signal in _SILENCE and self._failing_since_s is None:
             self._failing_since_s = now_s
         if self._opened_s is None and self._is_plainly_down(now_s):
             self._opened_s, self._next_probe_s = now_s, now_s + self.probe_every_s

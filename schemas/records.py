@@ -31,8 +31,8 @@ class Lease:
 class Intent:
     """An attempt that is about to be made. `reserved` is the most it can cost, in pico units.
 
-    `text_digest` is given for a document's first attempt: if a committed result for that text exists by then,
-    the attempt is not permitted and the result is reused (G5).
+    If a committed result for the text of that digest exists by then, the attempt is not permitted and the result
+    is reused (G5).
     """
 
     document_no: int
@@ -44,7 +44,7 @@ class Intent:
     grant_id: int
     price_id: int
     reserved: int
-    text_digest: bytes | None = None
+    text_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
-from schemas.attempts import Purpose, Reply
+from schemas.attempts import Call, Purpose, Reply
 from schemas.booking import Booking, Reserved, book_reply
 from schemas.brakes import Breaker, RetryBudget
 from schemas.calls import RejectedAnswer, attempt_key, compose, input_bound, is_too_large, max_tokens
@@ -26,8 +27,8 @@ from schemas.pricing import Price, PriceBook, reservation
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.completions import Completions
 from tasks.failpoints import reach
-from tasks.grants import Grants
-from tasks.ledger.attempts import Fenced, Permit
+from tasks.grants import Grants, Reservation
+from tasks.ledger.attempts import Fenced, Permit, Permitted, Withheld
 from tasks.ledger.connection import PoisonValue
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
@@ -76,7 +77,12 @@ class Climber:
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     backing_off: int = 0
     last_failure: str = ""
-    is_draining: bool = False
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether no new attempt may be made."""
+        return self.draining.is_set()
 
     async def finish(self, work: Work) -> None:
         """Take one document to its end.
@@ -99,74 +105,70 @@ class Climber:
         """One attempt, from its turn at the gate to its recorded outcome."""
         await self._pass_breaker()
         tier = self.job.ladder[work.position.rung].name
-        async with self.primers[tier].turn() as is_priming:
+        primer = self.primers[tier]
+        async with primer.turn() as is_priming, self.limiters[tier].place() as place:
             if is_priming and work.position.purpose is Purpose.ANSWER:
                 work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))
-            sent = await self._send(work, tier)
-            if isinstance(sent, ResultKey):
-                await self._end(work, end_of(work, DocumentState.REUSED, of=sent))
-                return Accept(), work
-            reply, booking = sent
-            if is_priming:
-                self.primers[tier].see(reply.usage)
-        self.watch.see(tier, reply, self.primers[tier], is_priming=is_priming)
-        step, work = await self._record(work, reply, booking)
+            call, reserved, price = self._prepare(work)
+            async with self.grants.reserved(reserved.worst, rung=work.position.rung) as reservation:
+                permit = await self._intend(work, reservation, price)
+                if isinstance(permit, ResultKey):
+                    await self._end(work, end_of(work, DocumentState.REUSED, of=permit))
+                    return Accept(), work
+                reply = await self._send(call)
+                place.leave(reply.signal, reply.ceiling)
+                if is_priming:
+                    primer.see(reply.usage)
+                self.watch.see(tier, reply, primer, is_priming=is_priming)
+                booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
+                step, work = await self._record(work, reply, booking)
+                reservation.used = booking.used  # only now is it durable: until then all of it counts as spent
         if booking.alarm:
             raise ProviderStopped(f"{booking.alarm}: the run stops so that nobody pays for a surprise")
         if isinstance(step, Again) and step.position.purpose is Purpose.RETRY:
             await self._back_off(reply, step.position)
         return step, work
 
-    async def _send(self, work: Work, tier: str) -> tuple[Reply, Booking] | ResultKey:
-        """Reserve, intend and send. A ResultKey: the text was answered meanwhile, nothing was sent."""
+    def _prepare(self, work: Work) -> tuple[Call, Reserved, Price]:
+        """The next attempt's call, its worst case, and the price row that this is by."""
         document, position = work.document, work.position
         key = attempt_key(self.run.run_id, document.document_no, position.attempts + 1)
         call = compose(self.job, document.text, position, work.rejected, key)
-        limiter = self.limiters[tier]
-        ticket = await limiter.acquire()
-        reply: Reply | None = None
-        try:
-            if self.is_draining:
-                raise Draining
-            reserved, price = self._worst_case(call.model, input_bound(call), max_tokens(self.job, position))
-            grant_id = await self.grants.reserve(reserved.worst, rung=position.rung)
-            used = 0
-            try:
-                permit = await self._intend(work, tier, grant_id, price, reserved.worst)
-                if isinstance(permit, ResultKey):
-                    return permit
-                used = reserved.worst  # from here on until the reply says otherwise
-                reach("send.before")
-                reply = await self.completions.complete(call)
-                reach("send.after")
-                booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
-                used = booking.used
-                return reply, booking
-            finally:
-                self.grants.give_back(grant_id, reserved.worst, used)
-        finally:
-            limiter.release(ticket, reply.signal if reply else None, reply.ceiling if reply else None)
+        reserved, price = self._worst_case(call, max_tokens(self.job, position))
+        return call, reserved, price
 
-    async def _intend(self, work: Work, tier: str, grant_id: int, price: Price, worst: int) -> Permit:
-        position, document = work.position, work.document
+    async def _intend(self, work: Work, reservation: Reservation, price: Price) -> Permit:
+        """Make the intent durable. Raises Draining or LeaseLost where the request may not leave."""
+        document, position = work.document, work.position
         if self.is_draining:
             raise Draining
         intent = Intent(
             document.document_no,
             position.attempts + 1,
             work.lease,
-            tier,
+            self.job.ladder[position.rung].name,
             position.purpose,
             position.reason,
-            grant_id,
+            reservation.grant_id,
             self.price_ids[price.name],
-            worst,
-            text_digest=document.text_digest if position.attempts == 0 else None,
+            reservation.worst,
+            document.text_digest,
         )
+        reservation.used = reservation.worst  # should we be cancelled now, the intent may be durable
         permit = await self.intents.put(intent)
+        if not isinstance(permit, Permitted):
+            reservation.used = 0
+        if isinstance(permit, Withheld):
+            raise Draining
         if isinstance(permit, Fenced):
             raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
         return permit
+
+    async def _send(self, call: Call) -> Reply:
+        reach("send.before")
+        reply = await self.completions.complete(call)
+        reach("send.after")
+        return reply
 
     async def _record(self, work: Work, reply: Reply, booking: Booking) -> tuple[Step, Work]:
         """Judge the reply, and make what it came to durable."""
@@ -178,7 +180,8 @@ class Climber:
             is_kept = await self.records.put(record)
         except PoisonValue:
             step = DeadLetter("unstorable")
-            outcome = self._outcome(work, replace(reply, detail=""), booking, Judgement(judgement.verdict))
+            bare = replace(reply, detail="", served_model=None, fingerprint=None, provider_id=None)
+            outcome = self._outcome(work, bare, booking, Judgement(judgement.verdict))
             is_kept = await self.records.put(Record(outcome, self._ending(work, step, Judgement(None))))
         if not is_kept:
             raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
@@ -233,15 +236,14 @@ class Climber:
         if not await self.records.put(Record(ending=ending)):
             raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
 
-    def _worst_case(self, model: str, input_tokens: int, output_tokens: int) -> tuple[Reserved, Price]:
-        tier_deadline = max(tier.deadline_s for tier in self.job.ladder)
-        start = self.now()
-        end = start + timedelta(seconds=tier_deadline) + PRICE_SLACK
+    def _worst_case(self, call: Call, output_tokens: int) -> tuple[Reserved, Price]:
+        """The most the call can cost, at the dearest price that may hold until its deadline."""
+        start, input_tokens = self.now(), input_bound(call)
         price = self.book.dearest(
-            model,
+            call.model,
             self.run.currency,
             start - PRICE_SLACK,
-            end,
+            start + timedelta(seconds=call.deadline_s) + PRICE_SLACK,
             input_bound=input_tokens,
             max_tokens=output_tokens,
         )
@@ -255,9 +257,7 @@ class Climber:
 
     async def _pass_breaker(self) -> None:
         while (wait_s := self.breaker.wait_s(self.tick())) > 0:
-            if self.is_draining:
-                raise Draining
-            await asyncio.sleep(min(wait_s, 1.0))
+            await self._rest(wait_s)
         if verdict := self.breaker.verdict(self.tick()):
             raise ProviderStopped(_stop_advice(verdict))
 
@@ -266,13 +266,18 @@ class Climber:
         self.backing_off += 1
         self.last_failure = reply.signal.value.replace("_", " ")
         try:
-            await self.waits.pause(reply, position.retries)
+            await self._rest(self.waits.seconds(reply, position.retries))
             while (wait_s := self.retry_budget.take(reply.signal, self.tick())) > 0:
-                if self.is_draining:
-                    raise Draining
-                await asyncio.sleep(min(wait_s, 1.0))
+                await self._rest(wait_s)
         finally:
             self.backing_off -= 1
+
+    async def _rest(self, seconds: float) -> None:
+        """Wait, but not when the lane drains. Raises Draining."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.draining.wait(), seconds)
+        if self.is_draining:
+            raise Draining
 
 
 class EndDetails(TypedDict, total=False):

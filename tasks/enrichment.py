@@ -34,6 +34,9 @@ from tasks.ledger.runs import Opening, Run
 
 log = structlog.get_logger("farthing.runs")
 
+#: At its start and its end a run takes over at once from lanes whose session is gone; a lane that has just
+#: registered gets so long to open its own.
+GONE_AFTER_S = 2.0
 SPARE_DESCRIPTORS = 256
 INTERRUPTED = "run the same command to go on"
 #: Connections of one lane: its heartbeat, two writers, and what shards and grants look up.
@@ -73,7 +76,7 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
             is_simulated=settings.sandbox,
         )
         run = await runs.open_run(ledger, opening)
-        if buried := await leases.bury_dead(ledger, run.run_id, grace_s=0.0):
+        if buried := await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S):
             log.info("took over from lanes that died", run=run.run_id, lanes=buried)
         if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
             labels = documents.read_labels(job.input, manifest, root=request.root)
@@ -114,7 +117,7 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
     """Finish the run if all its shards ended; else pause it, with the first reason that a lane gave."""
     reasons = [end for end in ended if not end.is_done]
     async with opened(require_database(settings), Role.LANE) as ledger:
-        await leases.bury_dead(ledger, run.run_id, grace_s=0.0)
+        await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
         if await runs.settle(ledger, run.run_id) is None:
             await _pause(ledger, run, reasons[0] if reasons else Ended("unfinished"))
         return await runs.find_run(ledger, run.run_id)

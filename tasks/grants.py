@@ -8,6 +8,8 @@ this run's lanes can give anything back any more is the budget exhausted.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from schemas.attempts import LaneId
@@ -35,6 +37,15 @@ class _Open:
 
 
 @dataclass
+class Reservation:
+    """Money set aside for an attempt; `used` is what it took: its cost, or its bound while unknown; at first 0."""
+
+    grant_id: int
+    worst: int
+    used: int = 0
+
+
+@dataclass
 class Grants:
     """The open grants of one lane. `is_tight` says that the cap has refused and reservations wait."""
 
@@ -50,12 +61,23 @@ class Grants:
     _newcomers: asyncio.Lock = field(default_factory=asyncio.Lock)
     _given_back: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def reserve(self, worst: int, *, rung: int) -> int:
-        """Set `worst` pico units aside; returns the grant they come from. Raises BudgetExhausted.
+    @asynccontextmanager
+    async def reserved(self, worst: int, *, rung: int) -> AsyncIterator[Reservation]:
+        """Set `worst` pico units aside while the block lasts, then give back what was not used.
 
         First attempts queue behind one another and documents already paid for do not, so that near the cap the
-        upper tiers get what comes back first.
+        upper tiers get what comes back first. Raises BudgetExhausted.
         """
+        reservation = Reservation(await self._reserve(worst, rung), worst)
+        try:
+            yield reservation
+        finally:
+            grant = self._open[reservation.grant_id]
+            grant.free += worst - reservation.used
+            grant.out -= 1
+            self._given_back.set()
+
+    async def _reserve(self, worst: int, rung: int) -> int:
         self._reserved += worst
         if not self._asking.locked() and (grant_id := self._take(worst)) is not None:
             return grant_id
@@ -63,13 +85,6 @@ class Grants:
             return await self._ask(worst)
         async with self._newcomers:
             return await self._ask(worst)
-
-    def give_back(self, grant_id: int, worst: int, used: int) -> None:
-        """End a reservation of which `used` was spent: its known cost, or its bound while unknown."""
-        grant = self._open[grant_id]
-        grant.free += worst - used
-        grant.out -= 1
-        self._given_back.set()
 
     async def _ask(self, worst: int) -> int:
         async with self._asking:

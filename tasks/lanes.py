@@ -31,7 +31,7 @@ from tasks.climbs import Climber
 from tasks.completions import Completions, utc_now
 from tasks.grants import Grants
 from tasks.ledger import attempts, leases
-from tasks.ledger.attempts import Permit, Reusable
+from tasks.ledger.attempts import Permit, Reusable, Withheld
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes
 from tasks.ledger.runs import Run
@@ -101,7 +101,6 @@ class Lane:
     climber: Climber = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
     _ended: Ended | None = None
-    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
     _last_beat_s: float = field(init=False)
     _patience: Patience = field(default_factory=Patience)
     #: Numbers of the shards under way.
@@ -162,8 +161,7 @@ class Lane:
         if self._ended is None:
             log.info("lane draining", lane=self.lane_id, reason=reason)
             self._ended = Ended(reason, advice)
-        self.climber.is_draining = True
-        self._stopping.set()
+        self.climber.draining.set()
 
     @property
     def is_draining(self) -> bool:
@@ -224,9 +222,11 @@ class Lane:
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), self.plan.times.beat_every_s / 4)
+            await asyncio.wait_for(self.climber.draining.wait(), self.plan.times.beat_every_s / 4)
 
     async def _commit_intents(self, intents: Sequence[Intent]) -> Sequence[Permit]:
+        if self.is_draining:  # also when Postgres comes back after a drain began
+            return [Withheld() for _ in intents]
         return await attempts.intend(self.ledger, self.plan.run.run_id, self.lane_id, intents, self._reusable)
 
     async def _commit_records(self, records: Sequence[Record]) -> Sequence[bool]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from schemas.attempts import Signal
@@ -17,6 +19,21 @@ SLOW_START = 16
 DECREASE = 0.7
 _OBJECTIONS = frozenset({Signal.RATE_LIMITED, Signal.UNAVAILABLE})
 _DELIVERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED})
+
+
+@dataclass
+class Place:
+    """One place in flight. It is left once: early with what came back, or at the end of its block without."""
+
+    limiter: Limiter
+    ticket: int
+    is_left: bool = False
+
+    def leave(self, signal: Signal | None = None, ceiling: int | None = None) -> None:
+        """Give the place back; a second time does nothing."""
+        if not self.is_left:
+            self.is_left = True
+            self.limiter.release(self.ticket, signal, ceiling)
 
 
 @dataclass
@@ -38,6 +55,15 @@ class Limiter:
     def limit(self) -> int:
         """Attempts that may be in flight now."""
         return max(1, int(self._limit))
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[Place]:
+        """A place in flight for as long as the block lasts, or until it is left."""
+        place = Place(self, await self.acquire())
+        try:
+            yield place
+        finally:
+            place.leave()
 
     async def acquire(self) -> int:
         """Wait for a place; returns a ticket to hand in with `release`. First come, first served."""

@@ -47,25 +47,34 @@ class ShardWork:
 
     async def finish(self) -> None:
         """Finish every document of the shard, then the shard; less if the lane drains or loses the lease."""
-        key = (self.ledger, self.climber.run.run_id, self.climber.grants.lane_id, self.claimed.lease)
         try:
             async with asyncio.TaskGroup() as climbs:
-                async for block in self._read():
-                    await self._start(block, climbs)
-                    if self._is_over:
-                        break
+                changed = await self._start_all(climbs)
                 self.started.set()
-        except* InputChanged as changed:
-            why = {"why": str(changed.exceptions[0])}
-            await self.patience.ask(leases.fail, *key, "input_changed")
-            await self.patience.ask(runs.note, self.ledger, self.climber.run.run_id, "input_changed", why)
-            log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
-        except* InputUnavailable as unavailable:
-            self.drain("input", str(unavailable.exceptions[0]))
         finally:
             self.started.set()
-        if not self._is_over and await self.patience.ask(leases.finish, *key):
+        if self._is_over:
+            return
+        key = (self.ledger, self.climber.run.run_id, self.climber.grants.lane_id, self.claimed.lease)
+        if changed is not None:
+            await self.patience.ask(leases.fail, *key, "input_changed")
+            await self.patience.ask(runs.note, *key[:2], "input_changed", {"why": str(changed)})
+            log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
+        elif await self.patience.ask(leases.finish, *key):
             log.info("shard done", shard=self.claimed.shard.shard_no, documents=self.claimed.shard.document_count)
+
+    async def _start_all(self, climbs: asyncio.TaskGroup) -> InputChanged | None:
+        """Set every document going. What is under way is finished even if the file turns out to have changed."""
+        try:
+            async for block in self._read():
+                await self._start(block, climbs)
+                if self._is_over:
+                    break
+        except InputChanged as changed:
+            return changed
+        except InputUnavailable as unavailable:
+            self.drain("input", str(unavailable))
+        return None
 
     @property
     def _is_over(self) -> bool:

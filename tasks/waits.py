@@ -7,12 +7,10 @@ budget allows it, is decided elsewhere.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from random import Random, SystemRandom
 
 from tenacity import AsyncRetrying, RetryCallState
-from tenacity.wait import wait_base, wait_exponential
+from tenacity.wait import wait_exponential
 
 from schemas.attempts import Reply, Signal
 
@@ -31,23 +29,16 @@ class FullJitter(wait_exponential):
         return self._random.uniform(self.min, super().__call__(retry_state))
 
 
-class Waits(wait_base):
-    """The waits of one lane: a tenacity wait over a `Reply`, also usable by itself.
+class Waits:
+    """The waits of one lane, by what the last attempt came to.
 
     `scale` stretches or shrinks every wait, Retry-After included, so that they follow a sandbox's clock; at 0
     nothing waits.
     """
 
-    def __init__(
-        self,
-        *,
-        scale: float = 1.0,
-        random: Random | None = None,
-        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-    ) -> None:
+    def __init__(self, *, scale: float = 1.0, random: Random | None = None) -> None:
         self._scale = scale
         self._random = random or SystemRandom()
-        self._sleep = sleep
         busy = FullJitter(first=4, least=1, most=60, random=self._random)
         down = FullJitter(first=4, least=2, most=120, random=self._random)
         lost = FullJitter(first=4, least=1, most=8, random=self._random)
@@ -61,30 +52,14 @@ class Waits(wait_base):
             Signal.MALFORMED: lost,
         }
 
-    def __call__(self, retry_state: RetryCallState) -> float:
-        """Seconds to wait after the attempt whose result, a Reply, tenacity holds."""
-        reply = retry_state.outcome.result() if retry_state.outcome is not None else None
-        if not isinstance(reply, Reply):
-            raise TypeError("Waits goes by replies; give it to a retry of Completions.complete")
-        return self._wait(reply, retry_state)
-
     def seconds(self, reply: Reply, retry_no: int) -> float:
         """Seconds to wait before retry `retry_no` (1 is the first). 0 for what the provider's state did not cause."""
-        state = RetryCallState(AsyncRetrying(), None, (), {})
-        state.attempt_number = retry_no
-        return self._wait(reply, state)
-
-    async def pause(self, reply: Reply, retry_no: int) -> float:
-        """Wait as long as `seconds` says, and return how long that was."""
-        seconds = self.seconds(reply, retry_no)
-        await self._sleep(seconds)
-        return seconds
-
-    def _wait(self, reply: Reply, state: RetryCallState) -> float:
         window = self._windows.get(reply.signal)
         if window is None:
             return 0.0
-        if reply.retry_after_s is None:
-            return self._scale * window(state)
-        told = reply.retry_after_s + self._random.random()  # many are told the same second
-        return self._scale * min(told, RETRY_AFTER_LIMIT_S)
+        if reply.retry_after_s is not None:
+            told = reply.retry_after_s + self._random.random()  # many are told the same second
+            return self._scale * min(told, RETRY_AFTER_LIMIT_S)
+        state = RetryCallState(AsyncRetrying(), None, (), {})
+        state.attempt_number = retry_no
+        return self._scale * window(state)

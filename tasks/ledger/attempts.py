@@ -55,7 +55,12 @@ class PaidAnswer:
     stored: StoredAnswer
 
 
-Permit = Permitted | Fenced | ResultKey
+@dataclass(frozen=True, slots=True)
+class Withheld:
+    """The lane drains: no intent was made, nothing may be sent."""
+
+
+Permit = Permitted | Fenced | Withheld | ResultKey
 
 _LEASES = text("""
     SELECT shard_no, lease_epoch FROM shard
@@ -181,7 +186,7 @@ async def intend(
     """
     async with ledger.transaction("intend") as connection:
         held = await _held_leases(connection, run_id, lane_id, {intent.lease.shard_no for intent in intents})
-        digests = {intent.text_digest for intent in intents if intent.text_digest is not None}
+        digests = {intent.text_digest for intent in intents}
         answered = await find_results(connection, digests, reusable)
         permits = [_permit(intent, held, answered) for intent in intents]
         if any(isinstance(permit, ResultKey) for permit in permits):
@@ -312,7 +317,7 @@ async def _find_declared(connection: AsyncConnection, run_id: RunId, outcomes: S
 def _permit(intent: Intent, held: set[Lease], answered: dict[bytes, ResultKey]) -> Permit:
     if intent.lease not in held:
         return Fenced()
-    if intent.text_digest is not None and intent.text_digest in answered:
+    if intent.text_digest in answered:
         return answered[intent.text_digest]
     return Permitted()
 

@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from random import Random
 
 import pytest
-from tenacity import AsyncRetrying, retry_if_result, stop_after_attempt
 
 from schemas.attempts import Reply, Signal
 from tasks.waits import Waits
@@ -67,34 +66,10 @@ def test_replies_that_failed_together_do_not_return_together() -> None:
     assert 55 < sum(drawn) / 1000 < 67  # the middle of 2 to 120
 
 
-async def test_every_wait_follows_the_scale() -> None:
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    for scale in (0.0, 0.01, 1.0):
-        waits = Waits(scale=scale, random=Edge(1.0), sleep=sleep)
-        await waits.pause(reply(Signal.UNAVAILABLE), 3)
-        await waits.pause(reply(Signal.UNAVAILABLE, 9.0), 1)
-    assert slept == pytest.approx([0.0, 0.0, 0.16, 0.1, 16.0, 10.0])
-
-
-async def test_tenacity_can_use_it_as_its_own_wait() -> None:
-    slept: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        slept.append(seconds)
-
-    async def fail() -> Reply:
-        return reply(Signal.LOST)
-
-    retrying = AsyncRetrying(
-        wait=Waits(random=Edge(1.0)),
-        retry=retry_if_result(lambda found: found.signal is Signal.LOST),
-        stop=stop_after_attempt(4),
-        retry_error_callback=lambda state: None,
-        sleep=sleep,
-    )
-    await retrying(fail)
-    assert slept == [4.0, 8.0, 8.0]
+def test_every_wait_follows_the_scale() -> None:
+    waited = [
+        Waits(scale=scale, random=Edge(1.0)).seconds(reply(Signal.UNAVAILABLE, told), retry_no)
+        for scale in (0.0, 0.01, 1.0)
+        for told, retry_no in ((None, 3), (9.0, 1))
+    ]
+    assert waited == pytest.approx([0.0, 0.0, 0.16, 0.1, 16.0, 10.0])
