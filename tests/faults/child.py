@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 import traceback
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,16 @@ async def _enrich(order: Order) -> int:
     if order.spoils:
         with (order.root / "documents.parquet").open("ab") as file:
             file.write(b"spoiled")
-    ended = await enrichment.work_lane(request, settings, run, times=order.times)
+    ended = await enrichment.work_lane(request, settings, run, show=_show, times=order.times)
     print(f"lane ended: {ended.reason} {ended.advice}", file=sys.stderr, flush=True)
     settled = await enrichment.settle_run(settings, run, [ended])
     return 0 if settled.state == "done" else 3
+
+
+async def _show(name: str, work: Callable[[], Awaitable[None]]) -> None:
+    """A lane that got so far has to outlive Postgres, so the harness wants to know."""
+    print(f"lane working on {name}", file=sys.stderr, flush=True)
+    await work()
 
 
 async def _open(order: Order, request: RunRequest, settings: Settings) -> Run:

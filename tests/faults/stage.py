@@ -71,6 +71,7 @@ class Stage:
     _children: int = 0
     _scenes: int = 0
     _logs: list[Path] = field(default_factory=list)
+    _log_of: dict[ForkServerProcess, Path] = field(default_factory=dict)
 
     def scene(self) -> None:
         """A prompt that was never asked: nothing of an earlier run can be reused."""
@@ -87,6 +88,7 @@ class Stage:
         usual = Order(self.root, self.database_url, self.base_url, log, times=self.times)
         child = CONTEXT.Process(target=obey, args=(replace(usual, **order),))
         child.start()
+        self._log_of[child] = log
         return child
 
     def run(self, **order: Any) -> int:
@@ -108,6 +110,11 @@ class Stage:
                 return attempt
             assert code == 3, f"exit code {code}: {self.told()}"
         raise AssertionError(f"not done after {attempt} resumes: {self.told()}")
+
+    def told_by(self, child: ForkServerProcess) -> str:
+        """Everything that one child said."""
+        log = self._log_of[child]
+        return log.read_text() if log.exists() else ""
 
     def value(self, query: str) -> Any:
         with psycopg.connect(self.database_url, options="-c search_path=farthing") as connection:

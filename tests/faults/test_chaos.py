@@ -1,6 +1,7 @@
 """Random chaos, by seed: whatever is killed, stopped or cut, and whenever, both proofs find nothing after it.
 
-`FARTHING_CHAOS_SEED=n` plays one seed again; `FARTHING_CHAOS_ROUNDS=n` says how many the long form plays.
+`FARTHING_CHAOS_SEED=n` plays one seed again; `FARTHING_CHAOS_ROUNDS` and `FARTHING_CHAOS_KILLS` say how long the
+long forms go on.
 """
 
 from __future__ import annotations
@@ -117,8 +118,10 @@ class Round:
                 self._start()
 
     def _judge(self, child: ForkServerProcess) -> None:
-        code = self.stage.wait(child)
-        assert code in ORDERLY | SIGNALLED, f"seed {self.seed}: exit code {code}: {self.stage.told()}"
+        """A child may end in good order or by a signal. Postgres away is a reason not to begin, never to give up."""
+        code, told = self.stage.wait(child), self.stage.told_by(child)
+        assert code in ORDERLY | SIGNALLED, f"seed {self.seed}: exit code {code}: {told}"
+        assert code != 2 or "lane working" not in told or "lane ended" in told, f"seed {self.seed}: {told}"
         self.tally[f"exit {code}"] += 1
 
     def kill(self) -> None:
@@ -195,6 +198,26 @@ def stage(private: PrivatePostgres, tmp_path: Path) -> Iterator[Stage]:
         yield made
 
 
+def storm(seed: int, kills: int, stage: Stage) -> Counter[str]:
+    """SIGKILL again and again, each time into the work of the one before; a run that ends is followed by another."""
+    chance, tally, earlier = random.Random(seed), Counter[str](), dict[str, str]()
+    stage.scene()
+    while tally["kills"] < kills:
+        child = stage.start()
+        child.join(chance.uniform(0.2, 1.2))
+        child.kill()
+        child.join()
+        tally["kills"] += child.exitcode == -signal.SIGKILL
+        earlier.update(stage.snapshot())
+        if child.exitcode == 0:
+            tally["runs"] += 1
+            assert stage.violations(earlier) == [], f"seed {seed}: {stage.told()}"
+            stage.scene()
+    stage.resume()
+    assert stage.violations(earlier) == [], f"seed {seed}: {stage.told()}"
+    return tally + Counter(runs=1)
+
+
 def play(seeds: range, faults: int, stage: Stage, private: PrivatePostgres) -> Counter[str]:
     tally: Counter[str] = Counter()
     for seed in seeds:
@@ -211,10 +234,23 @@ def seeds(usual: range) -> range:
 def test_a_few_faults_of_each_kind_break_no_promise(
     stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    played = seeds(range(3))
-    tally = play(played, 5, stage, private)
+    played = seeds(range(2))
+    tally = play(played, 6, stage, private)
     with capsys.disabled():
         print(f"\n{summary(played, tally)}")
+
+
+def test_a_run_killed_again_and_again_still_ends_and_proves(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = storm(1, 25, stage)
+    with capsys.disabled():
+        print(f"\n{summary(range(1, 2), tally)}")
+
+
+@pytest.mark.long
+def test_a_storm_of_kills_breaks_no_promise(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    tally = storm(1, int(os.environ.get("FARTHING_CHAOS_KILLS", "100")), stage)
+    with capsys.disabled():
+        print(f"\n{summary(range(1, 2), tally)}")
 
 
 @pytest.mark.long
