@@ -114,11 +114,15 @@ async def work_lane(
 
 
 async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
-    """Finish the run if all its shards ended; else pause it, with the first reason that a lane gave."""
+    """Finish the run if all its shards ended; else pause it, with the first reason that a lane gave.
+
+    A run that another start still works on goes on: this one's lanes may have been taken for dead, or interrupted.
+    """
     reasons = [end for end in ended if not end.is_done]
     async with opened(require_database(settings), Role.LANE) as ledger:
         await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
-        if await runs.settle(ledger, run.run_id) is None:
+        is_over = await runs.settle(ledger, run.run_id) is not None
+        if not is_over and not await leases.has_living(ledger, run.run_id):
             await _pause(ledger, run, reasons[0] if reasons else Ended("unfinished"))
         return await runs.find_run(ledger, run.run_id)
 

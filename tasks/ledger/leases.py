@@ -258,6 +258,14 @@ async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
+async def has_living(ledger: Ledger, run_id: RunId) -> bool:
+    """Whether any lane of the run has not ended; those that died count until they are buried."""
+    lane = tables.lane.c
+    query = select(lane.lane_id).where(lane.run_id == run_id, lane.ended_at.is_(None)).limit(1)
+    async with ledger.transaction() as connection:
+        return (await connection.execute(query)).first() is not None
+
+
 async def lock_lanes(connection: AsyncConnection, lanes: Sequence[LaneId]) -> set[LaneId]:
     """Hold these lanes' rows until the transaction ends; returns those that have ended."""
     rows = await connection.execute(_LOCK_LANES, {"lanes": list(lanes)})

@@ -12,6 +12,9 @@ import pytest
 from sandbox.mishaps import KINDS
 from schemas.errors import ConfigurationError
 from tasks import enrichment
+from tasks.lanes import Ended
+from tasks.ledger import leases, runs
+from tasks.ledger.connection import Role, opened
 from tests.world import World, make_world, write_documents
 
 #: Mishaps that hold a request open for real seconds; they have tests of their own with short deadlines.
@@ -209,11 +212,20 @@ async def test_a_run_paused_from_elsewhere_drains_and_resumes(world: World) -> N
 
 
 async def set_state(world: World, run_id: int, state: str) -> None:
-    from tasks.ledger import runs
-    from tasks.ledger.connection import Role, opened
-
     async with opened(enrichment.require_database(world.settings), Role.LANE) as ledger:
         await runs.change_state(ledger, run_id, state, "operator")
+
+
+async def test_a_start_that_ends_early_does_not_pause_a_run_that_another_works_on(world: World) -> None:
+    run = await world.open()
+    async with opened(enrichment.require_database(world.settings), Role.LANE) as ledger:
+        other = await leases.register(ledger, run.run_id)
+        async with leases.alive(ledger, other):
+            settled = await enrichment.settle_run(world.settings, run, [Ended("fenced")])
+            assert settled.state == "running"
+        await leases.leave(ledger, run.run_id, other, "done")
+    settled = await enrichment.settle_run(world.settings, run, [Ended("fenced")])
+    assert (settled.state, settled.reason) == ("paused", "fenced")
 
 
 async def test_a_file_that_changed_after_opening_fails_its_shards_and_nothing_is_sent(world: World) -> None:
