@@ -35,13 +35,15 @@ class Position:
     """Where a document stands: its tier by rung, what was tried, and what the next attempt is for.
 
     `amends` says how the next attempt differs from a plain one: it repairs an invalid answer, nudges after a
-    blank one, or allows more tokens after a truncated one. Each is done once per tier (`amended`).
+    blank one, or allows more tokens after a truncated one. Each is done once per tier (`amended`). `unknowns` are
+    counted over all tiers, `interruptions` on this one, `retries` since the last reply that was weighed.
     """
 
     rung: int = 0
     attempts: int = 0
     unknowns: int = 0
     retries: int = 0
+    interruptions: int = 0
     amended: frozenset[Verdict] = frozenset()
     amends: Verdict | None = None
     purpose: Purpose = Purpose.ANSWER
@@ -88,9 +90,11 @@ def advance(position: Position, signal: Signal, verdict: Verdict | None, rungs: 
     match signal:
         case Signal.ANSWERED | Signal.BLANK | Signal.TRUNCATED:
             return _weigh(now, verdict or Verdict(signal.value), rungs)
-        case Signal.INTERRUPTED if now.retries + 1 >= INTERRUPTIONS:
-            return _climb(now, signal.value, rungs)
-        case Signal.INTERRUPTED | Signal.RATE_LIMITED | Signal.UNAVAILABLE | Signal.NOT_SENT:
+        case Signal.INTERRUPTED:
+            now = replace(now, interruptions=now.interruptions + 1)
+            spent = now.interruptions >= INTERRUPTIONS
+            return _climb(now, signal.value, rungs) if spent else _retry(position, now, signal)
+        case Signal.RATE_LIMITED | Signal.UNAVAILABLE | Signal.NOT_SENT:
             return _retry(position, now, signal)
         case Signal.FAILED | Signal.LOST | Signal.MALFORMED:
             now = replace(now, unknowns=now.unknowns + 1)
@@ -139,6 +143,7 @@ def _climb(now: Position, reason: str, rungs: int) -> Step:
             now,
             rung=now.rung + 1,
             retries=0,
+            interruptions=0,
             amended=frozenset(),
             amends=None,
             purpose=Purpose.ANSWER,

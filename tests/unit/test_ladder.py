@@ -107,6 +107,17 @@ def test_an_interrupted_reply_is_tried_thrice_on_a_tier_then_one_up() -> None:
     assert after(*[interrupted] * 2 * INTERRUPTIONS) == DeadLetter("interrupted")
 
 
+@pytest.mark.parametrize("other", [Signal.RATE_LIMITED, Signal.NOT_SENT])
+def test_retries_for_other_reasons_are_no_interruptions(other: Signal) -> None:
+    position = position_after(*[(other, None)] * 40, (Signal.INTERRUPTED, None), rungs=1)
+    assert (position.rung, position.retries, position.interruptions) == (0, 41, 1)
+
+
+def test_an_amended_attempt_in_between_does_not_forget_interruptions() -> None:
+    interrupted, invalid = (Signal.INTERRUPTED, None), (Signal.ANSWERED, Verdict.INVALID_ANSWER)
+    assert position_after(interrupted, interrupted, invalid, interrupted).rung == 1
+
+
 @pytest.mark.parametrize("signal", [Signal.REFUSED, Signal.REJECTED])
 def test_a_refusal_of_this_document_is_final(signal: Signal) -> None:
     assert after((signal, None)) == DeadLetter(signal.value)
