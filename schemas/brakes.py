@@ -11,7 +11,20 @@ from dataclasses import dataclass, field
 from schemas.attempts import NOT_BILLED, UNKNOWN_BILLING, Signal
 
 _SILENCE = frozenset({Signal.NOT_SENT, Signal.UNAVAILABLE, Signal.FAILED, Signal.LOST})
-_PROOF_OF_LIFE = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED, Signal.INTERRUPTED})
+#: A whole reply that is no server error: whatever it says, somebody is there to say it.
+_PROOF_OF_LIFE = frozenset(
+    {
+        Signal.ANSWERED,
+        Signal.BLANK,
+        Signal.TRUNCATED,
+        Signal.REFUSED,
+        Signal.INTERRUPTED,
+        Signal.RATE_LIMITED,
+        Signal.REJECTED,
+        Signal.UNAUTHORISED,
+        Signal.NO_BALANCE,
+    }
+)
 
 
 @dataclass
@@ -43,7 +56,7 @@ class RetryBudget:
 
 @dataclass
 class Breaker:
-    """Opens when the provider is plainly not there, lets one probe through now and then, closes on a success.
+    """Opens when the provider is plainly not there, lets one probe through now and then, closes on any reply.
 
     Rules (design, ledger.md): nothing but failures for 30 s; five malformed replies in a minute. Open for
     `give_up_after_s`, or 20 rejected requests in a row, or over 1 % of at least 200: the run stops.
@@ -68,9 +81,11 @@ class Breaker:
         while self._malformed and self._malformed[0] < now_s - 60:
             self._malformed.popleft()
         if signal in _PROOF_OF_LIFE:
-            if self._opened_s is not None:
+            if self._opened_s is not None and signal not in NOT_BILLED:
                 self._malformed.clear()  # or a breaker that malformed replies opened would open again at once
-            self._failing_since_s = self._opened_s = None
+            self._failing_since_s = None
+            if not self._is_plainly_down(now_s):
+                self._opened_s = None
         elif signal in _SILENCE and self._failing_since_s is None:
             self._failing_since_s = now_s
         if self._opened_s is None and self._is_plainly_down(now_s):

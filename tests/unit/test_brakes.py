@@ -54,6 +54,41 @@ def test_a_reply_in_between_keeps_the_breaker_closed() -> None:
     assert breaker.reason(100) is None
 
 
+@pytest.mark.parametrize("signal", [Signal.RATE_LIMITED, Signal.REJECTED, Signal.INTERRUPTED])
+def test_whoever_objects_is_there(signal: Signal) -> None:
+    breaker = Breaker()
+    breaker.note(Signal.UNAVAILABLE, 0)
+    for second in range(1, 1000):
+        breaker.note(signal if second % 60 else Signal.UNAVAILABLE, second)
+        assert breaker.wait_s(second) == 0
+    assert breaker.verdict(1000) != "provider_down"
+
+
+def test_an_objection_closes_an_open_breaker() -> None:
+    breaker = Breaker()
+    for second in (0, 40):
+        breaker.note(Signal.UNAVAILABLE, second)
+    assert breaker.wait_s(40) > 0
+    breaker.note(Signal.RATE_LIMITED, 45)
+    assert breaker.wait_s(45) == 0
+
+
+def test_a_malformed_reply_is_no_proof_that_the_provider_is_there() -> None:
+    breaker = Breaker()
+    for second in (0, 31):
+        breaker.note(Signal.UNAVAILABLE, second)
+        breaker.note(Signal.MALFORMED, second)
+    assert breaker.reason(31) is not None
+
+
+def test_an_objection_does_not_close_a_breaker_that_malformed_replies_opened() -> None:
+    breaker = Breaker()
+    for _ in range(5):
+        breaker.note(Signal.MALFORMED, 10)
+    breaker.note(Signal.RATE_LIMITED, 15)
+    assert breaker.reason(15) == "the provider has not answered for 5 s"
+
+
 def test_an_open_breaker_lets_one_probe_through_at_a_time_and_closes_on_its_answer() -> None:
     breaker = Breaker()
     breaker.note(Signal.NOT_SENT, 0)
