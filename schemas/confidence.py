@@ -15,8 +15,7 @@ from decimal import Decimal
 from itertools import accumulate
 
 from schemas.attempts import Token
-from schemas.jobs import Confidence
-from schemas.jobs import Signal as Source
+from schemas.jobs import Confidence, ConfidenceSignal
 from schemas.spans import Span, leaf_spans
 
 #: What people mean by these words (after the survey in Fagen-Ulmschneider, "Perception of Probability Words").
@@ -42,7 +41,7 @@ class Measured:
     `value` is None where the answer is only known to be valid: no number, so never below a threshold.
     """
 
-    signal: Source
+    signal: ConfidenceSignal
     value: float | None
 
     def is_below(self, threshold: Decimal | float) -> bool:
@@ -53,16 +52,16 @@ def confidence(
     answer: Mapping[str, object], content: str, tokens: Sequence[Token] | None, rule: Confidence
 ) -> Measured:
     """Measure by the rule's signal, or by the next one down that this reply has."""
-    if rule.signal is Source.LOGPROBS and tokens is not None:
+    if rule.signal is ConfidenceSignal.LOGPROBS and tokens is not None:
         named = rule.fields or tuple(name for name in answer if name != rule.field)
         value = field_confidence(content, tokens, named)
         if value is not None:
-            return Measured(Source.LOGPROBS, value)
-    if rule.signal is not Source.VALIDATORS and rule.field is not None:
+            return Measured(ConfidenceSignal.LOGPROBS, value)
+    if rule.signal is not ConfidenceSignal.VALIDATORS and rule.field is not None:
         value = self_reported(_at(answer, rule.field))
         if value is not None:
-            return Measured(Source.FIELD, value)
-    return Measured(Source.VALIDATORS, None)
+            return Measured(ConfidenceSignal.FIELD, value)
+    return Measured(ConfidenceSignal.VALIDATORS, None)
 
 
 def field_confidence(content: str, tokens: Sequence[Token], fields: Iterable[str]) -> float | None:

@@ -40,7 +40,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Signal(StrEnum):
+class ConfidenceSignal(StrEnum):
     """What confidence is read from; where one is missing, the next one down is used."""
 
     LOGPROBS = "logprobs"
@@ -171,13 +171,13 @@ class Confidence(_Part):
     answer field in which the model reports its own confidence.
     """
 
-    signal: Signal = Signal.LOGPROBS
+    signal: ConfidenceSignal = ConfidenceSignal.LOGPROBS
     fields: tuple[FieldName, ...] = ()
     field: FieldName | None = None
 
     @model_validator(mode="after")
     def _need_a_field_for_self_report(self) -> Self:
-        if self.signal is Signal.FIELD and self.field is None:
+        if self.signal is ConfidenceSignal.FIELD and self.field is None:
             raise ValueError("signal: field needs field: NAME, the answer field that holds the confidence")
         return self
 

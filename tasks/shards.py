@@ -92,7 +92,7 @@ class ShardWork:
         span = (self.ledger, self.climber.run.run_id, block[0].document_no, block[-1].document_no)
         ended = await self.patience.ask(attempts.find_endings, *span)
         fresh = [document for document in block if document.document_no not in ended]
-        history = await self.patience.ask(attempts.find_history, *span) if fresh else {}
+        history = await self.patience.ask(attempts.find_past_attempts, *span) if fresh else {}
         endings, climbing = await self._sort(fresh, history)
         if endings:
             climbs.create_task(self._record(endings))

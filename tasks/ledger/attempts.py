@@ -83,8 +83,8 @@ _MINE = text("""
     WHERE run_id = :run_id AND lane_id = :lane_id AND document_no = ANY(:documents)
 """)
 
-_HISTORY = text("""
-    SELECT i.document_no, i.attempt_no, i.tier, coalesce(o.signal, 'lost') AS signal, o.verdict
+_PAST_ATTEMPTS = text("""
+    SELECT i.document_no, i.attempt_no, coalesce(o.signal, 'lost') AS signal, o.verdict
     FROM attempt_intent i
     LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
     WHERE i.run_id = :run_id AND i.document_no BETWEEN :first AND :last
@@ -262,12 +262,12 @@ async def find_endings(ledger: Ledger, run_id: RunId, first: int, last: int) -> 
         return {number for (number,) in rows}
 
 
-async def find_history(ledger: Ledger, run_id: RunId, first: int, last: int) -> dict[int, list[PastAttempt]]:
+async def find_past_attempts(ledger: Ledger, run_id: RunId, first: int, last: int) -> dict[int, list[PastAttempt]]:
     """Past attempts of the documents in [first, last] that did not end, in order."""
     async with ledger.transaction() as connection:
-        rows = await connection.execute(_HISTORY, {"run_id": run_id, "first": first, "last": last})
+        rows = await connection.execute(_PAST_ATTEMPTS, {"run_id": run_id, "first": first, "last": last})
         history: dict[int, list[PastAttempt]] = defaultdict(list)
-        for number, attempt_no, _tier, signal, verdict in rows:
+        for number, attempt_no, signal, verdict in rows:
             past = PastAttempt(attempt_no, Signal(signal), Verdict(verdict) if verdict else None)
             history[number].append(past)
         return dict(history)

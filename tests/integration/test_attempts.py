@@ -158,7 +158,7 @@ async def test_an_ending_needs_the_lease_and_the_paid_answer_is_kept_for_the_hei
     paid = await attempts.find_paid_answer(hand.ledger, hand.run.run_id, 0)
     answer = StoredAnswer('{"colour":"red"}', {"colour": "red"}, 0.9, "logprobs")
     assert paid == PaidAnswer("flash", 1, answer)
-    history = await attempts.find_history(hand.ledger, hand.run.run_id, 0, 5)
+    history = await attempts.find_past_attempts(hand.ledger, hand.run.run_id, 0, 5)
     assert history == {0: [PastAttempt(1, Signal.ANSWERED, Verdict.ACCEPTED)]}
 
 
@@ -174,14 +174,14 @@ async def test_only_the_lost_lease_of_several_is_reported(hand: Hand, ledger_url
 
 async def test_history_holds_what_did_not_end_with_attempts_in_flight_as_lost(ledger: Ledger) -> None:
     run: Run = await run_everything(ledger)
-    assert await attempts.find_history(ledger, run.run_id, 0, 5) == {}
+    assert await attempts.find_past_attempts(ledger, run.run_id, 0, 5) == {}
     assert await attempts.find_endings(ledger, run.run_id, 1, 4) == {1, 2, 3, 4}
     hand = await second_run(ledger)
     lease = (await hand.claim()).lease
     await hand.intend(hand.intent(lease, 1))
     await hand.record(Record(hand.outcome(1, signal=Signal.RATE_LIMITED, verdict=None, usage=None)))
     await hand.intend(hand.intent(lease, 1, 2))
-    assert await attempts.find_history(ledger, hand.run.run_id, 0, 2) == {
+    assert await attempts.find_past_attempts(ledger, hand.run.run_id, 0, 2) == {
         1: [PastAttempt(1, Signal.RATE_LIMITED, None), PastAttempt(2, Signal.LOST, None)]
     }
 

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from schemas.attempts import Token
 from schemas.confidence import VERBAL, Measured, confidence, field_confidence, self_reported
-from schemas.jobs import Confidence
-from schemas.jobs import Signal as Source
+from schemas.jobs import Confidence, ConfidenceSignal
 from schemas.spans import leaf_spans
 
 CONTENT = '{"category": "Free Restricted", "confidence": 0.85}'
@@ -195,21 +194,33 @@ def test_a_models_own_statement_becomes_a_number_or_nothing(value: object, numbe
 
 
 ANSWER = {"category": "Free Restricted", "confidence": 0.85}
-BY_TOKENS = Confidence(signal=Source.LOGPROBS, fields=("category",), field="confidence")
+BY_TOKENS = Confidence(signal=ConfidenceSignal.LOGPROBS, fields=("category",), field="confidence")
 
 
 @pytest.mark.parametrize(
     ("rule", "tokens", "measured"),
     [
-        (BY_TOKENS, TOKENS, Measured(Source.LOGPROBS, pytest.approx(math.exp(-0.4)))),
-        (Confidence(field="confidence"), TOKENS, Measured(Source.LOGPROBS, pytest.approx(math.exp(-0.4)))),
-        (Confidence(), TOKENS, Measured(Source.LOGPROBS, pytest.approx(math.exp(-0.55)))),
-        (BY_TOKENS, None, Measured(Source.FIELD, 0.85)),
-        (BY_TOKENS, TOKENS[1:], Measured(Source.FIELD, 0.85)),
-        (Confidence(signal=Source.FIELD, field="confidence"), TOKENS, Measured(Source.FIELD, 0.85)),
-        (Confidence(signal=Source.FIELD, field="category"), TOKENS, Measured(Source.VALIDATORS, None)),
-        (Confidence(fields=("category",)), None, Measured(Source.VALIDATORS, None)),
-        (Confidence(signal=Source.VALIDATORS, field="confidence"), TOKENS, Measured(Source.VALIDATORS, None)),
+        (BY_TOKENS, TOKENS, Measured(ConfidenceSignal.LOGPROBS, pytest.approx(math.exp(-0.4)))),
+        (Confidence(field="confidence"), TOKENS, Measured(ConfidenceSignal.LOGPROBS, pytest.approx(math.exp(-0.4)))),
+        (Confidence(), TOKENS, Measured(ConfidenceSignal.LOGPROBS, pytest.approx(math.exp(-0.55)))),
+        (BY_TOKENS, None, Measured(ConfidenceSignal.FIELD, 0.85)),
+        (BY_TOKENS, TOKENS[1:], Measured(ConfidenceSignal.FIELD, 0.85)),
+        (
+            Confidence(signal=ConfidenceSignal.FIELD, field="confidence"),
+            TOKENS,
+            Measured(ConfidenceSignal.FIELD, 0.85),
+        ),
+        (
+            Confidence(signal=ConfidenceSignal.FIELD, field="category"),
+            TOKENS,
+            Measured(ConfidenceSignal.VALIDATORS, None),
+        ),
+        (Confidence(fields=("category",)), None, Measured(ConfidenceSignal.VALIDATORS, None)),
+        (
+            Confidence(signal=ConfidenceSignal.VALIDATORS, field="confidence"),
+            TOKENS,
+            Measured(ConfidenceSignal.VALIDATORS, None),
+        ),
     ],
 )
 def test_a_missing_signal_gives_way_to_the_next(
@@ -219,6 +230,6 @@ def test_a_missing_signal_gives_way_to_the_next(
 
 
 def test_an_answer_without_a_number_is_never_low() -> None:
-    assert not Measured(Source.VALIDATORS, None).is_below(Decimal("0.99"))
-    assert Measured(Source.FIELD, 0.85).is_below(Decimal("0.86"))
-    assert not Measured(Source.FIELD, 0.85).is_below(Decimal("0.85"))
+    assert not Measured(ConfidenceSignal.VALIDATORS, None).is_below(Decimal("0.99"))
+    assert Measured(ConfidenceSignal.FIELD, 0.85).is_below(Decimal("0.86"))
+    assert not Measured(ConfidenceSignal.FIELD, 0.85).is_below(Decimal("0.85"))

@@ -13,7 +13,7 @@ import pytest
 
 from schemas.answers import Answer
 from schemas.errors import ConfigurationError
-from schemas.jobs import TIERS, Input, Job, Signal, Tier
+from schemas.jobs import TIERS, ConfidenceSignal, Input, Job, Tier
 from schemas.money import PICO, Currency, Money
 from tasks.jobs import list_jobs, load_job, write_new_job
 
@@ -65,7 +65,7 @@ def test_a_short_job_gets_the_defaults(tmp_path: Path) -> None:
     job = load_job("tick", tmp_path)
     assert job.budget == Money(5 * PICO, Currency.USD)
     assert (job.escalate.below, job.tolerance, job.shard_rows) == (Decimal("0.85"), Decimal("0.01"), 1000)
-    assert (job.confidence.signal, job.user_id) == (Signal.LOGPROBS, "job-tick")
+    assert (job.confidence.signal, job.user_id) == (ConfidenceSignal.LOGPROBS, "job-tick")
     assert job.concurrency == {"flash": 256, "pro": 256}
     assert [tier.model for tier in job.ladder] == ["deepseek-flash", "deepseek-v4-pro"]
 
