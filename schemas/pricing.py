@@ -224,13 +224,6 @@ class PriceBook:
         """When, after `instant`, the price next changes or stops being known; None if no change is foreseen."""
         return self._card(model, currency).next_change(_utc(instant))
 
-    def next_off_peak(self, instant: datetime) -> datetime:
-        """`instant` itself if it is not in peak hours, else the end of that window, in UTC."""
-        utc = _utc(instant)
-        if self._hours is None or not self._hours.is_peak(utc):
-            return utc
-        return self._hours.next_change(utc)
-
     def _card(self, model: str, currency: Currency) -> _Card:
         name = self.canonical(model)
         card = self._cards.get((name, currency))

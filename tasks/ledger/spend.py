@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.attempts import RunId
 from schemas.errors import ConfigurationError
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
@@ -326,8 +325,6 @@ _RUNS = text(f"""
 
 _EVENTS = text("SELECT happened_at, kind, detail FROM event WHERE run_id = :run ORDER BY event_id DESC LIMIT :most")
 
-_LATEST = text("SELECT max(run_id) FROM run_overview WHERE job = :job")
-
 
 async def audit(ledger: Ledger, *, run: int | None = None, job: str | None = None) -> Audit:
     """What a run, a job's runs, or (neither given) the whole ledger cost, from one snapshot of the rows.
@@ -370,13 +367,6 @@ async def list_runs(ledger: Ledger, job: str | None = None) -> list[RunSummary]:
     """The runs of a job, or all of them, newest first."""
     async with ledger.transaction() as connection:
         return list(await _read_rows(connection, _RUNS, RunSummary, {"job": job, "dead_after": DEAD_AFTER_S}))
-
-
-async def find_latest_run(ledger: Ledger, job: str) -> RunId | None:
-    """The newest run of a job; None if there is none."""
-    async with ledger.transaction() as connection:
-        found: int | None = (await connection.execute(_LATEST, {"job": job})).scalar_one()
-        return None if found is None else RunId(found)
 
 
 async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:

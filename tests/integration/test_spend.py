@@ -197,7 +197,5 @@ async def test_runs_are_listed_newest_first_and_the_latest_is_found(ledger: Ledg
         (1, "colours", 6),
     ]
     assert [run.run for run in await spend.list_runs(ledger, "colours")] == [2, 1]
-    assert await spend.find_latest_run(ledger, "colours") == 2
-    assert await spend.find_latest_run(ledger, "shapes") is None
     with pytest.raises(ConfigurationError, match="there is no run 7"):
         await spend.progress(ledger, 7)

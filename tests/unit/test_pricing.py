@@ -203,7 +203,6 @@ def test_a_naive_instant_is_a_programming_error(book: PriceBook) -> None:
         lambda: book.dearest(FLASH, USD, naive, aware),
         lambda: book.dearest(FLASH, USD, aware, naive),
         lambda: book.next_change(FLASH, USD, naive),
-        lambda: book.next_off_peak(naive),
     ):
         with pytest.raises(ValueError, match="time zone"):
             ask()
@@ -216,8 +215,6 @@ def test_where_the_holiday_calendar_ends_the_price_is_refused_with_what_to_updat
     for instant in (end, utc("2027-01-02T12:00"), utc("2031-06-01T02:00")):
         with pytest.raises(UnknownPrice, match="pip install --upgrade chinesecalendar"):
             book.at(FLASH, USD, instant)
-        with pytest.raises(UnknownPrice, match="chinesecalendar"):
-            book.next_off_peak(instant)
     with pytest.raises(UnknownPrice, match="chinesecalendar"):
         book.dearest(FLASH, USD, utc("2026-12-31T00:00"), end)
     assert book.at("self-hosted-flash-2xh100", USD, utc("2031-06-01T02:00"))
@@ -470,20 +467,6 @@ def test_the_price_is_the_same_until_the_next_change_and_different_at_it(instant
     assert book.at(FLASH, USD, change - timedelta(microseconds=1)) == now
     assert book.at(FLASH, USD, instant + (change - instant) / 2) == now
     assert book.at(FLASH, USD, change) != now
-
-
-@pytest.mark.parametrize(
-    ("instant", "expected"),
-    [
-        ("2026-11-24T00:59", "2026-11-24T00:59"),
-        ("2026-11-24T01:00", "2026-11-24T04:00"),
-        ("2026-11-24T09:59", "2026-11-24T10:00"),
-        ("2026-11-22T02:00", "2026-11-22T02:00"),  # a Sunday
-        ("2026-06-01T02:00", "2026-06-01T02:00"),  # before there were peak hours
-    ],
-)
-def test_the_next_off_peak_is_now_or_the_end_of_the_window(book: PriceBook, instant: str, expected: str) -> None:
-    assert book.next_off_peak(utc(instant)) == utc(expected)
 
 
 # ---- cost ---------------------------------------------------------------------------------------------------------
