@@ -45,6 +45,8 @@ def book_reply(reply: Reply, model: str, currency: Currency, reserved: Reserved,
         served = book.canonical(reply.served_model or model)
         tokens = reply.usage.hit + reply.usage.miss
         price = book.at(served, currency, reply.completed_at, prompt_tokens=tokens)
+        if price.is_what_if_only:
+            raise UnknownPrice(f"{served} served, and its price is for what-if comparisons only: look at the ladder")
     except UnknownPrice as error:
         return Booking(None, None, reserved.worst, alarm=str(error))
     cost = price.cost(reply.usage)

@@ -97,3 +97,11 @@ def test_no_reply_within_its_bounds_costs_more_than_was_reserved(hit: int, miss:
     assert booked.alarm is None
     assert booked.cost is not None
     assert booked.cost <= worst
+
+
+@pytest.mark.parametrize("served", ["gpt-5.5", "kimi-k2.6"])
+def test_a_model_whose_price_is_for_comparison_only_is_unknown_and_stops_the_run(served: str) -> None:
+    booked = book(reply(usage=Usage(0, 10, 1), served_model=served, at=datetime(2026, 11, 20, tzinfo=UTC)))
+    assert (booked.cost, booked.bound, booked.price) == (None, RESERVED.worst, None)
+    assert booked.alarm is not None
+    assert served in booked.alarm
