@@ -6,8 +6,7 @@ unknown, never zero. The table of signals is the design's (`ledger.md`, "What a 
 Decisions where the API says nothing:
 
 - Cache hits that are not reported make the whole usage unknown, because a guess would be booked as a fact.
-  A tier that cannot report them (a self-hosted vLLM) is read with `misses_if_unreported`: then every prompt
-  token counts as a miss, which is the dearest it can be.
+  (vLLM reports them only with `--enable-prompt-tokens-details`.)
 - A finish reason that nobody documents is an interruption: the text may not be whole, so it is discarded.
 - Any redirect is a wrong base URL, like 404: the door never follows one, because it would carry the key along.
 """
@@ -101,10 +100,10 @@ class ImpossibleUsage(ValueError):
     """The usage block is absent, or says what cannot be; the message says which, and holds only field names."""
 
 
-def read_reply(arrival: Arrival, *, misses_if_unreported: bool = False) -> Reply:
+def read_reply(arrival: Arrival) -> Reply:
     """What one whole HTTP reply came to. Raises ValueError or RecursionError where a 200's body is cut or broken."""
     if arrival.status == 200:
-        reading = _read_completion(load_json(arrival.body), misses_if_unreported)
+        reading = _read_completion(load_json(arrival.body))
     else:
         reading = _read_error(arrival.status, arrival.body)
     return Reply(
@@ -150,7 +149,7 @@ def _load_leniently(body: bytes) -> object:
     return json.loads(text)
 
 
-def _read_completion(value: object, misses_if_unreported: bool) -> _Reading:
+def _read_completion(value: object) -> _Reading:
     if not isinstance(value, dict):
         return _Reading(Signal.MALFORMED, detail=f"200 with {_json_type(value)} instead of a completion")
     if value.get("error") is not None:
@@ -162,10 +161,9 @@ def _read_completion(value: object, misses_if_unreported: bool) -> _Reading:
     reading.fingerprint = _short_text(value.get("system_fingerprint"))
     reading.provider_id = _short_text(value.get("id"))
     try:
-        reading.usage, note = read_usage(value.get("usage"), misses_if_unreported=misses_if_unreported)
+        reading.usage = read_usage(value.get("usage"))
     except ImpossibleUsage as problem:
-        note = str(problem)
-    reading.detail = _join(reading.detail, note)
+        reading.detail = _join(reading.detail, str(problem))
     return reading
 
 
@@ -209,8 +207,8 @@ def _without_surrogates(content: str) -> str:
     return content if content.isascii() else content.encode("utf-8", "replace").decode("utf-8")
 
 
-def read_usage(block: object, *, misses_if_unreported: bool = False) -> tuple[Usage, str]:
-    """The billed tokens, and a note where they rest on an assumption. Raises ImpossibleUsage.
+def read_usage(block: object) -> Usage:
+    """The billed tokens. Raises ImpossibleUsage.
 
     Strict, because it becomes money: integers >= 0 only, hit + miss == prompt, reasoning <= output.
     """
@@ -220,11 +218,9 @@ def read_usage(block: object, *, misses_if_unreported: bool = False) -> tuple[Us
     output = _count(block, "completion_tokens")
     if prompt is None or output is None:
         raise ImpossibleUsage("usage lacks prompt_tokens or completion_tokens")
-    hit, note = _hits(block), ""
+    hit = _hits(block)
     if hit is None:
-        if not misses_if_unreported:
-            raise ImpossibleUsage("usage does not report cache hits")
-        hit, note = 0, "cache hits not reported: all prompt tokens counted as misses"
+        raise ImpossibleUsage("usage does not report cache hits")
     miss = _count(block, "prompt_cache_miss_tokens")
     miss = prompt - hit if miss is None else miss
     if miss < 0 or hit + miss != prompt:
@@ -232,7 +228,7 @@ def read_usage(block: object, *, misses_if_unreported: bool = False) -> tuple[Us
     reasoning = _detail_count(block, "completion_tokens_details", "reasoning_tokens") or 0
     if reasoning > output:
         raise ImpossibleUsage("usage is inconsistent: reasoning_tokens exceeds completion_tokens")
-    return Usage(hit=hit, miss=miss, output=output, reasoning=reasoning), note
+    return Usage(hit=hit, miss=miss, output=output, reasoning=reasoning)
 
 
 def _hits(block: Mapping[str, object]) -> int | None:

@@ -61,8 +61,7 @@ class Completions:
     """The provider at one base URL, with one pool of at most `ceiling` connections. An async context manager.
 
     `send_attempt_key` is for the sandbox only: it adds an X-Attempt header, and believes the provider's clock
-    however far it is from ours, because a sandbox's is set at will. `misses_if_unreported` is for tiers that do
-    not report cache hits: see `schemas/replies.py`.
+    however far it is from ours, because a sandbox's is set at will.
     """
 
     def __init__(
@@ -73,7 +72,6 @@ class Completions:
         ceiling: int = 2500,
         send_attempt_key: bool = False,
         size_cap: int = 32 * MIB,
-        misses_if_unreported: bool = False,
         now: Callable[[], datetime] = utc_now,
     ) -> None:
         _check_door(base_url, api_key)
@@ -84,7 +82,6 @@ class Completions:
         self._size_cap = size_cap
         self._sends_attempt_key = send_attempt_key
         self._date_tolerance = timedelta.max if send_attempt_key else DATE_TOLERANCE
-        self._misses_if_unreported = misses_if_unreported
         self._now = now
         self._client: openai.AsyncOpenAI | None = None
 
@@ -114,7 +111,7 @@ class Completions:
         sent_at = self._now()
         try:
             response = await _post(client, self._url, _encode(call), self._options(call))
-            reply = read_reply(self._arrival(response, sent_at), misses_if_unreported=self._misses_if_unreported)
+            reply = read_reply(self._arrival(response, sent_at))
         except Exception as error:
             signal, detail = signal_of(error)
             reply = Reply(signal, sent_at, self._now(), detail=detail)

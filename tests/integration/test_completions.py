@@ -608,12 +608,6 @@ async def test_hits_may_come_under_openais_name_and_misses_follow() -> None:
     assert reply.usage == Usage(hit=128, miss=172, output=9)
 
 
-async def test_a_tier_that_cannot_report_hits_pays_for_misses_and_says_so() -> None:
-    reply = await attempt(say(ok(completion(usage=use(hit=..., miss=...)))), misses_if_unreported=True)
-    assert reply.usage == Usage(hit=0, miss=300, output=9)
-    assert "not reported" in reply.detail
-
-
 def entry(text: str, logprob: Any = -0.5, octets: list[int] | None = None) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": octets, "top_logprobs": []}
 
