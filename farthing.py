@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch
+from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -45,6 +45,8 @@ ROOT = Path(".")
 CORPUS = Path("data/licences")
 #: The jobs whose documents, and whose simulated answers, the sandbox brings along.
 SHIPPED = ("licences", "obligations")
+#: Exit codes that no error carries: a run that can be resumed, and a bug (EX_SOFTWARE in sysexits.h).
+PAUSED, CRASHED = 3, 70
 
 _NAKED: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(
@@ -87,7 +89,18 @@ def main() -> NoReturn:
         _fail(str(error), error.exit_code)
     except SandboxError as error:
         _fail(str(error), ConfigurationError.exit_code)
+    except Exception as error:  # a bug: told apart from every result a run can have
+        _fail_unexpectedly(error)
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def _fail_unexpectedly(error: Exception) -> NoReturn:
+    """One line and, on stderr, where it happened. A traceback quotes our code, never a document or a key."""
+    import traceback
+
+    for frame in traceback.extract_tb(error.__traceback__)[-3:]:
+        tell(f"  {Path(frame.filename).name}:{frame.lineno} {frame.name}")
+    _fail(f"{type(error).__name__}: please report this as a bug of Farthing; what was recorded is safe", CRASHED)
 
 
 def _refuse(error: typer.TyperException) -> NoReturn:
@@ -198,9 +211,9 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
         settings = _settings()
         if is_in_sandbox:
             settings = stack.enter_context(_sandbox(settings, view.phase))
-        outcome = _interruptible(lambda: _enrich(request, job, settings, view))
+        outcome = _resumably(lambda: _enrich(request, job, settings, view), lambda: view.has_seen_run)
         view.phase("proving the ledger")
-        audit, proof = wait_for(_conclude(_database(settings), outcome["run_id"]))
+        audit, proof = _resumably(lambda: wait_for(_conclude(_database(settings), outcome["run_id"])), lambda: True)
     _report(outcome, audit, proof, as_json=as_json, is_demo=is_demo)
     raise typer.Exit(_exit_code(audit, proof, job))
 
@@ -282,15 +295,19 @@ def _prepare_prefect(settings: Settings) -> None:
         os.environ.setdefault(name, value)
 
 
-def _interruptible(work: Callable[[], T]) -> T:
-    """Ctrl-C outside a lane, which drains by itself, ends the command with a line instead of a traceback."""
+def _resumably(work: Callable[[], T], is_begun: Callable[[], bool]) -> T:
+    """What interrupts a run that has begun leaves it resumable, and says so: Ctrl-C outside a lane, Postgres away."""
     from asyncio import CancelledError
 
     try:
         return work()
     except (KeyboardInterrupt, CancelledError):
         tell("interrupted: what was recorded stays on the ledger; run the same command to go on")
-        raise typer.Exit(130) from None
+        raise typer.Exit(PAUSED) from None
+    except LedgerUnavailable as error:
+        if not is_begun():
+            raise
+        _fail(str(error), PAUSED)  # not 2, which promises that nothing was spent
 
 
 def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: bool, is_demo: bool) -> None:
@@ -309,7 +326,7 @@ def _exit_code(audit: Audit, proof: Proof, job: Job) -> int:
     if not proof.proved:
         return LedgerMismatch.exit_code
     if audit.state != "done":
-        return 3
+        return PAUSED
     return int(audit.dead_letters > job.tolerance * audit.documents)
 
 
@@ -420,7 +437,8 @@ def status(
 
     progress = _ask(read, in_sandbox)
     if watch and progress.state == "running":
-        progress = _interruptible(lambda: _watch(progress, in_sandbox))
+        with suppress(KeyboardInterrupt):  # one stops watching, the run goes on
+            progress = _watch(progress, in_sandbox)
     if as_json:
         print_json(progress.to_json())
     else:
@@ -666,7 +684,7 @@ def _explain(error: ValidationError, prefix: str) -> list[str]:
     for each in error.errors(include_url=False, include_input=False):
         name = ".".join(map(str, each["loc"]))
         what = each["msg"].removeprefix("Value error, ")
-        lines.append(f"{name if name.isupper() else _spell(prefix, name)}: {what}")
+        lines.append(f"{name if name.isupper() else _spell(prefix, name)}: {what}" if name else what)
     return lines
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.money import Currency
@@ -27,3 +29,12 @@ class Settings(BaseSettings):
     #: seconds are `time_scale` of ours.
     sandbox: bool = False
     time_scale: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _keep_the_sandbox_on_this_machine(self) -> Self:
+        """Left over in a shell, the variable would book real money as simulated."""
+        if self.sandbox and urlsplit(self.base_url).hostname not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(
+                "FARTHING_SANDBOX is set, but DEEPSEEK_BASE_URL is not on this machine: unset one of them"
+            )
+        return self

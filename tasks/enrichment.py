@@ -28,7 +28,7 @@ from tasks.completions import Completions, utc_now
 from tasks.jobs import load_job
 from tasks.lanes import Ended, Lane, LanePlan, Show, show_nothing
 from tasks.ledger import leases, runs
-from tasks.ledger.connection import Ledger, Role, opened
+from tasks.ledger.connection import Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Opening, Run
 
@@ -76,6 +76,7 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
             is_simulated=settings.sandbox,
         )
         run = await runs.open_run(ledger, opening)
+        await leases.bury_superseded(ledger, run.job)
         if buried := await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S):
             log.info("took over from lanes that died", run=run.run_id, lanes=buried)
         if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
@@ -123,14 +124,9 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
         await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
         is_over = await runs.settle(ledger, run.run_id) is not None
         if not is_over and not await leases.has_living(ledger, run.run_id):
-            await _pause(ledger, run, reasons[0] if reasons else Ended("unfinished"))
+            reason = reasons[0].reason if reasons else "unfinished"
+            await runs.change_state(ledger, run.run_id, "paused", reason)
         return await runs.find_run(ledger, run.run_id)
-
-
-async def _pause(ledger: Ledger, run: Run, end: Ended) -> None:
-    state = (await runs.find_run(ledger, run.run_id)).state
-    if state == "running":
-        await runs.change_state(ledger, run.run_id, "paused", end.reason)
 
 
 def require_database(settings: Settings) -> SecretStr:

@@ -190,6 +190,11 @@ class View:
         """Show the progress of this run, or of the job's run that has a lane at work, as soon as there is one."""
         self._run_id, self._url = run_id, url
 
+    @property
+    def has_seen_run(self) -> bool:
+        """Whether the run that is followed has shown progress: money may have been spent by then."""
+        return self._progress is not None
+
     def wait(self) -> Progress | None:
         """Block until the run that is followed no longer runs; returns how it was left."""
         while not self._ended.wait(0.2):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import ExitStack
 from typing import Any, cast
 
+import structlog
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner
 
@@ -19,6 +22,10 @@ from tasks import enrichment
 from tasks.lanes import Ended
 from tasks.ledger.runs import Run
 from tasks.logs import configure, follow_in_prefect
+
+log = structlog.get_logger("farthing.steps")
+
+LANE_DIED = "a lane's process died and nobody finished its shards: run the same command to go on"
 
 
 @task(name="open", cache_policy=NO_CACHE, persist_result=False)
@@ -33,17 +40,32 @@ async def work_lanes(request: RunRequest, run: Run) -> list[Ended]:
         return [await work_lane(request, run, 1)]
     async with get_client() as client:
         api = {PREFECT_API_URL: str(client.api_url)}  # else each process would start a server of its own
-    with (
-        temporary_settings(api),
-        ProcessPoolTaskRunner(max_workers=request.lanes, initializer=ignore_interrupts) as runner,
-        enrichment.pausing_on_signals(Settings(), run),
-    ):
-        lanes = [
-            runner.submit(work_lane, {"request": request, "run": run, "lane_no": number})
-            for number in range(1, request.lanes + 1)
-        ]
-        await asyncio.gather(*(asyncio.to_thread(lane.wait) for lane in lanes))
-        return [cast(Ended, lane.result()) for lane in lanes]
+    with ExitStack() as stack:
+        stack.enter_context(temporary_settings(api))
+        stack.enter_context(enrichment.pausing_on_signals(Settings(), run))
+        lanes = [_start_lane(stack, request, run, number) for number in range(1, request.lanes + 1)]
+        ended = await asyncio.gather(*(asyncio.to_thread(_await_lane, lane) for lane in lanes))
+    failures = [end for end in ended if isinstance(end, Exception)]
+    if len(failures) == len(ended):
+        raise failures[0]
+    return [end if isinstance(end, Ended) else Ended("lane_died", LANE_DIED) for end in ended]
+
+
+def _start_lane(
+    stack: ExitStack, request: RunRequest, run: Run, lane_no: int
+) -> PrefectConcurrentFuture[Coroutine[Any, Any, Ended]]:
+    """A lane in a process of its own. A pool each: a pool that loses one process ends all of its others."""
+    runner = stack.enter_context(ProcessPoolTaskRunner(max_workers=1, initializer=ignore_interrupts))
+    return runner.submit(work_lane, {"request": request, "run": run, "lane_no": lane_no})
+
+
+def _await_lane(lane: PrefectConcurrentFuture[Coroutine[Any, Any, Ended]]) -> Ended | Exception:
+    """How the lane ended, or what ended it: its shards are taken over by the others."""
+    try:
+        return cast(Ended, lane.result())
+    except Exception as error:
+        log.warning("a lane's process ended", error=type(error).__name__)
+        return error
 
 
 def ignore_interrupts() -> None:

@@ -250,6 +250,21 @@ async def bury_dead(
         return len(dead)
 
 
+async def bury_superseded(ledger: Ledger, job: str) -> None:
+    """End the dead lanes of a job's superseded runs: nobody will resume those, and their grants would stay open."""
+    run, lane = tables.run.c, tables.lane.c
+    query = (
+        select(run.run_id)
+        .distinct()
+        .join_from(tables.run, tables.lane, lane.run_id == run.run_id)
+        .where(run.job == job, run.state == "superseded", lane.ended_at.is_(None))
+    )
+    async with ledger.transaction() as connection:
+        abandoned = [RunId(run_id) for (run_id,) in await connection.execute(query)]
+    for run_id in abandoned:
+        await bury_dead(ledger, run_id)
+
+
 async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
     """Whether any shard of the run is neither done nor failed."""
     shard = tables.shard.c

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import ColumnElement, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -118,10 +118,13 @@ async def find_run(ledger: Ledger, run_id: RunId) -> Run:
         return await _read(connection, run_id)
 
 
-async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | None = None) -> None:
-    """Pause, finish or otherwise move a run, with an event that says so."""
+async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | None = None) -> bool:
+    """Pause a run that is running, or the other way round, with an event that says so.
+
+    False: there was nothing to change. A run that is done or superseded stays so, whoever asks.
+    """
     async with ledger.transaction("change_state") as connection:
-        await _change_state(connection, run_id, state, reason)
+        return await _change_state(connection, run_id, state, reason)
 
 
 async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, Any]) -> None:
@@ -321,11 +324,18 @@ async def _resume(connection: AsyncConnection, run_id: int, cap: int) -> None:
 
 async def _change_state(
     connection: AsyncConnection, run_id: int, state: str, reason: str | None, *, kind: str | None = None
-) -> None:
-    await connection.execute(
-        update(tables.run).where(tables.run.c.run_id == run_id).values(state=state, reason=reason)
+) -> bool:
+    """In one statement, so that whoever reads, decides and writes at the same moment changes nothing twice."""
+    run = tables.run.c
+    moves: list[ColumnElement[bool]] = [run.state.in_(["running", "paused"])]
+    if kind != "resumed":  # a run whose process died is still `running`, and resuming it is worth an event
+        moves.append(run.state != state)
+    changed = await connection.execute(
+        update(tables.run).where(run.run_id == run_id, *moves).values(state=state, reason=reason)
     )
-    await _note(connection, run_id, kind or state, {"reason": reason} if reason else {})
+    if changed.rowcount:
+        await _note(connection, run_id, kind or state, {"reason": reason} if reason else {})
+    return bool(changed.rowcount)
 
 
 async def _note(connection: AsyncConnection, run_id: int, kind: str, detail: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,9 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
+
+from sandbox import postgres
 
 ROOT = Path(__file__).parents[2]
 #: One server serves all of these tests, so one worker runs them.
@@ -142,3 +146,41 @@ def test_prefect_deploy_all_works_as_it_stands(server: Server) -> None:
     server.command(*prefect, "work-pool", "create", "farthing", "--type", "process")
     server.command(*prefect, "deploy", "--all")
     assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
+
+
+def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succeeds(server: Server) -> None:
+    """A pool that loses a process ends its others, so each lane has one of its own."""
+    home = f"{server.environment['FARTHING_HOME']}-killed"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "farthing", "run", "licences", *"--sandbox --lanes 2 --json --limit 1500".split()],
+        cwd=ROOT,
+        env=server.environment | {"FARTHING_TIME_SCALE": "0.5", "FARTHING_HOME": home},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with postgres.running(Path(home)) as ledger:
+        os.kill(find_working_lane(ledger.url, running), signal.SIGKILL)
+        stdout, stderr = running.communicate(timeout=240)
+        with psycopg.connect(ledger.url) as connection:
+            left = connection.execute("SELECT ended_because FROM farthing.lane ORDER BY 1").fetchall()
+    assert running.returncode == 0, stderr
+    audit = json.loads(stdout)
+    assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 1500)
+    assert left == [("died",), ("done",)]
+
+
+def find_working_lane(url: str, running: subprocess.Popen[str]) -> int:
+    """The process of a lane that has answered something, while both are at work."""
+    query = "SELECT pid FROM farthing.lane WHERE attempts > 20 AND (SELECT count(*) FROM farthing.lane) = 2 LIMIT 1"
+    for _ in range(1200):
+        assert running.poll() is None, running.stderr and running.stderr.read()
+        try:
+            with psycopg.connect(url) as connection:
+                row = connection.execute(query).fetchone()
+        except psycopg.errors.UndefinedTable:
+            row = None
+        if row is not None:
+            return int(row[0])
+        time.sleep(0.1)
+    raise AssertionError("the lanes did not start")

@@ -187,3 +187,24 @@ async def test_superseding_does_not_touch_what_was_paid(ledger: Ledger, ledger_u
     await runs.open_run(ledger, opening(job=replace(JOB, escalate=Escalate(below=Decimal("0.9")))))
     assert value(ledger_url, "SELECT results FROM run_cost WHERE run_id = 1") == 3
     assert await hand.intend(hand.intent((await hand.claim()).lease, 3, reserved=RESERVED))
+
+
+@pytest.mark.parametrize("state", ["done", "superseded"])
+async def test_a_run_that_is_over_stays_so_whoever_asks(ledger: Ledger, state: str, ledger_url: str) -> None:
+    run = await runs.open_run(ledger, opening())
+    sql(ledger_url, f"UPDATE farthing.run SET state = '{state}'")
+    assert await runs.change_state(ledger, run.run_id, "paused", "interrupted") is False
+    assert (await runs.find_run(ledger, run.run_id)).state == state
+    assert value(ledger_url, "SELECT count(*) FROM farthing.run_event WHERE kind = 'paused'") == 0
+
+
+async def test_the_dead_lanes_of_a_superseded_run_are_buried_and_their_money_is_free(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    run = await runs.open_run(ledger, opening())
+    await Hand.join(ledger, run)
+    sql(ledger_url, "UPDATE farthing.run SET state = 'superseded'")
+    sql(ledger_url, "UPDATE farthing.lane SET heartbeat_at = now() - interval '1 hour'")
+    await leases.bury_superseded(ledger, run.job)
+    assert value(ledger_url, "SELECT count(*) FROM farthing.lane WHERE ended_at IS NULL") == 0
+    assert value(ledger_url, "SELECT granted FROM farthing.budget") == 0
