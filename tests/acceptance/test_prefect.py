@@ -152,7 +152,14 @@ def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succ
     """A pool that loses a process ends its others, so each lane has one of its own."""
     home = f"{server.environment['FARTHING_HOME']}-killed"
     running = subprocess.Popen(
-        [sys.executable, "-m", "farthing", "run", "licences", *"--sandbox --lanes 2 --json --limit 1500".split()],
+        [
+            sys.executable,
+            "-m",
+            "farthing",
+            "run",
+            "licences",
+            *["--sandbox", "--lanes", "2", "--json", "--limit", "1500"],
+        ],
         cwd=ROOT,
         env=server.environment | {"FARTHING_TIME_SCALE": "0.5", "FARTHING_HOME": home},
         stdout=subprocess.PIPE,
