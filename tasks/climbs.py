@@ -120,7 +120,7 @@ class Climber:
                 if is_priming:
                     primer.see(reply.usage)
                 self.watch.see(tier, reply, primer, is_priming=is_priming)
-                booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
+                booking = self._book(reply, call, reserved)
                 step, work = await self._record(work, reply, booking)
                 reservation.used = booking.used  # only now is it durable: until then all of it counts as spent
         if booking.alarm:
@@ -169,6 +169,13 @@ class Climber:
         reply = await self.completions.complete(call)
         reach("send.after")
         return reply
+
+    def _book(self, reply: Reply, call: Call, reserved: Reserved) -> Booking:
+        """What the reply cost. A price row that the run did not register is as good as none."""
+        booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
+        if booking.price is None or booking.price.name in self.price_ids:
+            return booking
+        return Booking(None, None, reserved.worst, f"{booking.price.model} served, which is not on the job's ladder")
 
     async def _record(self, work: Work, reply: Reply, booking: Booking) -> tuple[Step, Work]:
         """Judge the reply, and make what it came to durable."""
