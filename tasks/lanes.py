@@ -121,7 +121,7 @@ class Lane:
             grants=Grants(self.ledger, plan.run, self.lane_id, self._patience),
             intents=Writer(self._commit_intents, linger_s=0.005),
             records=Writer(self._commit_records, linger_s=0.02),
-            limiters={name: Limiter(ceiling) for name, ceiling in ceilings.items()},
+            limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
             primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
             waits=Waits(scale=plan.scale),
             watch=Watch(self.ledger, plan.job, plan.run, plan.book, self._now),

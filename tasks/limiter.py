@@ -2,7 +2,8 @@
 
 The limit starts low, doubles each round trip until the provider objects (slow start), then grows by one a round
 trip and falls by a third on objection, at most once a round trip (AIMD; Chiu and Jain, 1989). A ceiling that the
-provider states is believed at once.
+provider states is the whole account's: this lane's share of it is believed at once, and remembered. After a calm
+while at it the limit may pass it a little, since an account that is topped up has its old ceiling back.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from schemas.attempts import Signal
 
 SLOW_START = 16
 DECREASE = 0.7
+#: A remembered ceiling rises by this part of itself after so many round trips at it without objection.
+RAISE, CALM_ROUND_TRIPS = 1 / 8, 16
 _OBJECTIONS = frozenset({Signal.RATE_LIMITED, Signal.UNAVAILABLE})
 _DELIVERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED})
 
@@ -38,11 +41,17 @@ class Place:
 
 @dataclass
 class Limiter:
-    """The in-flight limit of one tier in one lane. `ceiling` is what the user and the provider's card allow."""
+    """The in-flight limit of one tier in one lane. `ceiling` is what the user and the provider's card allow it.
+
+    `lanes` is how many lanes share the account, and so the ceilings that the provider states.
+    """
 
     ceiling: int
+    lanes: int = 1
     in_flight: int = 0
     _limit: float = field(init=False)
+    _working_ceiling: float = field(init=False)
+    _calm: int = 0
     _is_slow_start: bool = True
     _tickets: int = 0
     _cut_at: int = 0
@@ -50,6 +59,7 @@ class Limiter:
 
     def __post_init__(self) -> None:
         self._limit = float(min(SLOW_START, self.ceiling))
+        self._working_ceiling = float(self.ceiling)
 
     @property
     def limit(self) -> int:
@@ -85,21 +95,41 @@ class Limiter:
     def release(self, ticket: int, signal: Signal | None = None, ceiling: int | None = None) -> None:
         """Give the place back, with what came of it (None: it was not used)."""
         self.in_flight -= 1
+        before = self._limit
         if ceiling is not None:
-            self._is_slow_start = False
-            self._limit = float(max(1, min(self._limit, ceiling)))
-        if signal in _OBJECTIONS and ticket > self._cut_at:
-            self._is_slow_start = False
-            self._cut_at = self._tickets  # whoever left before this cut says nothing about it
-            self._limit = max(1.0, self._limit * DECREASE)
+            self._believe(ceiling)
+        if signal in _OBJECTIONS:
+            self._calm = 0
+            if ticket > self._cut_at:
+                self._is_slow_start = False
+                self._cut_at = self._tickets  # whoever left before this cut says nothing about it
+                if self._limit == before:  # else the stated ceiling was the cut
+                    self._limit = max(1.0, self._limit * DECREASE)
         elif signal in _DELIVERED:
             self._grow()
         self._admit()
 
+    def _believe(self, ceiling: int) -> None:
+        """Take a ceiling that the provider stated for the account: this lane has its share of it."""
+        self._is_slow_start = False
+        self._working_ceiling = float(max(1, min(self.ceiling, ceiling // self.lanes)))
+        self._limit = min(self._limit, self._working_ceiling)
+
     def _grow(self) -> None:
         if self.in_flight + 1 < self.limit / 2:
             return  # the limit is not what holds us back, so a success says nothing about it
-        self._limit = min(float(self.ceiling), self._limit + (1.0 if self._is_slow_start else 1.0 / self._limit))
+        if self._limit >= self._working_ceiling:
+            self._raise_ceiling()
+        step = 1.0 if self._is_slow_start else 1.0 / self._limit
+        self._limit = min(self._working_ceiling, self._limit + step)
+
+    def _raise_ceiling(self) -> None:
+        """Let a remembered ceiling rise after a calm while at it."""
+        self._calm += 1
+        if self._calm >= CALM_ROUND_TRIPS * self._limit:
+            self._calm = 0
+            higher = self._working_ceiling + max(1.0, self._working_ceiling * RAISE)
+            self._working_ceiling = min(float(self.ceiling), higher)
 
     def _admit(self) -> None:
         while self._queue and self.in_flight < self.limit:

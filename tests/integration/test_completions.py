@@ -157,8 +157,8 @@ def call(text: str = CANARY, deadline_s: float = 5.0, **parameters: Any) -> Call
     return Call("deepseek-flash", messages, parameters, deadline_s, "7.3.1")
 
 
-async def attempt(script: Script, *, deadline_s: float = 5.0, **options: Any) -> Reply:
-    async with wire(script) as provider, door(provider.url, **options) as completions:
+async def attempt(script: Script, *, deadline_s: float = 5.0) -> Reply:
+    async with wire(script) as provider, door(provider.url) as completions:
         return await completions.complete(call(deadline_s=deadline_s))
 
 

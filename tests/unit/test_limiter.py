@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from schemas.attempts import Signal
-from tasks.limiter import DECREASE, SLOW_START, Limiter
+from tasks.limiter import CALM_ROUND_TRIPS, DECREASE, SLOW_START, Limiter
 
 
 async def fill(limiter: Limiter) -> list[int]:
@@ -69,6 +69,51 @@ async def test_a_stated_ceiling_is_believed_at_once() -> None:
     tickets = await fill(limiter)
     limiter.release(tickets.pop(), Signal.RATE_LIMITED, ceiling=4)
     assert limiter.limit <= 4
+
+
+async def test_each_of_several_lanes_believes_its_share_of_a_stated_ceiling() -> None:
+    limiters = [Limiter(ceiling=1000, lanes=3) for _ in range(3)]
+    for limiter in limiters:
+        tickets = await fill(limiter)
+        limiter.release(tickets.pop(), Signal.RATE_LIMITED, ceiling=39)
+        release_all(limiter, tickets, None)
+        tickets = await fill(limiter)
+        for _ in range(CALM_ROUND_TRIPS - 1):
+            tickets = await round_trip(limiter, tickets)
+    assert [limiter.limit for limiter in limiters] == [13, 13, 13]
+
+
+async def test_a_stated_ceiling_is_remembered_and_passed_only_after_a_calm_while() -> None:
+    limiter = Limiter(ceiling=1000)
+    tickets = await fill(limiter)
+    limiter.release(tickets.pop(), Signal.RATE_LIMITED, ceiling=8)
+    release_all(limiter, tickets, None)
+    seen = []
+    tickets = await fill(limiter)
+    for _ in range(4 + 3 * CALM_ROUND_TRIPS):
+        tickets = await round_trip(limiter, tickets)
+        seen.append(limiter.limit)
+    assert seen[0] == 8
+    assert seen == sorted(seen)
+    assert seen.count(8) >= CALM_ROUND_TRIPS
+    assert 8 < seen[-1] <= 11
+
+
+async def test_an_objection_at_a_ceiling_that_was_believed_before_is_a_cut() -> None:
+    limiter = Limiter(ceiling=1000)
+    limiter.release(await limiter.acquire(), Signal.RATE_LIMITED, ceiling=10)
+    assert limiter.limit == 10
+    release_all(limiter, await fill(limiter), Signal.RATE_LIMITED)
+    assert limiter.limit == int(10 * DECREASE)
+
+
+async def test_a_ceiling_that_is_topped_up_is_reached_again_in_the_end() -> None:
+    limiter = Limiter(ceiling=100)
+    limiter.release(await limiter.acquire(), Signal.RATE_LIMITED, ceiling=4)
+    tickets = await fill(limiter)
+    for _ in range(40 * CALM_ROUND_TRIPS):
+        tickets = await round_trip(limiter, tickets)
+    assert limiter.limit == 100
 
 
 async def test_the_limit_never_falls_below_one() -> None:
