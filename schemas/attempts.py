@@ -117,6 +117,7 @@ class Reply:
     content: str | None = None
     tokens: tuple[Token, ...] | None = None
     usage: Usage | None = None
+    usage_fault: str | None = None  # what cannot be true of a usage that came: why there is none here
     finish_reason: str | None = None
     served_model: str | None = None
     fingerprint: str | None = None

@@ -1,7 +1,8 @@
 """Booking a reply: what it cost, exactly, or the most it can have cost, and whether the provider's word is odd.
 
 Known cost is tokens × one price row, in integers (G7). Where no usage came back and the request may have been
-billed, the reservation stays as the bound (G8): unknown is a state, never zero.
+billed, the reservation stays as the bound (G8): unknown is a state, never zero. A provider whose usage cannot be
+true is trusted with no further attempt (design: ledger.md, "Hard budget", 4).
 """
 
 from __future__ import annotations
@@ -65,4 +66,4 @@ def _book_without_usage(reply: Reply, reserved: Reserved) -> Booking:
     is_refusal_without_work = reply.signal is Signal.REFUSED and reply.http_status != 200
     if reply.signal in NOT_BILLED or is_refusal_without_work:
         return Booking(None, 0, None)
-    return Booking(None, None, reserved.worst)
+    return Booking(None, None, reserved.worst, alarm=reply.usage_fault)

@@ -88,6 +88,7 @@ class _Reading:
     content: str | None = None
     tokens: tuple[Token, ...] | None = None
     usage: Usage | None = None
+    usage_fault: str | None = None
     finish_reason: str | None = None
     served_model: str | None = None
     fingerprint: str | None = None
@@ -96,8 +97,12 @@ class _Reading:
     detail: str = ""
 
 
+class MissingUsage(ValueError):
+    """There is no usage block, or it lacks what is billed; the message says which, and holds only field names."""
+
+
 class ImpossibleUsage(ValueError):
-    """The usage block is absent, or says what cannot be; the message says which, and holds only field names."""
+    """The usage block says what cannot be; the message says what, and holds only field names."""
 
 
 def read_reply(arrival: Arrival) -> Reply:
@@ -114,6 +119,7 @@ def read_reply(arrival: Arrival) -> Reply:
         content=reading.content,
         tokens=reading.tokens,
         usage=reading.usage,
+        usage_fault=reading.usage_fault,
         finish_reason=reading.finish_reason,
         served_model=reading.served_model,
         fingerprint=reading.fingerprint,
@@ -162,8 +168,11 @@ def _read_completion(value: object) -> _Reading:
     reading.provider_id = _short_text(value.get("id"))
     try:
         reading.usage = read_usage(value.get("usage"))
+    except MissingUsage as gap:
+        reading.detail = _join(reading.detail, str(gap))
     except ImpossibleUsage as problem:
-        reading.detail = _join(reading.detail, str(problem))
+        reading.usage_fault = str(problem)
+        reading.detail = _join(reading.detail, reading.usage_fault)
     return reading
 
 
@@ -208,19 +217,19 @@ def _without_surrogates(content: str) -> str:
 
 
 def read_usage(block: object) -> Usage:
-    """The billed tokens. Raises ImpossibleUsage.
+    """The billed tokens. Raises MissingUsage or ImpossibleUsage.
 
     Strict, because it becomes money: integers >= 0 only, hit + miss == prompt, reasoning <= output.
     """
     if not isinstance(block, dict):
-        raise ImpossibleUsage("usage is missing")
+        raise MissingUsage("usage is missing")
     prompt = _count(block, "prompt_tokens")
     output = _count(block, "completion_tokens")
     if prompt is None or output is None:
-        raise ImpossibleUsage("usage lacks prompt_tokens or completion_tokens")
+        raise MissingUsage("usage lacks prompt_tokens or completion_tokens")
     hit = _hits(block)
     if hit is None:
-        raise ImpossibleUsage("usage does not report cache hits")
+        raise MissingUsage("usage does not report cache hits")
     miss = _count(block, "prompt_cache_miss_tokens")
     miss = prompt - hit if miss is None else miss
     if miss < 0 or hit + miss != prompt:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
 
-from schemas.attempts import Call, Purpose, Reply
+from schemas.attempts import Call, Purpose, Reply, Signal
 from schemas.booking import Booking, Reserved, book_reply
 from schemas.brakes import Breaker, RetryBudget
 from schemas.calls import RejectedAnswer, attempt_key, compose, input_bound, is_too_large, max_tokens
@@ -39,6 +39,12 @@ from tasks.writer import Writer
 
 #: A reply may be billed a little after its deadline, at the price of then.
 PRICE_SLACK = timedelta(minutes=2)
+
+
+#: After so many replies in a row without usage, nobody knows what the run costs.
+UNMETERED_LIMIT = 5
+#: Replies of a model, which is billed by its usage.
+_METERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.INTERRUPTED, Signal.REFUSED})
 
 
 class Draining(Exception):
@@ -77,6 +83,8 @@ class Climber:
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     backing_off: int = 0
     last_failure: str = ""
+    #: Replies in a row that should have reported their usage and did not.
+    unmetered: int = 0
     draining: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -125,6 +133,8 @@ class Climber:
                 reservation.used = booking.used  # only now is it durable: until then all of it counts as spent
         if booking.alarm:
             raise ProviderStopped(f"{booking.alarm}: the run stops so that nobody pays for a surprise")
+        if self.unmetered >= UNMETERED_LIMIT:
+            raise ProviderStopped(_stop_advice("no_usage"))
         if isinstance(step, Again) and step.position.purpose is Purpose.RETRY:
             await self._back_off(reply, step.position)
         return step, work
@@ -257,10 +267,13 @@ class Climber:
         return Reserved(reservation(price, input_tokens, output_tokens), output_tokens), price
 
     def _note(self, reply: Reply) -> None:
-        """Let the brakes know what came of an attempt. Raises ProviderStopped when they say so."""
+        """Let the brakes know what came of an attempt."""
         self.breaker.note(reply.signal, self.tick())
         if reply.usage is not None:
             self.retry_budget.succeed()
+            self.unmetered = 0
+        elif reply.signal in _METERED and reply.http_status == 200:
+            self.unmetered += 1
 
     async def _pass_breaker(self) -> None:
         while (wait_s := self.breaker.wait_s(self.tick())) > 0:
@@ -317,6 +330,8 @@ _ADVICE = {
     "job's ladder, then run the same command",
     "no_balance": "the account has no balance (402): top it up, then run the same command",
     "provider_down": "the provider did not answer for ten minutes: try the same command later",
+    "no_usage": f"{UNMETERED_LIMIT} replies in a row came without usage, so that nobody knows what they cost: check "
+    "that DEEPSEEK_BASE_URL is an API that reports usage with cache hits, then run the same command",
     "requests_rejected": "the provider rejects our requests (400, 413, 422), more than documents can explain: see "
     "`farthing audit` for the reasons, mend the job, then run the same command",
 }
