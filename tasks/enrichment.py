@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from pathlib import Path
 
 import structlog
 from pydantic import SecretStr
@@ -23,7 +24,7 @@ from schemas.money import Currency
 from schemas.pricing import Price, PriceBook, load_price_book
 from schemas.requests import RunRequest
 from schemas.settings import Settings
-from tasks import documents
+from tasks import documents, spill
 from tasks.completions import Completions, utc_now
 from tasks.jobs import load_job
 from tasks.lanes import Ended, Lane, LanePlan, Show, show_nothing
@@ -31,6 +32,7 @@ from tasks.ledger import leases, runs
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Opening, Run
+from tasks.spill import Spill
 
 log = structlog.get_logger("farthing.runs")
 
@@ -77,6 +79,7 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
         )
         run = await runs.open_run(ledger, opening)
         await leases.bury_superseded(ledger, run.job)
+        await spill.load(ledger, run.run_id, spill_of(settings))
         if buried := await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S):
             log.info("took over from lanes that died", run=run.run_id, lanes=buried)
         if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
@@ -109,7 +112,10 @@ async def work_lane(
             times=times,
         )
         allow_descriptors(plan)
-        lane = Lane(ledger, await leases.register(ledger, run.run_id), completions, plan)
+        lane_id = await leases.register(ledger, run.run_id)
+        lane = Lane(
+            ledger, lane_id, completions, plan, await Spill.of(ledger, spill_of(settings), run.run_id, lane_id)
+        )
         with draining_on_signals(lane):
             return await lane.run_shards()
 
@@ -127,6 +133,11 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
             reason = reasons[0].reason if reasons else "unfinished"
             await runs.change_state(ledger, run.run_id, "paused", reason)
         return await runs.find_run(ledger, run.run_id)
+
+
+def spill_of(settings: Settings) -> Path:
+    """Where lanes keep replies that Postgres could not take."""
+    return settings.home / "spill"
 
 
 def require_database(settings: Settings) -> SecretStr:

@@ -39,6 +39,7 @@ from tasks.limiter import Limiter
 from tasks.patience import Patience
 from tasks.priming import Primer
 from tasks.shards import ShardWork
+from tasks.spill import Spill
 from tasks.waits import Waits
 from tasks.watch import Watch
 from tasks.writer import Writer
@@ -98,6 +99,7 @@ class Lane:
     lane_id: LaneId
     completions: Completions
     plan: LanePlan
+    spill: Spill | None = None
     climber: Climber = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
     _ended: Ended | None = None
@@ -135,7 +137,7 @@ class Lane:
         """Work until no shard is left, or something makes the lane drain. Leaves nothing in flight."""
         helpers = [
             asyncio.create_task(helper)
-            for helper in (self.climber.intents.run(), self.climber.records.run(), self._beat())
+            for helper in (self.climber.intents.run(), self.climber.records.run(), self._beat(), self._keep_on_disk())
         ]
         work = asyncio.create_task(self._work_shards())
         try:
@@ -153,7 +155,10 @@ class Lane:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+            self._keep(self.climber.records.pending)
             await self._leave()
+            if self.spill is not None:
+                self.spill.close()
         return self._ended or Ended("done")
 
     def drain(self, reason: str, advice: str = "") -> None:
@@ -257,6 +262,18 @@ class Lane:
                 self.drain(state)
             await leases.bury_dead(self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s)
             await asyncio.sleep(times.beat_every_s)
+
+    async def _keep_on_disk(self) -> None:
+        """While the lane drains and Postgres is away, keep on disk what could not be recorded (tasks/spill.py)."""
+        await self.climber.draining.wait()
+        while True:
+            records = self.climber.records
+            self._keep(records.pending if records.trouble else [])
+            await asyncio.sleep(self.plan.times.beat_every_s / 4)
+
+    def _keep(self, records: Sequence[Record]) -> None:
+        if self.spill is not None:
+            self.spill.keep(records)
 
     async def _leave(self) -> None:
         """Give everything back. If Postgres is away, whoever resumes the run does it for us."""

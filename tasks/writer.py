@@ -36,11 +36,17 @@ class Writer(Generic[Item, Answer]):
     most: int = 500
     _patience: Patience = field(default_factory=Patience)
     _queue: list[_Waiting[Item, Answer]] = field(default_factory=list)
+    _batch: list[_Waiting[Item, Answer]] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def trouble(self) -> str | None:
         return self._patience.trouble
+
+    @property
+    def pending(self) -> list[Item]:
+        """What is not known to be durable, in order."""
+        return [waiting.item for waiting in (*self._batch, *self._queue)]
 
     async def put(self, item: Item) -> Answer:
         """Returns when the item is durable. Raises PoisonValue if Postgres refuses this very item."""
@@ -54,7 +60,8 @@ class Writer(Generic[Item, Answer]):
         while True:
             await self._arrived.wait()
             await asyncio.sleep(self.linger_s)
-            batch, self._queue = self._queue[: self.most], self._queue[self.most :]
+            batch = self._batch = self._queue[: self.most]
+            del self._queue[: self.most]
             if not self._queue:
                 self._arrived.clear()
             try:
@@ -62,6 +69,7 @@ class Writer(Generic[Item, Answer]):
             except Exception as error:
                 self._fail(batch, error)
                 raise
+            self._batch = []
 
     async def _settle(self, batch: list[_Waiting[Item, Answer]]) -> None:
         try:

@@ -77,6 +77,7 @@ async def _enrich(order: Order) -> int:
         database_url=SecretStr(order.database_url),
         DEEPSEEK_API_KEY=SecretStr(API_KEY),
         DEEPSEEK_BASE_URL=order.base_url,
+        home=order.root / "farthing",
         sandbox=True,
         time_scale=0.0,
     )

@@ -1,7 +1,7 @@
 """Random chaos, by seed: whatever is killed, stopped or cut, and whenever, both proofs find nothing after it.
 
-`FARTHING_CHAOS_SEED=n` plays one seed again; `FARTHING_CHAOS_ROUNDS` and `FARTHING_CHAOS_KILLS` say how long the
-long forms go on.
+`FARTHING_CHAOS_SEED=n` plays one seed again; `FARTHING_CHAOS_ROUNDS`, `_KILLS` and `_ZOMBIES` say how long the long
+forms go on.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from tests.faults.stage import Stage, staged, wait_until
 DOCUMENTS = 100
 #: Everything that is waited for in a run, scaled to a test's patience.
 TIMES = LeaseTimes(beat_every_s=0.2, fence_after_s=1.2, grace_s=1.0, dead_after_s=2.0)
+#: For what must not be given up within the test.
+PATIENT = LeaseTimes(beat_every_s=0.2, fence_after_s=30.0, grace_s=1.0, dead_after_s=40.0)
 #: Exit codes of children that nobody killed: done, paused, refused because Postgres is away.
 ORDERLY = {0, 2, 3}
 #: Those that a signal ended: SIGKILL, SIGTERM before the lane listened, a second SIGTERM.
@@ -46,9 +48,15 @@ class PrivatePostgres:
 
     def hurt(self, number: signal.Signals, away_s: float) -> None:
         """End the server by a signal (SIGINT: fast, SIGQUIT: immediate, SIGKILL), and bring it back."""
+        self.end(number)
+        time.sleep(away_s)
+        self.revive()
+
+    def end(self, number: signal.Signals) -> None:
         os.kill(self.server.pid, number)
         wait_until(lambda: postgres.status(self.home) is None)
-        time.sleep(away_s)
+
+    def revive(self) -> None:
         self.server = self.users.enter_context(postgres.running(self.home, throwaway=True))
 
     def terminate_backends(self) -> None:
@@ -76,15 +84,19 @@ class Round:
     def play(self, faults: int) -> list[str]:
         """Start, hurt, resume until done. Returns the violations."""
         self.stage.scene()
-        self._start()
+        self.start()
         if self.random.random() < 0.5:
-            self._start()
+            self.start()
         for _ in range(faults):
             time.sleep(self.random.uniform(0.05, 1.0))
             self._keep_one_alive()
             name = self.random.choices(list(FAULTS), weights=[weight for weight, _ in FAULTS.values()])[0]
             FAULTS[name][1](self)
             self.remember()
+        return self.end()
+
+    def end(self) -> list[str]:
+        """Let those who live end, resume until done, and look."""
         for child in self.children:
             self._judge(child)
         self.stage.resume()
@@ -106,16 +118,16 @@ class Round:
         with suppress(ProcessLookupError):
             os.kill(child.pid or 0, number)
 
-    def _start(self) -> None:
+    def start(self) -> None:
         self.children.append(self.stage.start())
         self.stage.starts = max(self.stage.starts, len(self.living))
 
     def _keep_one_alive(self) -> None:
         if not self.living:
-            self._start()
+            self.start()
             time.sleep(self.random.uniform(0.3, 1.0))  # until it works, mostly
             if not self.living:  # it finished the run, so there is nothing to hurt any more
-                self._start()
+                self.start()
 
     def _judge(self, child: ForkServerProcess) -> None:
         """A child may end in good order or by a signal. Postgres away is a reason not to begin, never to give up."""
@@ -134,12 +146,17 @@ class Round:
         """A zombie: stopped until others have buried its lane, then awake again among them."""
         zombie = self.pick()
         if len(self.living) < 2:
-            self._start()
-        self.signal(zombie, signal.SIGSTOP)
+            self.start()
+        wait_until(lambda: "lane working" in self.stage.told_by(zombie) or zombie.exitcode is not None, 5)
         buried = f"SELECT count(*) FROM lane WHERE pid = {zombie.pid} AND ended_because = 'died'"
-        wait_until(lambda: self.stage.value(buried) or len(self.living) < 2, TIMES.dead_after_s + 2)
-        self.tally["zombies"] += bool(self.stage.value(buried))
-        self.signal(zombie, signal.SIGCONT)
+        for _ in range(3):  # stopped in mid-transaction it holds its own row, and nobody can bury it
+            self.signal(zombie, signal.SIGSTOP)
+            is_zombie = wait_until(lambda: self.stage.value(buried), TIMES.dead_after_s + 0.7)
+            self.signal(zombie, signal.SIGCONT)
+            if is_zombie or len(self.living) < 2:
+                break
+            time.sleep(0.02)
+        self.tally["zombies"] += is_zombie
 
     def interrupt(self) -> None:
         self.signal(self.pick(), signal.SIGTERM)
@@ -154,7 +171,7 @@ class Round:
 
     def start_another(self) -> None:
         if len(self.living) < 3:
-            self._start()
+            self.start()
             self.tally["second starts"] += 1
 
     def hurt_postgres(self, number: signal.Signals) -> None:
@@ -179,23 +196,32 @@ FAULTS: dict[str, tuple[int, Callable[[Round], None]]] = {
 }
 
 
-@pytest.fixture
-def private(tmp_path: Path) -> Iterator[PrivatePostgres]:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stage, PrivatePostgres]]:
+    """One server and one stage for all tests here: each plays scenes of its own."""
+    folder = tmp_path_factory.mktemp("chaos")
     with ExitStack() as users:
-        home = tmp_path / "home"
+        home, root = folder / "home", folder / "stage"
         server = users.enter_context(postgres.running(home, throwaway=True))
         upgrade(SecretStr(server.url))
-        yield PrivatePostgres(home, server, users)
+        root.mkdir()
+        with staged(root, server.url, documents=DOCUMENTS, time_scale=1, reply=0.15) as made:
+            made.remember_baseline()
+            yield made, PrivatePostgres(home, server, users)
 
 
 @pytest.fixture
-def stage(private: PrivatePostgres, tmp_path: Path) -> Iterator[Stage]:
-    root = tmp_path / "stage"
-    root.mkdir()
-    with staged(root, private.server.url, documents=DOCUMENTS, time_scale=1, reply=0.15) as made:
-        made.times = TIMES
-        made.remember_baseline()
-        yield made
+def private(shared: tuple[Stage, PrivatePostgres]) -> PrivatePostgres:
+    return shared[1]
+
+
+@pytest.fixture
+def stage(shared: tuple[Stage, PrivatePostgres]) -> Stage:
+    stage, private = shared
+    if postgres.status(private.home) is None:  # the test before failed while it was away
+        private.revive()
+    stage.times = TIMES
+    return stage
 
 
 def storm(seed: int, kills: int, stage: Stage) -> Counter[str]:
@@ -240,6 +266,34 @@ def test_a_few_faults_of_each_kind_break_no_promise(
         print(f"\n{summary(played, tally)}")
 
 
+@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGKILL])
+def test_replies_that_came_while_postgres_was_away_are_not_paid_again(
+    last: signal.Signals, stage: Stage, private: PrivatePostgres
+) -> None:
+    """SIGTERM while finished replies wait for Postgres, then an impatient end: resume finds them on disk."""
+    stage.scene()
+    stage.times, before = PATIENT, stage.run_id
+    child = stage.start()
+    documents = f"SELECT count(*) FROM document WHERE run_id > {before}"
+    in_flight = f"SELECT count(*) FROM attempt WHERE run_id > {before} AND billing = 'open'"
+    unknown = f"SELECT count(*) FROM attempt_unknown WHERE run_id > {before}"
+    assert wait_until(lambda: stage.value(documents) > 20)
+    private.end(signal.SIGKILL)
+    time.sleep(1.0)  # until every reply has come
+    os.kill(child.pid or 0, signal.SIGTERM)
+    assert wait_until(lambda: list((stage.root / "farthing" / "spill").glob("*.jsonl")) != [])
+    time.sleep(0.5)
+    os.kill(child.pid or 0, last)
+    child.join()
+    private.revive()
+    assert stage.value(in_flight) > 0
+    earlier = stage.snapshot()
+    stage.resume()
+    assert stage.value(unknown) == 0
+    assert list((stage.root / "farthing" / "spill").iterdir()) == []
+    assert stage.violations(earlier) == [], stage.told()
+
+
 def test_a_run_killed_again_and_again_still_ends_and_proves(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     tally = storm(1, 25, stage)
     with capsys.disabled():
@@ -251,6 +305,40 @@ def test_a_storm_of_kills_breaks_no_promise(stage: Stage, capsys: pytest.Capture
     tally = storm(1, int(os.environ.get("FARTHING_CHAOS_KILLS", "100")), stage)
     with capsys.disabled():
         print(f"\n{summary(range(1, 2), tally)}")
+
+
+def zombies(seed: int, many: int, stage: Stage, private: PrivatePostgres) -> Counter[str]:
+    """One lane after the other is taken for dead while it works, and wakes up among those who took its shards."""
+    tally: Counter[str] = Counter()
+    while tally["zombies"] < many:
+        seed += 1
+        stage.scene()
+        round = Round(seed, stage, private, tally)
+        round.start()
+        time.sleep(round.random.uniform(0.3, 1.0))
+        if round.living:
+            round.stop_past_the_lease()
+        found = round.end()
+        assert found == [], f"seed {seed}: {found}\n{stage.told()}"
+        tally["runs"] += 1
+    return tally
+
+
+def test_a_lane_that_wakes_up_after_its_burial_commits_nothing(
+    stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tally = zombies(0, 2, stage, private)
+    with capsys.disabled():
+        print(f"\n{summary(range(1), tally)}")
+
+
+@pytest.mark.long
+def test_many_zombies_break_no_promise(
+    stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tally = zombies(100, int(os.environ.get("FARTHING_CHAOS_ZOMBIES", "10")), stage, private)
+    with capsys.disabled():
+        print(f"\n{summary(range(100, 101), tally)}")
 
 
 @pytest.mark.long

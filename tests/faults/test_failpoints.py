@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tasks.failpoints import POINTS
+from tasks.ledger.leases import LeaseTimes
 from tests.faults.stage import KILLED, Stage, staged
 
 #: Scenes that reach what an ordinary run does not: their order, and how they are gone on with after the kill.
@@ -21,6 +22,7 @@ def stage(postgres: object, template: str, tmp_path_factory: pytest.TempPathFact
     name = f"stage_{root.parent.name}_{root.name}".replace("-", "_")
     url = create_database(postgres, name, template=template)  # type: ignore[arg-type]
     with staged(root, url, documents=12) as made:
+        made.times = LeaseTimes(beat_every_s=0.1, grace_s=0.3)  # the killed are buried at once
         made.remember_baseline()
         yield made
     drop_database(postgres, name)  # type: ignore[arg-type]
