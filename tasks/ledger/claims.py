@@ -382,6 +382,14 @@ CLAIMS: Mapping[str, Claim] = {
             GROUP BY run_id, shard_no, epoch HAVING count(DISTINCT lane_id) > 1
             """,
             """
+            SELECT format('attempt_intent %s.%s.%s: under epoch %s of shard %s, after epoch %s was at work', run_id,
+                          document_no, attempt_no, epoch, shard_no, newest)
+            FROM (SELECT *, max(epoch) OVER (PARTITION BY shard_no ORDER BY intended_at
+                                             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest
+                  FROM attempt_intent WHERE run_id = :run_id) i
+            WHERE epoch < newest
+            """,
+            """
             SELECT format('attempt_intent %s.%s.%s: lane %s is not of this run', i.run_id, i.document_no,
                           i.attempt_no, i.lane_id)
             FROM attempt_intent i LEFT JOIN lane l USING (lane_id)

@@ -7,7 +7,7 @@ says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix") the 
     I2  every billed attempt has an intent, and is billed once       I9  retries within what the retry budget allows
     I3  every known cost is its line of the bill, token by token     I10 results equal those of a fault-free run
     I4  known <= bill <= known + bounds                              I11 no lane's lock or session is left behind
-    I5  no answer was paid for again without a reason                I12 no row that was there before has changed
+    I5  nothing is paid for again without a reason                   I12 no row that was there before has changed
     I6  no open intent or grant; granted = known + bounds            I13 no canary in a log, event or detail
     I7  the bill never passes the cap
 
@@ -204,8 +204,8 @@ QUERIES = {
         FROM document WHERE $only ORDER BY run_id, document_no
     """,
     "attempts": """
-        SELECT i.run_id, i.document_no, i.attempt_no, i.tier, i.purpose, i.lane_id, i.grant_id, i.reserved,
-               i.intended_at, o.signal, o.verdict, o.hit, o.miss, o.output, o.cost, u.bound
+        SELECT i.run_id, i.document_no, i.attempt_no, i.tier, i.purpose, i.shard_no, i.epoch, i.lane_id,
+               i.grant_id, i.reserved, i.intended_at, o.signal, o.verdict, o.hit, o.miss, o.output, o.cost, u.bound
         FROM attempt_intent i
         LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
         LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
@@ -364,6 +364,7 @@ def paid_once(e: Evidence) -> Iterator[str]:
             yield f"document {run_id}.{number} was paid for {paid} times at {tier}, {unknown} unknown, {again} again"
     yield from _lost_too_often(e)
     yield from _paid_after_result(e)
+    yield from _out_of_lease(e)
 
 
 def _lost_too_often(e: Evidence) -> Iterator[str]:
@@ -392,6 +393,16 @@ def _paid_after_result(e: Evidence) -> Iterator[str]:
         paid = first.get(_question(runs[a.run_id], own))
         if a.attempt_no == 1 and paid is not None and a.intended_at > paid.recorded_at + COMMIT_SLACK:
             yield f"attempt {_name(a)} asks what {paid.run_id}.{paid.document_no} had answered"
+
+
+def _out_of_lease(e: Evidence) -> Iterator[str]:
+    """Attempts of a lane that had lost its lease: the next owner of the shard was at work before them."""
+    newest: dict[tuple[int, int], int] = {}
+    for a in sorted(e.attempts, key=lambda a: a.intended_at):
+        epoch = newest.setdefault((a.run_id, a.shard_no), a.epoch)
+        if a.epoch < epoch:
+            yield f"attempt {_name(a)} was intended under lease {a.epoch} of its shard, after lease {epoch}"
+        newest[a.run_id, a.shard_no] = max(epoch, a.epoch)
 
 
 def _question(run: Row, document: Row) -> tuple[str, bool, bytes]:

@@ -152,6 +152,7 @@ class Round:
         for _ in range(3):  # stopped in mid-transaction it holds its own row, and nobody can bury it
             self.signal(zombie, signal.SIGSTOP)
             is_zombie = wait_until(lambda: self.stage.value(buried), TIMES.dead_after_s + 0.7)
+            time.sleep(self.random.uniform(0.0, 0.4))  # its heirs have begun, or not yet
             self.signal(zombie, signal.SIGCONT)
             if is_zombie or len(self.living) < 2:
                 break

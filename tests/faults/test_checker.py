@@ -165,6 +165,11 @@ TAMPERED = {
         "I5",
         "attempt 1.9.1 asks what 1.8 had answered",
     ),
+    "a zombie's attempt": (
+        "UPDATE attempt_intent SET epoch = epoch + 1 WHERE document_no = 0 AND attempt_no = 1",
+        "I5",
+        "attempt 1.",
+    ),
     "an open intent": (
         "DELETE FROM attempt_outcome WHERE document_no = 9; DELETE FROM attempt_unknown WHERE document_no = 9",
         "I6",

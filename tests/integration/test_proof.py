@@ -151,6 +151,12 @@ CORRUPTIONS = {
         "attempt_outcome 1.0.1: cost",
     ),
     "an epoch": ("UPDATE shard SET lease_epoch = 0 WHERE shard_no = 0", "G10", "attempt_intent 1.0.1: epoch 1"),
+    "a zombie's attempt": (
+        "UPDATE attempt_intent SET intended_at = (SELECT max(intended_at) + interval '1 microsecond'"
+        " FROM attempt_intent WHERE document_no = 4) WHERE document_no = 4 AND attempt_no = 1",
+        "G10",
+        "attempt_intent 1.4.1: under epoch 1 of shard 1, after epoch 3 was at work",
+    ),
     "two owners": (
         "UPDATE attempt_intent SET epoch = 3 WHERE document_no = 4",
         "G10",
