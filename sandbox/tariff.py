@@ -98,19 +98,23 @@ def charge_at(model: str, currency: str, instant: datetime) -> Charge:
 
 def is_peak(instant: datetime) -> bool:
     """Whether the peak tariff holds. The windows are UTC; the days are Asia/Shanghai's."""
-    clock = instant.astimezone(UTC).time()
-    if not any(start <= clock < end for start, end in PEAK_WINDOWS):
+    if _is_exempt(instant.astimezone(SHANGHAI).date()):
         return False
-    return not _is_exempt(instant.astimezone(SHANGHAI).date())
+    clock = instant.astimezone(UTC).time()
+    return any(start <= clock < end for start, end in PEAK_WINDOWS)
 
 
 @lru_cache(maxsize=64)
 def _is_exempt(day: date) -> bool:
-    """Weekends, working ones too, and public holidays. A year without a published calendar is refused."""
-    if day.weekday() >= 5:
-        return day >= WEEKENDS_EXEMPT_SINCE
-    if day < HOLIDAYS_EXEMPT_SINCE:
-        return False
+    """Weekends, working ones too, and public holidays."""
+    if day >= HOLIDAYS_EXEMPT_SINCE and _is_day_off(day):
+        return True
+    return day.weekday() >= 5 and day >= WEEKENDS_EXEMPT_SINCE
+
+
+def _is_day_off(day: date) -> bool:
+    """A year without a published calendar is refused whole: its evenings and weekends would be followed by days
+    that have no price."""
     try:
         return bool(chinese_calendar.is_holiday(day))
     except NotImplementedError:

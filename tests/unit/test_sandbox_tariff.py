@@ -70,7 +70,13 @@ def test_prices_are_whole_pico_units_per_token(
 
 @pytest.mark.parametrize(
     ("currency", "instant"),
-    [("USD", "2026-04-23T23:59:59Z"), ("CNY", "2026-09-01T00:00:00Z"), ("USD", "2031-01-01T02:00:00Z")],
+    [
+        ("USD", "2026-04-23T23:59:59Z"),
+        ("CNY", "2026-09-01T00:00:00Z"),
+        ("USD", "2031-01-02T02:00:00Z"),
+        ("USD", "2031-01-02T12:00:00Z"),  # an evening
+        ("USD", "2031-01-04T02:00:00Z"),  # a Saturday
+    ],
 )
 def test_an_instant_without_a_row_or_a_calendar_has_no_price(currency: str, instant: str) -> None:
     with pytest.raises(SandboxError):
