@@ -111,9 +111,15 @@ class Bill:
         return BillTotal(self.attempts, self.cost_pico, self.currency)
 
     def append(self, line: BillLine) -> None:
-        """Write one line in one system call; it survives this process from here on."""
+        """Write one line in one system call; it survives this process from here on.
+
+        Raises SandboxError when only a part of it could be written, which is then taken back.
+        """
         raw = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
+        end = os.fstat(self._file).st_size
         if os.write(self._file, raw) != len(raw):
+            # The next line would be appended to the half one, and neither could be read again.
+            os.ftruncate(self._file, end)
             raise SandboxError(f"{self.path} cannot be written: the disk is full")
         self.attempts += 1
         self.cost_pico += line.cost_pico

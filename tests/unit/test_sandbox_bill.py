@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import resource
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -45,6 +46,21 @@ def test_a_torn_last_line_is_ignored_and_then_cut_off(tmp_path: Path) -> None:
     again.append(line("1.4.1"))
     again.close()
     assert [row["attempt"] for row in read_lines(path)] == ["1.2.1", "1.4.1"]
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) -> None:
+    bill = Bill(bill_path(tmp_path), "USD")
+    bill.append(line())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bill.path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(SandboxError, match="disk is full"):
+            bill.append(line("1.3.1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    bill.append(line("1.4.1"))
+    bill.close()
+    assert [row["attempt"] for row in read_lines(bill.path)] == ["1.2.1", "1.4.1"]
 
 
 def test_a_bill_is_in_one_currency(tmp_path: Path) -> None:
