@@ -15,6 +15,12 @@ from sandbox.postgres import Server, create_database, drop_database, running
 
 #: The migrated database that `ledger_url` copies.
 TEMPLATE = "migrated"
+#: What the README tells users to set. A test that met it would use, and pay for, whatever is meant by it.
+SETTINGS = ("FARTHING_", "DEEPSEEK_", "PREFECT_API_")
+
+# Before any test, worker or child begins. How long chaos goes on is for whoever runs the tests to say.
+for name in [name for name in os.environ if name.startswith(SETTINGS) and not name.startswith("FARTHING_CHAOS_")]:
+    del os.environ[name]
 
 
 @pytest.fixture(scope="session")
