@@ -50,6 +50,6 @@ lock:
 		--no-emit-index-url -o requirements.lock
 
 clean:
-	-test -x $(BIN)/farthing && $(BIN)/farthing sandbox reset --yes
+	if test -x $(BIN)/farthing; then $(BIN)/farthing sandbox reset --yes; fi
 	rm -rf $(VENV) .farthing data/licences .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -22,8 +23,6 @@ import typer
 from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from pydantic import SecretStr, ValidationError
     from rich.console import RenderableType
 
@@ -47,6 +46,8 @@ CORPUS = Path("data/licences")
 SHIPPED = ("licences", "obligations")
 #: Exit codes that no error carries: a run that can be resumed, and a bug (EX_SOFTWARE in sysexits.h).
 PAUSED, CRASHED = 3, 70
+#: An off-peak instant that the price book will always know.
+PRICED = datetime(2026, 12, 1, 12, tzinfo=UTC)
 
 _NAKED: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(
@@ -265,10 +266,10 @@ async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
 
     from schemas.pricing import load_price_book
     from tasks import documents, enrichment
-    from tasks.completions import utc_now
     from tasks.ledger.connection import Role, opened
 
-    enrichment.check_prices(job, load_price_book(), request.cap(job).currency, utc_now())
+    now = _now(settings, in_sandbox=settings.sandbox)
+    enrichment.check_prices(job, load_price_book(), request.cap(job).currency, now)
     async with (
         enrichment.completions_for(job, settings) as completions,
         opened(enrichment.require_database(settings), Role.LANE, pool_size=1),
@@ -342,14 +343,13 @@ def estimate(
     from schemas.estimates import estimate as compute
     from schemas.pricing import load_price_book
     from tasks import documents, report, samples
-    from tasks.completions import utc_now
 
     loaded = _load_job(job, in_sandbox)
     manifest = documents.plan(
         loaded.input, shard_rows=loaded.shard_rows, partitions=partition or (), limit=limit, root=ROOT
     )
     size = samples.measure(loaded, manifest, ROOT)
-    found = compute(loaded, size, load_price_book(), utc_now(), _find_history(loaded, in_sandbox))
+    found = compute(loaded, size, load_price_book(), _now(_settings(), in_sandbox), _find_history(loaded, in_sandbox))
     if as_json:
         print_json(report.estimate_json(found))
     else:
@@ -492,8 +492,6 @@ def prices(
 
 
 def _parse_instant(given: str | None) -> datetime:
-    from datetime import UTC, datetime
-
     if given is None:
         return datetime.now(UTC)
     try:
@@ -757,7 +755,38 @@ def _sandbox(settings: Settings, phase: Callable[[str], None]) -> Iterator[Setti
 def _service_options(settings: Settings) -> dict[str, Option]:
     """The same for every command, since a DeepSeek that runs already is shared only with the same options."""
     keys = [ROOT / CORPUS / f"answers-{job}.jsonl" for job in SHIPPED]
-    return {"answers": [key for key in keys if key.exists()], "time_scale": settings.time_scale}
+    options: dict[str, Option] = {
+        "answers": [key for key in keys if key.exists()],
+        "time_scale": settings.time_scale,
+    }
+    if (clock := _sandbox_clock(settings)) is not None:
+        options["clock"] = f"{clock:%Y-%m-%dT%H:%M:%SZ}"
+    return options
+
+
+def _sandbox_clock(settings: Settings) -> datetime | None:
+    """Where the sandbox's clock starts; None: now. After the last year whose Chinese holidays are known nothing
+    has a price, and a sandbox need not wait for the next calendar."""
+    from schemas.errors import UnknownPrice
+    from schemas.money import Currency
+    from schemas.pricing import load_price_book
+    from tasks.completions import utc_now
+
+    if settings.sandbox_clock is not None:
+        return settings.sandbox_clock.astimezone(UTC)
+    try:
+        load_price_book().at("deepseek-flash", Currency.USD, utc_now() + timedelta(days=1))
+    except UnknownPrice:
+        tell(f"the sandbox's clock starts at {PRICED:%Y-%m-%d}: today has no price yet (see `farthing prices`)")
+        return PRICED
+    return None
+
+
+def _now(settings: Settings, in_sandbox: bool) -> datetime:
+    """The provider's instant to price by."""
+    from tasks.completions import utc_now
+
+    return (_sandbox_clock(settings) if in_sandbox else None) or utc_now()
 
 
 def _addresses(database_url: str, base_url: str, api_key: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, model_validator
+from pydantic import AwareDatetime, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.money import Currency
@@ -29,6 +29,8 @@ class Settings(BaseSettings):
     #: seconds are `time_scale` of ours.
     sandbox: bool = False
     time_scale: float = Field(default=1.0, ge=0)
+    #: Where the sandbox's clock starts, to see another tariff; default: now.
+    sandbox_clock: AwareDatetime | None = None
 
     @model_validator(mode="after")
     def _keep_the_sandbox_on_this_machine(self) -> Self:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from farthing import main
+from farthing import PRICED, _sandbox_clock, main
+from schemas.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-not-to-be-shown"
@@ -249,3 +251,15 @@ def test_a_reset_asks_first(farthing: Terminal) -> None:
     left = farthing("sandbox", "reset")
     assert left.exit_code == 2
     assert "--yes" in left.stderr
+
+
+def test_after_the_last_known_calendar_the_sandbox_goes_on_at_an_instant_that_has_a_price(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A simulated run must not stop because nobody has published next year's Chinese holidays yet."""
+    monkeypatch.setattr("tasks.completions.utc_now", lambda: datetime(2031, 5, 4, tzinfo=UTC))
+    assert _sandbox_clock(Settings()) == PRICED
+    assert "no price yet" in capsys.readouterr().err
+    monkeypatch.setattr("tasks.completions.utc_now", lambda: datetime(2026, 11, 24, tzinfo=UTC))
+    assert _sandbox_clock(Settings()) is None
+    assert _sandbox_clock(Settings(sandbox_clock=datetime(2026, 11, 25, 2, tzinfo=UTC))).hour == 2
