@@ -1,4 +1,7 @@
-"""The command line as a person or a script meets it: exit code, stdout and stderr. No network, no servers."""
+"""The command line as a person or a script meets it: exit code, stdout and stderr.
+
+No network; and no servers but where it takes a ledger and a bill to show that nothing is on them.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from farthing import PRICED, _sandbox_clock, main
+from sandbox import service
+from sandbox.bill import bill_path, read_lines
 from schemas.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -219,6 +226,43 @@ def test_a_missing_column_is_refused(farthing: Terminal, tickets: Path) -> None:
     left = farthing("estimate", "tickets")
     assert left.exit_code == 2
     assert "body" in left.stderr
+
+
+#: What is wrong: a text of the job file, what stands there instead, the setting left out, what the error names.
+REFUSED = {
+    "a bad job": ("budget: 1 USD ", "budget: lots ", None, "budget"),
+    "a missing column": ("  text: text ", "  text: body ", None, "body"),
+    "a model without a price": ("name: ", "tiers: {pro: {model: deepseek-v9}}\nname: ", None, "deepseek-v9"),
+    "a missing key": ("", "", "DEEPSEEK_API_KEY", "set DEEPSEEK_API_KEY"),
+}
+
+
+@pytest.fixture
+def emulator(tmp_path: Path) -> Iterator[service.Endpoint]:
+    with service.running(tmp_path / "provider", time_scale=0) as endpoint:
+        yield endpoint
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_is_refused_has_made_no_run_no_attempt_and_no_bill(
+    wrong: str, farthing: Terminal, tickets: Path, ledger_url: str, emulator: service.Endpoint
+) -> None:
+    before, after, unset, named = REFUSED[wrong]
+    text = (tickets / "job.yaml").read_text()
+    assert before in text
+    (tickets / "job.yaml").write_text(text.replace(before, after, 1))
+    environment = {
+        "FARTHING_DATABASE_URL": ledger_url,
+        "DEEPSEEK_BASE_URL": emulator.url,
+        "DEEPSEEK_API_KEY": emulator.api_key,
+    }
+    left = farthing("run", "tickets", **{name: value for name, value in environment.items() if name != unset})
+    assert left.exit_code == 2, left.stderr
+    assert named in left.stderr
+    with psycopg.connect(ledger_url, options="-c search_path=farthing") as ledger:
+        assert ledger.execute("SELECT run_id FROM run").fetchall() == []
+        assert ledger.execute("SELECT run_id FROM attempt_intent").fetchall() == []
+    assert list(read_lines(bill_path(farthing.folder / "provider"))) == []
 
 
 @pytest.mark.parametrize("command", [("audit",), ("status", "tickets"), ("verify",), ("db", "status")])
