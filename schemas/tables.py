@@ -23,6 +23,7 @@ from sqlalchemy import (
     SmallInteger,
     Table,
     Text,
+    UniqueConstraint,
     text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
@@ -123,6 +124,8 @@ run_event = Table(
     _instant("happened_at", default=True),
     Column("kind", Text, nullable=False),
     Column("detail", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("event_key", Text),
+    UniqueConstraint("run_id", "event_key"),
 )
 
 input_file = Table(

@@ -58,7 +58,8 @@ class ShardWork:
         key = (self.ledger, self.climber.run.run_id, self.climber.grants.lane_id, self.claimed.lease)
         if changed is not None:
             await self.patience.ask(leases.fail, *key, "input_changed")
-            await self.patience.ask(runs.note, *key[:2], "input_changed", {"why": str(changed)})
+            event = f"input_changed {self.claimed.shard.shard_no}"
+            await self.patience.ask(runs.note, *key[:2], "input_changed", {"why": str(changed)}, key=event)
             log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
         elif await self.patience.ask(leases.finish, *key):
             log.info("shard done", shard=self.claimed.shard.shard_no, documents=self.claimed.shard.document_count)

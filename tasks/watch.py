@@ -6,16 +6,20 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from uuid import uuid4
 
 import structlog
 
 from schemas.attempts import Reply
+from schemas.errors import FarthingError
 from schemas.jobs import Job
 from schemas.money import Money
 from schemas.pricing import PriceBook
 from tasks.ledger import runs
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import Run
+from tasks.patience import Patience
 from tasks.priming import UNIT_TOKENS, Primer
 
 log = structlog.get_logger("farthing.watch")
@@ -36,13 +40,18 @@ class _Tally:
 
 @dataclass
 class Watch:
-    """The watch of one lane. What it sees becomes a log line and an event of the run."""
+    """The watch of one lane. What it sees becomes a log line and an event of the run.
+
+    `close_s` is how many seconds a lane that leaves waits for events that are not in the ledger yet.
+    """
 
     ledger: Ledger
     job: Job
     run: Run
     book: PriceBook
     now: Callable[[], datetime]
+    close_s: float = 5.0
+    _patience: Patience = field(default_factory=Patience)
     _tallies: dict[str, _Tally] = field(default_factory=dict)
     _telling: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -65,8 +74,12 @@ class Watch:
             self._judge_sample(tier, tally)
 
     async def close(self) -> None:
-        """Wait until everything seen is in the ledger."""
-        await asyncio.gather(*self._telling, return_exceptions=True)
+        """Wait until everything seen is in the ledger, but not for long: the log has it, and says what is missing."""
+        if self._telling:
+            _, untold = await asyncio.wait(self._telling, timeout=self.close_s)
+            for telling in untold:
+                telling.cancel()
+            await asyncio.gather(*untold, return_exceptions=True)
 
     def _see_model(self, tier: str, tally: _Tally, reply: Reply) -> None:
         if reply.served_model is None:
@@ -88,6 +101,20 @@ class Watch:
     def _tell(self, kind: str, detail: dict[str, object]) -> None:
         level = log.info if kind == "primed" else log.warning
         level(kind.replace("_", " "), run=self.run.run_id, **detail)
-        telling = asyncio.get_running_loop().create_task(runs.note(self.ledger, self.run.run_id, kind, detail))
+        event = (self.ledger, self.run.run_id, kind, detail)
+        told = self._patience.ask(runs.note, *event, key=str(uuid4()))  # one key, however often it is asked
+        telling = asyncio.get_running_loop().create_task(told)
         self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
+        telling.add_done_callback(partial(self._end_telling, kind))
+
+    def _end_telling(self, kind: str, telling: asyncio.Task[None]) -> None:
+        self._telling.discard(telling)
+        error = None if telling.cancelled() else telling.exception()
+        if telling.cancelled() or error is not None:
+            why = self._patience.trouble if error is None else _explain(error)
+            log.error("event is not in the ledger", run=self.run.run_id, kind=kind, why=why)
+
+
+def _explain(error: BaseException) -> str:
+    """Our errors are safe to show (G15); of others, only the kind."""
+    return str(error) if isinstance(error, FarthingError) else type(error).__name__

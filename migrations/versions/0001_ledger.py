@@ -67,10 +67,12 @@ CREATE TABLE run_event (
     run_id      bigint NOT NULL REFERENCES run,
     happened_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     kind        text NOT NULL,
-    detail      jsonb NOT NULL DEFAULT '{}'::jsonb
+    detail      jsonb NOT NULL DEFAULT '{}'::jsonb,
+    event_key   text,
+    UNIQUE (run_id, event_key)
 );
 CREATE INDEX run_event_by_run ON run_event (run_id, event_id);
-COMMENT ON TABLE run_event IS 'What happened to a run, in order: opened, resumed, primed, paused, cap changed, …';
+COMMENT ON TABLE run_event IS 'What happened to a run, in order: opened, resumed, primed, paused, cap changed, …; event_key makes telling safe to repeat';
 
 CREATE TABLE input_file (
     run_id    bigint NOT NULL REFERENCES run,

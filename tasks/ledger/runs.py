@@ -65,6 +65,11 @@ _LANES = text("SELECT lane_id FROM lane WHERE run_id = :run_id")
 
 _STATE = text("SELECT state, ledger_digest FROM run WHERE run_id = :run_id FOR NO KEY UPDATE")
 
+_EVENT = text("""
+    INSERT INTO run_event (run_id, kind, detail, event_key)
+    VALUES (:run_id, :kind, CAST(:detail AS jsonb), :key) ON CONFLICT DO NOTHING
+""")
+
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
 
 #: SHA-256 over every row of the run written until then: hashed in buckets of 10,000 documents, since one string
@@ -127,10 +132,13 @@ async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | 
         return await _change_state(connection, run_id, state, reason)
 
 
-async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, Any]) -> None:
-    """Append an event. `detail` must be fit to be shown: no document text, no keys (G15)."""
+async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, Any], *, key: str) -> None:
+    """Append an event. `detail` must be fit to be shown: no document text, no API key (G15).
+
+    Safe to repeat: a run has at most one event of each `key`, and the first to come counts.
+    """
     async with ledger.transaction("note") as connection:
-        await _note(connection, run_id, kind, detail)
+        await _note(connection, run_id, kind, detail, key)
 
 
 async def settle(ledger: Ledger, run_id: RunId) -> str | None:
@@ -338,11 +346,11 @@ async def _change_state(
     return bool(changed.rowcount)
 
 
-async def _note(connection: AsyncConnection, run_id: int, kind: str, detail: Mapping[str, Any]) -> None:
-    await connection.execute(
-        text("INSERT INTO run_event (run_id, kind, detail) VALUES (:run_id, :kind, CAST(:detail AS jsonb))"),
-        {"run_id": run_id, "kind": kind, "detail": as_json(dict(detail))},
-    )
+async def _note(
+    connection: AsyncConnection, run_id: int, kind: str, detail: Mapping[str, Any], key: str | None = None
+) -> None:
+    row = {"run_id": run_id, "kind": kind, "detail": as_json(dict(detail)), "key": key}
+    await connection.execute(_EVENT, row)
 
 
 async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool = False) -> Run:

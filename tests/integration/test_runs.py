@@ -167,6 +167,19 @@ async def test_a_price_row_that_changed_since_attempts_were_booked_by_it_is_refu
     assert price.name in str(caught.value)
 
 
+async def test_an_event_told_twice_is_there_once_and_those_without_a_key_are_all_there(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    first, other = [await runs.open_run(ledger, opening(selection={"partitions": [day]})) for day in ("1", "2")]
+    for run, kind in ((first, "primed"), (first, "again"), (other, "elsewhere")):
+        await runs.note(ledger, run.run_id, kind, {"tier": "flash"}, key="primed flash")
+    for state in ("paused", "running", "paused"):
+        await runs.change_state(ledger, first.run_id, state)
+    kinds = sql(ledger_url, "SELECT run_id, kind FROM run_event ORDER BY event_id")
+    paused = [(1, "paused"), (1, "running"), (1, "paused")]
+    assert kinds == [(1, "opened"), (2, "opened"), (1, "primed"), (2, "elsewhere"), *paused]
+
+
 async def test_labels_may_be_added_again(ledger: Ledger, ledger_url: str) -> None:
     run = await runs.open_run(ledger, opening())
     assert not await runs.has_labels(ledger, run.run_id)

@@ -1,0 +1,83 @@
+"""The watch of a lane: which replies become events of the run, and that no event is lost without a word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from itertools import repeat
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from schemas.attempts import Reply, RunId, Signal, Usage
+from schemas.errors import LedgerUnavailable
+from schemas.money import Currency
+from tasks.ledger.connection import Ledger, PassingFailure
+from tasks.ledger.runs import Run
+from tasks.priming import Primer
+from tasks.watch import Watch
+from tests.ledgers import AT, BOOK, CAP, JOB, USAGE
+
+RUN = Run(RunId(1), "colours", "running", None, 1000, Currency.USD, 1, CAP, is_simulated=False)
+
+
+class FakeLedger(Ledger):
+    """Keeps the rows it is given. The answers to its first COMMITs are lost: failures come instead."""
+
+    def __init__(self, *failures: Exception, for_ever: Exception | None = None) -> None:
+        self.failures = repeat(for_ever) if for_ever else iter(failures)
+        self.rows: list[Mapping[str, Any]] = []
+
+    @asynccontextmanager
+    async def transaction(self, step: str | None = None) -> AsyncIterator[Any]:
+        yield self
+        if failure := next(self.failures, None):
+            raise failure
+
+    async def execute(self, _statement: object, row: Mapping[str, Any]) -> None:
+        self.rows.append(row)
+
+    @property
+    def events(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(row["kind"], json.loads(row["detail"])) for row in self.rows]
+
+
+def watch_of(ledger: Ledger, **fields: Any) -> Watch:
+    return Watch(ledger, JOB, RUN, BOOK, lambda: AT, **fields)
+
+
+def served(model: str, fingerprint: str | None = None, usage: Usage | None = USAGE) -> Reply:
+    return Reply(Signal.ANSWERED, AT, AT, usage=usage, served_model=model, fingerprint=fingerprint)
+
+
+def see(watch: Watch, *replies: Reply) -> None:
+    for reply in replies:
+        watch.see("flash", reply, Primer(0, build_s=0), is_priming=False)
+
+
+async def test_an_event_whose_commit_was_not_heard_of_is_told_again_under_the_same_key() -> None:
+    ledger = FakeLedger(PassingFailure("Postgres is away"))
+    watch = watch_of(ledger)
+    see(watch, served("m"), served("n"))
+    await watch.close()
+    assert [kind for kind, _ in ledger.events] == ["served_model_changed"] * 2
+    assert ledger.rows[0]["key"] == ledger.rows[1]["key"] is not None
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (PassingFailure("Postgres is away"), "Postgres is away"),
+        (LedgerUnavailable("there is no such table"), "there is no such table"),
+        (ValueError("a text that may hold anything"), "ValueError"),
+    ],
+)
+async def test_an_event_that_cannot_be_told_is_logged_as_missing(error: Exception, why: str) -> None:
+    watch = watch_of(FakeLedger(for_ever=error), close_s=0.01)
+    with capture_logs() as logs:
+        see(watch, served("m"), served("n"))
+        await watch.close()
+    missing = {"event": "event is not in the ledger", "log_level": "error", "run": 1, "kind": "served_model_changed"}
+    assert logs[-1] == missing | {"why": why}
