@@ -79,7 +79,7 @@ def sql(url: str, query: str, *values: object) -> list[tuple[Any, ...]]:
     """What the superuser sees or does, past every view, role and trigger; [] if it does not ask for rows."""
     options = "-c search_path=farthing -c session_replication_role=replica"
     with psycopg.connect(url, options=options) as connection:
-        cursor = connection.execute(query, values or None)  # type: ignore[call-overload]
+        cursor = connection.execute(query, values or None)
         return cursor.fetchall() if cursor.description else []
 
 

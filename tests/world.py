@@ -70,7 +70,7 @@ class World:
 
     def sql(self, query: str) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.database_url, options="-c search_path=farthing") as connection:
-            return connection.execute(query).fetchall()  # type: ignore[call-overload, no-any-return]
+            return connection.execute(query).fetchall()
 
     def value(self, query: str) -> Any:
         return self.sql(query)[0][0]

@@ -160,7 +160,7 @@ def read(database_url: str, bill: Path, beside: Beside, run_id: int | None = Non
     with psycopg.connect(database_url, options=options, row_factory=namedtuple_row) as connection:
 
         def ask(query: str) -> list[Row]:
-            return connection.execute(query.replace("$only", only)).fetchall()  # type: ignore[call-overload]
+            return connection.execute(query.replace("$only", only)).fetchall()
 
         found = {name: ask(query) for name, query in QUERIES.items()}
         rows = _snapshot(connection)
@@ -249,7 +249,7 @@ def _snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
     found: dict[str, str] = {}
     for table, key in APPEND_ONLY.items():
         query = f"SELECT concat_ws('.', {key}) AS key, md5({table}::text) AS digest FROM {table}"
-        found |= {f"{table} {row.key}": row.digest for row in connection.execute(query)}  # type: ignore[call-overload]
+        found |= {f"{table} {row.key}": row.digest for row in connection.execute(query)}
     return found
 
 

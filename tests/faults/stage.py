@@ -121,7 +121,7 @@ class Stage:
 
     def value(self, query: str) -> Any:
         with psycopg.connect(self.database_url, options="-c search_path=farthing") as connection:
-            row = connection.execute(query).fetchone()  # type: ignore[call-overload]
+            row = connection.execute(query).fetchone()
         return row[0] if row else None
 
     @property

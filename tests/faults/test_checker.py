@@ -50,7 +50,7 @@ class Scene:
 def sql(url: str, statements: str) -> None:
     """Past every trigger and role."""
     with psycopg.connect(url, options="-c search_path=farthing -c session_replication_role=replica") as connection:
-        connection.execute(statements)  # type: ignore[call-overload]
+        connection.execute(statements)
 
 
 @pytest.fixture(scope="module")

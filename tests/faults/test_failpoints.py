@@ -20,12 +20,12 @@ def stage(postgres: object, template: str, tmp_path_factory: pytest.TempPathFact
 
     root = tmp_path_factory.mktemp("stage")
     name = f"stage_{root.parent.name}_{root.name}".replace("-", "_")
-    url = create_database(postgres, name, template=template)  # type: ignore[arg-type]
+    url = create_database(postgres, name, template=template)
     with staged(root, url, documents=12) as made:
         made.times = LeaseTimes(beat_every_s=0.1, grace_s=0.3)  # the killed are buried at once
         made.remember_baseline()
         yield made
-    drop_database(postgres, name)  # type: ignore[arg-type]
+    drop_database(postgres, name)
 
 
 def usual(stage: Stage, failpoint: str) -> int:

@@ -30,7 +30,7 @@ async def failure(url: str, role: Role = Role.LANE) -> FarthingError:
 
 
 def changed(url: str, **parts: object) -> str:
-    return make_url(url).set(**parts).render_as_string(hide_password=False)  # type: ignore[arg-type]
+    return make_url(url).set(**parts).render_as_string(hide_password=False)
 
 
 async def test_a_refused_port_is_a_passing_failure_that_says_what_to_start(ledger_url: str) -> None:
@@ -134,7 +134,7 @@ async def touch(ledger: Ledger) -> None:
 
 async def test_a_busy_pool_is_a_passing_failure(ledger_url: str) -> None:
     async with lane_ledger(ledger_url, pool_size=1) as ledger:
-        ledger.engine.pool._timeout = 0.05  # type: ignore[attr-defined]
+        ledger.engine.pool._timeout = 0.05
         async with ledger.transaction():
             with pytest.raises(PassingFailure, match="every connection to Postgres is busy"):
                 await touch(ledger)

@@ -225,7 +225,7 @@ async def test_an_unfinished_run_proves_and_says_what_is_missing(ledger: Ledger)
 
 async def test_a_late_outcome_leaves_the_proof_whole(ledger: Ledger, ledger_url: str) -> None:
     run = await run_everything(ledger)
-    late = Hand(ledger, run, 1, await runs.register_prices(ledger, BOOK.rows()))  # type: ignore[arg-type]
+    late = Hand(ledger, run, 1, await runs.register_prices(ledger, BOOK.rows()))
     await late.record(Record(late.outcome(4, 1)))
     proof = await prove(ledger, run.run_id, BOOK)
     assert proof.proved, proof.to_json()

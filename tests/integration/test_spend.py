@@ -26,7 +26,7 @@ CONTRACT = (
 async def audit(url: str, **scope: object) -> spend.Audit:
     """As an auditor, who reads nothing but views."""
     async with opened(SecretStr(url), Role.AUDITOR) as ledger:
-        return await spend.audit(ledger, **scope)  # type: ignore[arg-type]
+        return await spend.audit(ledger, **scope)
 
 
 async def test_an_audit_adds_up_what_happened(ledger: Ledger, ledger_url: str) -> None:

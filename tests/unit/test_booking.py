@@ -21,7 +21,7 @@ RESERVED = Reserved(worst=10**9, max_tokens=1000)
 
 def reply(signal: Signal = Signal.ANSWERED, usage: Usage | None = None, **fields: object) -> Reply:
     at = fields.pop("at", OFF_PEAK)
-    return Reply(signal=signal, sent_at=OFF_PEAK, completed_at=at, usage=usage, **fields)  # type: ignore[arg-type]
+    return Reply(signal=signal, sent_at=OFF_PEAK, completed_at=at, usage=usage, **fields)
 
 
 def book(answer: Reply, reserved: Reserved = RESERVED, model: str = "deepseek-flash") -> Booking:

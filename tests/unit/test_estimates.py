@@ -124,7 +124,7 @@ def test_simulated_history_is_called_so() -> None:
 
 
 def test_an_answer_is_measured_by_its_schema() -> None:
-    longer = {**SCHEMA, "properties": {**SCHEMA["properties"], "quote": {"type": "string"}}}  # type: ignore[dict-item]
+    longer = {**SCHEMA, "properties": {**SCHEMA["properties"], "quote": {"type": "string"}}}
     flash = TIERS["flash"]
     assert 0 < measure_answer(SCHEMA, flash) < measure_answer(longer, flash)
     assert measure_answer(SCHEMA, TIERS["flash-thinking"]) == measure_answer(SCHEMA, flash) + THINKING_TOKENS

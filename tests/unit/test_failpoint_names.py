@@ -35,7 +35,7 @@ def _called(call: ast.Call) -> str | None:
 
 
 def test_every_step_is_one_transaction_and_every_transaction_that_writes_is_a_step() -> None:
-    steps = Counter(call.args[0].value for _, call in calls("transaction") if call.args)  # type: ignore[attr-defined]
+    steps = Counter(call.args[0].value for _, call in calls("transaction") if call.args)
     assert steps == Counter(STEPS)
 
 
