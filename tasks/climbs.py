@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, TypedDict, Unpack
@@ -26,6 +25,7 @@ from schemas.ladder import Accept, Again, DeadLetter, Position, Step, Stop, Verd
 from schemas.pricing import Price, PriceBook, reservation
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.completions import Completions
+from tasks.drains import Draining, rest
 from tasks.failpoints import reach
 from tasks.grants import Grants, Reservation
 from tasks.ledger.attempts import Fenced, Permit, Permitted, Withheld
@@ -45,10 +45,6 @@ PRICE_SLACK = timedelta(minutes=2)
 UNMETERED_LIMIT = 5
 #: Replies of a model, which is billed by its usage.
 _METERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.INTERRUPTED, Signal.REFUSED})
-
-
-class Draining(Exception):
-    """The lane makes no more attempts; the document stays where it is, for whoever resumes the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +273,7 @@ class Climber:
 
     async def _pass_breaker(self) -> None:
         while (wait_s := self.breaker.wait_s(self.tick())) > 0:
-            await self._rest(wait_s)
+            await rest(self.draining, wait_s)
         if verdict := self.breaker.verdict(self.tick()):
             raise ProviderStopped(_stop_advice(verdict))
 
@@ -286,18 +282,11 @@ class Climber:
         self.backing_off += 1
         self.last_failure = reply.signal.value.replace("_", " ")
         try:
-            await self._rest(self.waits.seconds(reply, position.retries))
+            await rest(self.draining, self.waits.seconds(reply, position.retries))
             while (wait_s := self.retry_budget.take(reply.signal, self.tick())) > 0:
-                await self._rest(wait_s)
+                await rest(self.draining, wait_s)
         finally:
             self.backing_off -= 1
-
-    async def _rest(self, seconds: float) -> None:
-        """Wait, but not when the lane drains. Raises Draining."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.draining.wait(), seconds)
-        if self.is_draining:
-            raise Draining
 
 
 class EndDetails(TypedDict, total=False):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from schemas.attempts import LaneId
 from schemas.errors import BudgetExhausted
 from schemas.money import Money
+from tasks.drains import Draining, rest
 from tasks.ledger import budgets
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import Run
@@ -66,7 +67,7 @@ class Grants:
         """Set `worst` pico units aside while the block lasts, then give back what was not used.
 
         First attempts queue behind one another and documents already paid for do not, so that near the cap the
-        upper tiers get what comes back first. Raises BudgetExhausted.
+        upper tiers get what comes back first. Raises BudgetExhausted, and Draining where it would have to wait.
         """
         reservation = Reservation(await self._reserve(worst, rung), worst)
         try:
@@ -91,6 +92,8 @@ class Grants:
             while True:
                 if (grant_id := self._take(worst)) is not None:
                     return grant_id
+                if self.patience.draining.is_set():
+                    raise Draining
                 self._given_back.clear()
                 opened = await self.patience.ask(
                     budgets.open_grant,
@@ -111,13 +114,13 @@ class Grants:
                 await self._wait_for_money()
 
     async def _wait_for_money(self) -> None:
-        """Until something is given back here, or may have been elsewhere. Raises BudgetExhausted."""
+        """Until something is given back here, or may have been elsewhere. Raises BudgetExhausted or Draining."""
         if any(grant.out for grant in self._open.values()):
             await self._given_back.wait()
         elif self._open:
             await self._close(list(self._open))  # scraps that are too small for anyone, together, may be enough
         elif await self.patience.ask(budgets.is_money_out, self.ledger, self.run.budget_id):
-            await asyncio.sleep(ASK_AGAIN_S)
+            await rest(self.patience.draining, ASK_AGAIN_S)
         else:
             raise BudgetExhausted(
                 f"the budget of {Money(self.run.cap, self.run.currency)} does not cover one more attempt: "

@@ -29,6 +29,7 @@ from schemas.pricing import PriceBook
 from schemas.records import Intent, Record
 from tasks.climbs import Climber
 from tasks.completions import Completions, utc_now
+from tasks.drains import Draining
 from tasks.grants import Grants
 from tasks.ledger import attempts, leases
 from tasks.ledger.attempts import Permit, Reusable, Withheld
@@ -104,7 +105,8 @@ class Lane:
     _slots: asyncio.Semaphore = field(init=False)
     _ended: Ended | None = None
     _last_beat_s: float = field(init=False)
-    _patience: Patience = field(default_factory=Patience)
+    #: For questions that come before anything is sent: a lane that drains gives them up.
+    _patience: Patience = field(init=False)
     #: Numbers of the shards under way.
     _working: set[int] = field(default_factory=set)
 
@@ -113,6 +115,7 @@ class Lane:
         ceilings = {tier.name: max(1, plan.job.concurrency[tier.name] // plan.lanes) for tier in plan.job.ladder}
         prefix_bytes = len(plan.job.prefix.encode())
         self._last_beat_s = loop.time()
+        self._patience = Patience(draining=asyncio.Event())
         self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
         self.climber = Climber(
             job=plan.job,
@@ -131,6 +134,7 @@ class Lane:
             tick=loop.time,
             breaker=Breaker(probe_every_s=PROBE_EVERY_S * plan.scale),
             retry_budget=RetryBudget(trickle_per_s=1 / max(plan.scale, 0.001)),
+            draining=self._patience.draining,
         )
 
     async def run_shards(self) -> Ended:
@@ -197,15 +201,20 @@ class Lane:
 
     async def _work_shards(self) -> None:
         async with asyncio.TaskGroup() as shards:
-            while not self.climber.is_draining:
-                key = (self.ledger, self.plan.run.run_id, self.lane_id)
-                claimed = await self._patience.ask(leases.claim, *key, self._working)
-                if claimed is not None:
-                    await self._start(claimed, shards)
-                elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
-                    await self._pause()  # our own last shards, or another lane's: should it die, they come back
-                else:
-                    return
+            with suppress(Draining):
+                await self._start_shards(shards)
+
+    async def _start_shards(self, shards: asyncio.TaskGroup) -> None:
+        """Claim and start shards until none is left. Raises Draining."""
+        while not self.climber.is_draining:
+            key = (self.ledger, self.plan.run.run_id, self.lane_id)
+            claimed = await self._patience.ask(leases.claim, *key, self._working)
+            if claimed is not None:
+                await self._start(claimed, shards)
+            elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
+                await self._pause()  # our own last shards, or another lane's: should it die, they come back
+            else:
+                return
 
     async def _start(self, claimed: ClaimedShard, shards: asyncio.TaskGroup) -> None:
         """Set a shard going; returns when every document of it is under way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,8 @@ from schemas.errors import BudgetExhausted, InputChanged, InputUnavailable, Leas
 from schemas.ladder import Accept, Again, DeadLetter, PastAttempt, Stop, Verdict, stand
 from schemas.records import DocumentState, Ending, Record, ResultKey
 from tasks import documents
-from tasks.climbs import Climber, Draining, Work, end_of
+from tasks.climbs import Climber, Work, end_of
+from tasks.drains import Draining
 from tasks.ledger import attempts, leases, runs
 from tasks.ledger.attempts import PaidAnswer, Reusable
 from tasks.ledger.connection import Ledger
@@ -53,8 +55,12 @@ class ShardWork:
                 self.started.set()
         finally:
             self.started.set()
-        if self._is_over:
-            return
+        if not self._is_over:
+            with suppress(Draining):
+                await self._close(changed)
+
+    async def _close(self, changed: InputChanged | None) -> None:
+        """Finish the shard, or fail it. Raises Draining: whoever resumes the run does it."""
         key = (self.ledger, self.climber.run.run_id, self.climber.grants.lane_id, self.claimed.lease)
         if changed is not None:
             await self.patience.ask(leases.fail, *key, "input_changed")
@@ -75,6 +81,8 @@ class ShardWork:
             return changed
         except InputUnavailable as unavailable:
             self.drain("input", str(unavailable))
+        except Draining:
+            pass
         return None
 
     @property

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from schemas.attempts import Call, Reply
+from tasks import enrichment
 from tasks.completions import Completions
+from tasks.lanes import Ended, Lane
+from tasks.ledger import attempts, budgets, leases
+from tasks.ledger.connection import PassingFailure, Role, opened
 from tests.world import World, make_world
 
 
@@ -27,6 +33,59 @@ def alter_replies(monkeypatch: pytest.MonkeyPatch, change: Callable[[Reply], Rep
         return change(await complete(self, call))
 
     monkeypatch.setattr(Completions, "complete", complete_and_change)
+
+
+@dataclass
+class Held:
+    """Replies that the provider has billed and that do not arrive before `arrive` is set."""
+
+    count: int = 0
+    arrive: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def hold_replies(monkeypatch: pytest.MonkeyPatch) -> Held:
+    complete, held = Completions.complete, Held()
+
+    async def complete_and_hold(self: Completions, call: Call) -> Reply:
+        reply = await complete(self, call)
+        held.count += 1
+        await held.arrive.wait()
+        return reply
+
+    monkeypatch.setattr(Completions, "complete", complete_and_hold)
+    return held
+
+
+@dataclass
+class Working:
+    """A lane at work."""
+
+    lane: Lane
+    task: asyncio.Task[Ended]
+
+    @classmethod
+    async def start(cls, world: World, monkeypatch: pytest.MonkeyPatch, **request: Any) -> Working:
+        started: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()
+        run_shards = Lane.run_shards
+
+        async def run_and_tell(self: Lane) -> Ended:
+            started.set_result(self)
+            return await run_shards(self)
+
+        monkeypatch.setattr(Lane, "run_shards", run_and_tell)
+        run = await world.open(**request)
+        task = asyncio.create_task(world.work(run, **request))
+        return cls(await started, task)
+
+    async def wait_until(self, why: str) -> None:
+        """Until the lane says that it waits because of that."""
+        while why not in (self.lane.waiting_because() or ""):
+            assert not self.task.done()
+            await asyncio.sleep(0.01)
+
+    async def ended(self) -> Ended:
+        """How it ends; a lane that does not leave fails the test."""
+        return await asyncio.wait_for(self.task, 20)
 
 
 def billing(world: World) -> dict[str, int]:
@@ -67,3 +126,45 @@ async def test_replies_that_now_and_then_lack_usage_stop_nothing(world: World) -
     run, _ = await world.run()
     assert run.state == "done"
     assert billing(world)["unknown"] > 5
+
+
+async def test_a_lane_that_drains_does_not_wait_for_the_money_of_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budget = "0.002 USD"
+    run = await world.open(budget=budget)
+    async with opened(enrichment.require_database(world.settings), Role.LANE) as ledger:
+        other = await leases.register(ledger, run.run_id)
+        async with leases.alive(ledger, other):
+            held = run.cap - 100
+            assert await budgets.open_grant(ledger, run.run_id, other, run.budget_id, need=held, want=held)
+            working = await Working.start(world, monkeypatch, budget=budget)
+            await working.wait_until("budget is nearly used")
+            working.lane.drain("interrupted")
+            assert (await working.ended()).reason == "interrupted"
+    assert world.bill() == {}
+
+
+@pytest.mark.parametrize("question", [(leases, "claim"), (attempts, "find_endings")], ids=lambda asked: asked[1])
+async def test_a_lane_that_drains_while_postgres_is_away_waits_only_for_what_was_sent(
+    world: World, monkeypatch: pytest.MonkeyPatch, question: tuple[Any, str]
+) -> None:
+    ask, asked = getattr(*question), 0
+
+    async def ask_once(*arguments: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        if asked > 1:
+            raise PassingFailure("Postgres is away")
+        return await ask(*arguments)
+
+    held = hold_replies(monkeypatch)
+    monkeypatch.setattr(*question, ask_once)
+    working = await Working.start(world, monkeypatch)
+    await working.wait_until("Postgres is away")
+    while not held.count:
+        await asyncio.sleep(0.01)
+    working.lane.drain("interrupted")
+    held.arrive.set()
+    assert (await working.ended()).reason == "interrupted"
+    assert billing(world) == {"known": held.count}
