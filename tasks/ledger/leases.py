@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import insert, select, text, update
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas import tables
@@ -24,7 +25,7 @@ from schemas.attempts import LaneId, RunId
 from schemas.documents import Duplicate, InputFile, Shard
 from schemas.records import Lease
 from tasks.ledger.budgets import settle_grants
-from tasks.ledger.connection import Ledger, explain
+from tasks.ledger.connection import Ledger, PassingFailure, explain
 
 #: A lane that did not beat for so long is dead, in seconds; it fences itself well before.
 DEAD_AFTER_S = 30.0
@@ -163,7 +164,7 @@ async def register(ledger: Ledger, run_id: RunId) -> LaneId:
 
 @asynccontextmanager
 async def alive(ledger: Ledger, lane_id: LaneId) -> AsyncIterator[Session]:
-    """A connection whose session holds the lane's lock for as long as it is open."""
+    """A connection whose session holds the lane's lock for as long as it is open. Raises LedgerUnavailable."""
     lock = {"space": _LOCK_SPACE, "lane_id": lane_id}
     try:
         async with ledger.engine.connect() as session:
@@ -175,6 +176,8 @@ async def alive(ledger: Ledger, lane_id: LaneId) -> AsyncIterator[Session]:
                 await session.invalidate()  # ends the session, and so the lock, whatever state it is in
     except (DBAPIError, OSError) as error:
         raise explain(error, ledger.url) from None
+    except PoolTimeout:
+        raise PassingFailure("no connection to Postgres is free for the heartbeat: it may be slow or stuck") from None
 
 
 async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str | None) -> str | None:

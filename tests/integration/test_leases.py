@@ -12,7 +12,7 @@ from schemas.documents import Duplicate
 from schemas.records import DocumentState, Lease, Record
 from tasks.ledger import leases, runs
 from tasks.ledger.attempts import Fenced
-from tasks.ledger.connection import Ledger
+from tasks.ledger.connection import Ledger, PassingFailure
 from tasks.ledger.runs import Run
 from tests.ledgers import COST, RESERVED, Hand, lane_ledger, make_manifest, opening, sql, value
 
@@ -53,6 +53,16 @@ async def test_a_lane_whose_session_ended_is_buried_and_a_living_one_is_not(ledg
         assert await leases.bury_dead(ledger, run.run_id, grace_s=0) == 1
     ended = sql(ledger_url, "SELECT lane_id, ended_because FROM lane WHERE ended_at IS NOT NULL")
     assert ended == [(dead.lane_id, "died")]
+
+
+async def test_a_heartbeat_that_finds_every_connection_busy_may_try_again(ledger_url: str) -> None:
+    async with lane_ledger(ledger_url, pool_size=1) as ledger:
+        ledger.engine.pool._timeout = 0.05  # type: ignore[attr-defined]
+        hand = await Hand.join(ledger, await make_run(ledger))
+        async with ledger.transaction():
+            with pytest.raises(PassingFailure, match="heartbeat"):
+                async with leases.alive(ledger, hand.lane_id):
+                    pass
 
 
 async def test_a_lane_without_a_heartbeat_is_buried_though_its_session_lives(ledger: Ledger, ledger_url: str) -> None:
