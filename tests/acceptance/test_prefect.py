@@ -36,9 +36,11 @@ class Server:
     url: str
     environment: dict[str, str]
 
-    def post(self, path: str) -> Any:
+    def post(self, path: str, **wanted: Any) -> Any:
+        """What the server has of this kind; `wanted` narrows it, in the words of Prefect's filters."""
+        body = json.dumps(wanted).encode()
         request = urllib.request.Request(
-            f"{self.url}/{path}", data=b"{}", headers={"Content-Type": "application/json"}, method="POST"
+            f"{self.url}/{path}", data=body, headers={"Content-Type": "application/json"}, method="POST"
         )
         with urllib.request.urlopen(request) as reply:
             return json.load(reply)
@@ -101,29 +103,32 @@ def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Serve
     audit = json.loads(server.command(*farthing, "run", "licences", "--sandbox", "--limit", "60", "--json"))
     assert (audit["state"], audit["documents"]) == ("done", 60)
 
-    (flow_run,) = server.post("flow_runs/filter")
+    key = f"run-{audit['run']}"
+    shown = {"key": {"any_": [key, f"{key}-cost", f"{key}-report"]}}
+    artifacts = {artifact["key"]: artifact for artifact in server.post("artifacts/filter", artifacts=shown)}
+    assert artifacts.keys() == {key, f"{key}-cost", f"{key}-report"}
+    assert artifacts[key]["type"] == "progress"
+    assert "SIMULATED" in artifacts[f"{key}-report"]["data"]
+    assert "flash" in artifacts[f"{key}-cost"]["data"]
+
+    of_this = {"flow_runs": {"id": {"any_": [artifacts[key]["flow_run_id"]]}}}
+    (flow_run,) = server.post("flow_runs/filter", **of_this)
     assert (flow_run["state_type"], flow_run["name"]) == ("COMPLETED", "enrich-licences")
-    tasks = {task["name"].split("-")[0]: task for task in server.post("task_runs/filter")}
+    tasks = {task["name"].split("-")[0]: task for task in server.post("task_runs/filter", **of_this)}
     assert {"open", "lane", "shard", "settle"} <= tasks.keys()
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
 
-    artifacts = {artifact["key"]: artifact for artifact in server.post("artifacts/filter")}
-    assert artifacts.keys() == {"run-1", "run-1-cost", "run-1-report"}
-    assert artifacts["run-1"]["type"] == "progress"
-    assert "SIMULATED" in artifacts["run-1-report"]["data"]
-    assert "flash" in artifacts["run-1-cost"]["data"]
-
-    messages = " ".join(line["message"] for line in wait_for_logs(server, "shard done"))
+    messages = " ".join(line["message"] for line in wait_for_logs(server, "shard done", flow_run["id"]))
     everything = json.dumps([flow_run, tasks, artifacts, messages])
     assert "sk-sandbox" not in everything
     assert "postgresql://" not in everything
 
 
-def wait_for_logs(server: Server, sought: str) -> list[dict[str, Any]]:
+def wait_for_logs(server: Server, sought: str, flow_run_id: str) -> list[dict[str, Any]]:
     """Prefect's log lines; they reach the server a moment after the run."""
     lines: list[dict[str, Any]] = []
     for _ in range(50):
-        lines = server.post("logs/filter")
+        lines = server.post("logs/filter", logs={"flow_run_id": {"any_": [flow_run_id]}})
         if any(sought in line["message"] for line in lines):
             return lines
         time.sleep(0.2)
@@ -135,7 +140,9 @@ def test_two_lanes_in_processes_share_one_run_under_one_server(server: Server) -
     arguments = ("run", "obligations", "--sandbox", "--limit", "900", "--lanes", "2", "--json")
     audit = json.loads(server.command(*farthing, *arguments))
     assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 900)
-    names = {task["name"] for task in server.post("task_runs/filter")}
+    (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": [f"run-{audit['run']}"]}})
+    of_this = {"flow_runs": {"id": {"any_": [artifact["flow_run_id"]]}}}
+    names = {task["name"] for task in server.post("task_runs/filter", **of_this)}
     assert {"lane-1", "lane-2"} <= names
     proof = json.loads(server.command(*farthing, "verify", str(audit["run"]), "--json"))
     assert proof["proved"] is True
