@@ -10,6 +10,7 @@ first N documents are a fair sample and not the ones that begin with A.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -73,16 +74,23 @@ class Corpus:
 def write_corpus(folder: Path) -> Corpus:
     """The corpus in `folder` (`data/licences` for the shipped jobs), written unless it is there already.
 
-    The stamp is written last and every file appears whole, so an interrupted writing is simply done again.
-    Raises SandboxError if the data package is missing.
+    The stamp is written last and every file appears whole, so an interrupted writing is simply done again. Of
+    several processes at once the first one writes; were the others to write too, a reader of the first one's
+    documents would see them change. Raises SandboxError if the data package is missing.
     """
     version = _installed_version()
     source = f"{DISTRIBUTION} {version}"
     written = _read_stamp(folder, source)
     if written is not None:
         return written
-    licences = list(read_licences())
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _read_stamp(folder, source) or _write_all(folder, version, source)
+
+
+def _write_all(folder: Path, version: str, source: str) -> Corpus:
+    licences = list(read_licences())
     for number in range(FILE_COUNT):
         _write_parquet(folder / f"part-{number}.parquet", licences[number::FILE_COUNT])
     for job, line in _KEYS.items():
@@ -184,7 +192,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file is written before it gets its name: two processes may write the corpus at once."""
+    """Where a file is written before it gets its name."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from sandbox import licences
 from sandbox.answer_keys import CATEGORIES, Licence, find_obligations, obligations_line
 from sandbox.licences import Corpus, _write_parquet, read_licences, write_corpus
 from schemas.answers import AnswerRejected
@@ -86,6 +87,26 @@ def test_writing_again_changes_nothing(corpus: Corpus) -> None:
     before = {path: path.stat().st_mtime_ns for path in corpus.folder.iterdir()}
     assert write_corpus(corpus.folder) == corpus
     assert {path: path.stat().st_mtime_ns for path in corpus.folder.iterdir()} == before
+
+
+def test_of_two_processes_at_once_only_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one finds no stamp, waits for its turn, and then finds the first one's documents."""
+    monkeypatch.setattr(licences, "read_licences", lambda: iter(list(read_licences())[:10]))
+    first: list[Corpus] = []
+
+    def look(folder: Path, source: str) -> Corpus | None:
+        seen = read_stamp(folder, source)
+        if not first:
+            first.append(Corpus(folder, 0, ""))  # from here on stamps are read as they are
+            first[:] = [write_corpus(folder)]
+            mtimes.update({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
+        return seen
+
+    mtimes: dict[str, int] = {}
+    read_stamp = licences._read_stamp
+    monkeypatch.setattr(licences, "_read_stamp", look)
+    assert write_corpus(tmp_path) == first[0]
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == mtimes
 
 
 def test_the_source_and_its_licence_lie_beside_the_documents(corpus: Corpus) -> None:
