@@ -28,7 +28,7 @@ from sandbox.answers import AnswerKey
 from sandbox.bill import FOLDER, Bill, bill_path
 from sandbox.clock import Clock, parse_instant
 from sandbox.drafts import Author
-from sandbox.errormodel import describe
+from sandbox.endpoint import LOCK, Published, last_published, publish, take_lock, try_lock
 from sandbox.errors import SandboxError
 from sandbox.exchange import JSON, Exchange, House
 from sandbox.export import export_month
@@ -39,7 +39,6 @@ from sandbox.tariff import FLASH, PRO, charge_at
 from sandbox.tokens import Encodings, encode_exactly, encode_fast, load
 from sandbox.wire import MODELS, Refusal, read_ask
 
-ENDPOINT = "endpoint.json"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -59,7 +58,6 @@ class DeepSeek:
             app.router.add_get(f"{base}/user/balance", self._guarded(self.balance))
         app.router.add_get("/sandbox/bill", self.bill)
         app.router.add_get("/sandbox/export", self.export)
-        app.router.add_get("/sandbox/model", self.model)
         app.router.add_get("/sandbox/status", self.status)
         app.router.add_post("/sandbox/clock", self.set_clock)
         app.router.add_post("/sandbox/limits", self.set_limits)
@@ -124,10 +122,6 @@ class DeepSeek:
         body = export_month(self.house.bill.path, month)
         disposition = f'attachment; filename="usage_data_{month}.zip"'
         return web.Response(body=body, content_type="application/zip", headers={"Content-Disposition": disposition})
-
-    async def model(self, request: web.Request) -> web.StreamResponse:
-        author = self.house.author
-        return self._reply(orjson.dumps(describe(author.models, author.seed)))
 
     async def status(self, request: web.Request) -> web.StreamResponse:
         account = self.house.account
@@ -246,7 +240,10 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cache-build", type=float, default=3.0, help="seconds until a new prefix unit serves (default: 3)")
     add("--tokens", choices=("exact", "fast"), default="exact", help="fast: four bytes are one token")
     add("--while-used", action="store_true", help="stop when no process uses it (set by sandbox/service.py)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options.as_given = [flag for flag in given if not flag.startswith(("--home", "--while-used"))]
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -255,13 +252,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = options.home / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     # The last one opened is let go first: whoever gets a turn must never find a server that is about to leave.
-    with _open(folder, "turn") as turn, _open(folder, "users") as users, _open(folder, "server.lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            server = build(options)
-        except BlockingIOError:
+    with _open(folder, "turn") as turn, _open(folder, "users") as users, _open(folder, LOCK) as lock:
+        if not take_lock(lock):
             print(f"a sandbox already serves {options.home}", file=sys.stderr)
             return 2
+        try:
+            load()  # now, not in the first request
+            server = build(options)
         except (SandboxError, ValueError, OSError) as error:
             print(f"the sandbox cannot start: {error}", file=sys.stderr)
             return 2
@@ -274,7 +271,6 @@ def _open(folder: Path, name: str) -> IO[str]:
 
 
 async def _serve(server: DeepSeek, options: argparse.Namespace, turn: IO[str], users: IO[str]) -> None:
-    load()  # now, not in the first request
     stopped = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stopped.set)
@@ -298,20 +294,12 @@ async def _leave_when_unused(kept: Path, turn: IO[str], users: IO[str], stopped:
     """
     while not stopped.is_set():
         await asyncio.sleep(2)
-        if not _lock_now(turn):
+        if not try_lock(turn):
             continue
-        if not kept.exists() and _lock_now(users):
+        if not kept.exists() and try_lock(users):
             stopped.set()
         else:
             fcntl.flock(turn, fcntl.LOCK_UN)
-
-
-def _lock_now(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 async def start(app: web.Application) -> web.AppRunner:
@@ -323,7 +311,7 @@ async def start(app: web.Application) -> web.AppRunner:
 
 async def _bind(runner: web.AppRunner, options: argparse.Namespace) -> int:
     """Listen on the port asked for, else the one it had before a crash (clients still hold it), else any."""
-    for port in [options.port] if options.port else [_last_port(options.home), 0]:
+    for port in [options.port] if options.port else [_last_port(options.home / FOLDER), 0]:
         site = web.TCPSite(runner, "127.0.0.1", port, backlog=4096)
         with contextlib.suppress(OSError):
             await site.start()
@@ -333,26 +321,15 @@ async def _bind(runner: web.AppRunner, options: argparse.Namespace) -> int:
     return int(runner.addresses[0][1])
 
 
-def _last_port(home: Path) -> int:
-    try:
-        return int(json.loads((home / FOLDER / ENDPOINT).read_text())["port"])
-    except (OSError, ValueError, KeyError):
-        return 0
+def _last_port(folder: Path) -> int:
+    last = last_published(folder)
+    return last.port if last else 0
 
 
 def _publish(options: argparse.Namespace, port: int) -> None:
-    """Say where it listens, in one rename."""
-    endpoint = {
-        "pid": os.getpid(),
-        "port": port,
-        "url": f"http://127.0.0.1:{port}",
-        "api_key": options.key or KEY_PREFIX,
-    }
-    fresh = options.home / FOLDER / f"{ENDPOINT}.{os.getpid()}"
-    fresh.touch(mode=0o600)
-    fresh.write_text(json.dumps(endpoint))
-    fresh.rename(options.home / FOLDER / ENDPOINT)
-    print(f"DeepSeek's sandbox listens at {endpoint['url']}", flush=True)
+    url = f"http://127.0.0.1:{port}"
+    publish(options.home / FOLDER, Published(os.getpid(), port, url, options.key or KEY_PREFIX, options.as_given))
+    print(f"DeepSeek's sandbox listens at {url}", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
 from statistics import NormalDist
@@ -113,14 +113,3 @@ def draw_confidence(seed: int, sha: bytes, tier: str, field: str, is_right: bool
     a, b = model.confidence_right if is_right else model.confidence_wrong
     beta = random.Random(repr((seed, sha, tier, field))).betavariate(a, b)
     return min(max(beta, 0.02), 0.9999)
-
-
-def describe(models: Mapping[str, ErrorModel], seed: int) -> dict[str, object]:
-    """The whole model in words and figures, for reports that must say `simulated`."""
-    words = (
-        "Simulated answers: each tier is wrong, invalid or blank on a stated share of documents, decided by seed, "
-        "document, tier and number of messages. A shared difficulty per document makes tiers fail together "
-        f"(Gaussian copula, weight {SHARED}). Confidence is drawn from Beta(a, b), apart for right and wrong fields, "
-        f"and shows in the logprobs of the field's tokens. A repair message mends {MENDED:.0%} of invalid answers."
-    )
-    return {"simulated": True, "words": words, "seed": seed, "tiers": {k: asdict(m) for k, m in models.items()}}

@@ -1,16 +1,16 @@
 """Starting, sharing and stopping the emulated DeepSeek of a home.
 
-The server is a detached child that holds `server.lock` for as long as it lives, so a lock, which the kernel lets
-go of even after SIGKILL, says whether it is alive; a process id alone never does. Every process that uses it holds
-`users` shared; the last to leave stops it unless `up` marked it `kept`. Should the last one be killed, the server
-notices and leaves by itself. Starting and stopping happen one at a time under `turn`. The bill outlives all of that.
+The server is a detached child that holds `server.lock` for as long as it lives, so a lock, which the kernel lets go
+of even after SIGKILL, says whether it is alive; a process id alone never does (see endpoint.py). Every process that
+uses it holds `users` shared; the last to leave stops it unless `up` marked it `kept`. Should the last one be
+killed, the server notices and leaves by itself. Starting and stopping happen one at a time under `turn`. The bill
+outlives all of that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from sandbox.bill import FOLDER, BillTotal, read_bill
-from sandbox.deepseek import ENDPOINT
+from sandbox.endpoint import LOCK, find_endpoint, forget_dead_holder, is_alive, living_pid, try_lock
 from sandbox.errors import SandboxError
 
 Option = str | int | float | Path | Sequence[str | Path] | None
@@ -94,14 +94,13 @@ def reset(home: Path) -> None:
             raise SandboxError(f"the sandbox of {home} is in use; end the runs that use it first")
         _stop(home)
         for path in (home / FOLDER).iterdir():
-            if path.name not in ("turn", "users", "server.lock"):
+            if path.name not in ("turn", "users", LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def status(home: Path) -> Status:
     """Its endpoint, None when it is not alive, and what it has billed. Nothing is created."""
-    is_alive = (home / FOLDER).exists() and _is_alive(home)
-    return Status(_read(home) if is_alive else None, _kept(home).exists(), read_bill(home))
+    return Status(_endpoint(home) if (home / FOLDER).exists() else None, _kept(home).exists(), read_bill(home))
 
 
 def _flags(options: dict[str, Option]) -> list[str]:
@@ -117,20 +116,34 @@ def _flags(options: dict[str, Option]) -> list[str]:
 
 
 def _ensure(home: Path, flags: list[str]) -> Endpoint:
-    if _is_alive(home):
-        if not flags or flags == _flags_in_use(home):
-            return _read(home)
+    """A listening server with these options. One whose starter was killed may still be on its way: it is awaited."""
+    folder = home / FOLDER
+    _wait_for(lambda: find_endpoint(folder) is not None or not is_alive(folder), START_S)
+    found = find_endpoint(folder)
+    if found is not None:
+        if not flags or flags == found.options:
+            return Endpoint(found.url, found.api_key)
         if not _is_unused(home):
             raise SandboxError(f"the sandbox of {home} runs with other options; end the runs that use it first")
-        _stop(home)
+    _stop(home)
     return _start(home, flags)
 
 
 def _start(home: Path, flags: list[str]) -> Endpoint:
     folder = home / FOLDER
-    log = (folder / "log").open("ab")
-    before = _stamp(home)
-    with log:
+    forget_dead_holder(folder)
+    child = _spawn(home, flags)
+    _wait_for(lambda: find_endpoint(folder) is not None or child.poll() is not None, START_S)
+    found = find_endpoint(folder)
+    if found is not None and found.pid == child.pid:
+        return Endpoint(found.url, found.api_key)
+    if found is not None or (child.poll() is not None and is_alive(folder)):
+        return _ensure(home, flags)  # a killed starter's server was quicker, perhaps with other options
+    raise SandboxError(f"the sandbox did not start: {_last_line(folder / 'log')} (all of it: {folder / 'log'})")
+
+
+def _spawn(home: Path, flags: list[str]) -> subprocess.Popen[bytes]:
+    with (home / FOLDER / "log").open("ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", "sandbox.deepseek", f"--home={home.resolve()}", "--while-used", *flags],
             stdin=subprocess.DEVNULL,
@@ -140,44 +153,30 @@ def _start(home: Path, flags: list[str]) -> Endpoint:
             env={**os.environ, "PYTHONPATH": _python_path()},
         )
     _children.append(child)
-    (folder / "options.json").write_text(json.dumps(flags))
-    _wait_for(lambda: _stamp(home) != before or child.poll() is not None, START_S)
-    if child.poll() is not None or _stamp(home) == before:
-        raise SandboxError(f"the sandbox did not start: {_last_line(folder / 'log')} (all of it: {folder / 'log'})")
-    return _read(home)
+    return child
 
 
 def _stop(home: Path) -> None:
     """SIGTERM, then SIGKILL. The process id is trusted only while the server's lock is held."""
-    for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
-        if not _is_alive(home):
-            break
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(_endpoint(home)["pid"], number)
-        _wait_for(lambda: not _is_alive(home), patience)
+    folder = home / FOLDER
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        _wait_for(lambda: living_pid(folder) is not None or not is_alive(folder), STOP_S)
+        pid = living_pid(folder)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        _wait_for(lambda: not is_alive(folder), STOP_S)
     for child in _children:
-        if child.poll() is None and not _is_alive(home):
+        if child.poll() is None and not is_alive(folder):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.2)
     _children[:] = [child for child in _children if child.returncode is None]
 
 
-def _is_alive(home: Path) -> bool:
-    return not _is_free(home / FOLDER / "server.lock")
-
-
 def _is_unused(home: Path) -> bool:
     """Whether no process holds `users`."""
-    return _is_free(home / FOLDER / "users")
-
-
-def _is_free(path: Path) -> bool:
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    with _users(home) as users:
+        return try_lock(users)
 
 
 @contextmanager
@@ -202,24 +201,9 @@ def _kept(home: Path) -> Path:
     return home / FOLDER / "kept"
 
 
-def _read(home: Path) -> Endpoint:
-    endpoint = _endpoint(home)
-    return Endpoint(endpoint["url"], endpoint["api_key"])
-
-
-def _endpoint(home: Path) -> dict[str, Any]:
-    return dict(json.loads((home / FOLDER / ENDPOINT).read_text()))
-
-
-def _stamp(home: Path) -> int:
-    """Changes when a server publishes its endpoint."""
-    path = home / FOLDER / ENDPOINT
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-def _flags_in_use(home: Path) -> list[str] | None:
-    path = home / FOLDER / "options.json"
-    return list(json.loads(path.read_text())) if path.exists() else None
+def _endpoint(home: Path) -> Endpoint | None:
+    found = find_endpoint(home / FOLDER)
+    return Endpoint(found.url, found.api_key) if found else None
 
 
 def _wait_for(is_so: Callable[[], bool], patience_s: float) -> None:

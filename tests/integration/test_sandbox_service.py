@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,56 @@ def test_other_options_restart_an_idle_server_but_never_one_in_use(tmp_path: Pat
         with pytest.raises(SandboxError, match="in use"):
             reset(tmp_path)
         assert status(tmp_path).endpoint is not None
+
+
+def start_and_be_killed(home: Path, when: Callable[[], bool]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from sandbox.service import running\n"
+        "with running(Path(sys.argv[1]), time_scale=0, clock='2026-11-25T00:10:00Z'):\n"
+        "    sys.stdin.read()\n"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", code, str(home)], stdin=subprocess.PIPE)
+    try:
+        while not when():
+            assert starter.poll() is None
+            time.sleep(0.001)
+    finally:
+        starter.kill()
+        starter.communicate()
+
+
+def is_locked(home: Path) -> bool:
+    lock = home / "deepseek" / "server.lock"
+    if not lock.exists():
+        return False
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+
+
+@pytest.mark.parametrize("has_served_before", [False, True])
+def test_a_server_on_its_way_is_awaited_when_its_starter_was_killed(tmp_path: Path, has_served_before: bool) -> None:
+    if has_served_before:
+        with running(tmp_path, **OPTIONS):
+            pass
+    start_and_be_killed(tmp_path, lambda: is_locked(tmp_path))
+    with running(tmp_path, **OPTIONS) as endpoint:
+        assert ask(endpoint) > 0
+
+
+def test_a_server_that_has_not_its_lock_yet_when_its_starter_is_killed_does_no_harm(tmp_path: Path) -> None:
+    start_and_be_killed(tmp_path, (tmp_path / "deepseek" / "log").exists)
+    with running(tmp_path, **OPTIONS) as endpoint:
+        assert ask(endpoint) > 0
+
+
+def test_a_server_on_its_way_can_be_put_down(tmp_path: Path) -> None:
+    start_and_be_killed(tmp_path, lambda: is_locked(tmp_path))
+    down(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:

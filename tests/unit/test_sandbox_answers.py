@@ -12,7 +12,7 @@ import pytest
 
 from sandbox.answers import AnswerKey
 from sandbox.drafts import Author, Draft, Question
-from sandbox.errormodel import DEFAULTS, ErrorModel, Form, decide, describe
+from sandbox.errormodel import DEFAULTS, ErrorModel, Form, decide
 from sandbox.errors import SandboxError
 from sandbox.forms import Schema, find_schema, state_confidence
 from sandbox.logprobs import encode_logprobs
@@ -225,10 +225,3 @@ def test_a_bad_line_of_a_key_is_named(tmp_path: Path) -> None:
     (tmp_path / "key").write_text('{"sha256": "00", "answer": {"a": 1}}\n{"sha256": "zz"}\n')
     with pytest.raises(SandboxError, match="key:2"):
         AnswerKey([tmp_path / "key"])
-
-
-def test_the_error_model_says_in_words_that_it_is_simulated() -> None:
-    said = describe(DEFAULTS, 5)
-    assert said["simulated"] is True
-    assert "Simulated" in str(said["words"])
-    orjson.dumps(said)
