@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
-from pydantic import AwareDatetime, Field, SecretStr, model_validator
+from pydantic import AnyUrl, AwareDatetime, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from schemas.money import Currency
@@ -35,7 +34,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _keep_the_sandbox_on_this_machine(self) -> Self:
         """Left over in a shell, the variable would book real money as simulated."""
-        if self.sandbox and urlsplit(self.base_url).hostname not in ("127.0.0.1", "localhost", "::1"):
+        if self.sandbox and AnyUrl(self.base_url).host not in ("127.0.0.1", "localhost", "[::1]"):
             raise ValueError(
                 "FARTHING_SANDBOX is set, but DEEPSEEK_BASE_URL is not on this machine: unset one of them"
             )
