@@ -26,16 +26,29 @@ log = structlog.get_logger("farthing.watch")
 
 #: Below this share of the expected hit tokens, over so many replies, the cache counts as lost.
 LOST_RATE, SAMPLE = 0.8, 100
+#: Events of one kind that a lane tells per tier. What comes after them is summed up when the lane leaves.
+MOST_EVENTS = 20
+
+#: Model and fingerprint, as a reply names them.
+ServedBy = tuple[str, str | None]
 
 
 @dataclass
 class _Tally:
-    """What a tier's replies showed: hit tokens against the prefix in the current sample, and who served last."""
+    """What a tier's replies showed: hit tokens against the prefix in the current sample, and who served them."""
 
     replies: int = 0
     hit: int = 0
     prefix_tokens: int = 0
-    served_by: tuple[str | None, str | None] | None = None
+    served_by: ServedBy | None = None
+    #: Whoever served before: told of, and so not again.
+    known: set[ServedBy] = field(default_factory=set)
+    #: Replies by others, which came after the last event.
+    by_others: int = 0
+    losses_told: int = 0
+    #: Replies and money of bad samples that were not told of yet.
+    lost_replies: int = 0
+    lost_pico: int = 0
 
 
 @dataclass
@@ -75,6 +88,8 @@ class Watch:
 
     async def close(self) -> None:
         """Wait until everything seen is in the ledger, but not for long: the log has it, and says what is missing."""
+        for tier, tally in self._tallies.items():
+            self._tell_rest(tier, tally)
         if self._telling:
             _, untold = await asyncio.wait(self._telling, timeout=self.close_s)
             for telling in untold:
@@ -85,18 +100,39 @@ class Watch:
         if reply.served_model is None:
             return
         served_by = (reply.served_model, reply.fingerprint)
-        if tally.served_by not in (None, served_by):
-            self._tell("served_model_changed", {"tier": tier, "from": tally.served_by, "to": served_by})
+        if served_by not in tally.known:
+            if len(tally.known) > MOST_EVENTS:
+                tally.by_others += 1
+            else:
+                tally.known.add(served_by)
+                if tally.served_by is not None:
+                    self._tell("served_model_changed", {"tier": tier, "from": tally.served_by, "to": served_by})
         tally.served_by = served_by
 
     def _judge_sample(self, tier: str, tally: _Tally) -> None:
         expected = tally.replies * tally.prefix_tokens
         if tally.hit < LOST_RATE * expected:
             price = self.book.at(self.job.tier(tier).model, self.run.currency, self.now())
-            lost = Money((expected - tally.hit) * (price.miss_pico - price.hit_pico), self.run.currency)
-            detail = {"tier": tier, "replies": tally.replies, "lost_pico": lost.pico, "lost": str(lost)}
-            self._tell("cache_lost", detail)
+            tally.lost_pico += (expected - tally.hit) * (price.miss_pico - price.hit_pico)
+            tally.lost_replies += tally.replies
+            if tally.losses_told < MOST_EVENTS:
+                tally.losses_told += 1
+                self._tell_loss(tier, tally)
         tally.replies = tally.hit = 0
+
+    def _tell_loss(self, tier: str, tally: _Tally) -> None:
+        lost = Money(tally.lost_pico, self.run.currency)
+        detail = {"tier": tier, "replies": tally.lost_replies, "lost_pico": lost.pico, "lost": str(lost)}
+        self._tell("cache_lost", detail)
+        tally.lost_replies = tally.lost_pico = 0
+
+    def _tell_rest(self, tier: str, tally: _Tally) -> None:
+        """Sum up what came after the last event of its kind."""
+        if tally.lost_replies:
+            self._tell_loss(tier, tally)
+        if tally.by_others:
+            self._tell("served_model_changed", {"tier": tier, "replies_by_others": tally.by_others})
+            tally.by_others = 0
 
     def _tell(self, kind: str, detail: dict[str, object]) -> None:
         level = log.info if kind == "primed" else log.warning

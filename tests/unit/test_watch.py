@@ -17,10 +17,11 @@ from schemas.money import Currency
 from tasks.ledger.connection import Ledger, PassingFailure
 from tasks.ledger.runs import Run
 from tasks.priming import Primer
-from tasks.watch import Watch
+from tasks.watch import MOST_EVENTS, SAMPLE, Watch
 from tests.ledgers import AT, BOOK, CAP, JOB, USAGE
 
 RUN = Run(RunId(1), "colours", "running", None, 1000, Currency.USD, 1, CAP, is_simulated=False)
+MISS = Usage(hit=0, miss=740, output=5)
 
 
 class FakeLedger(Ledger):
@@ -52,6 +53,12 @@ def served(model: str, fingerprint: str | None = None, usage: Usage | None = USA
     return Reply(Signal.ANSWERED, AT, AT, usage=usage, served_model=model, fingerprint=fingerprint)
 
 
+def prime(watch: Watch, usage: Usage | None, *, is_cold: bool = False) -> None:
+    """The priming attempt after which the tier is warm, or was given up on."""
+    primer = Primer(640 * 8, build_s=0, is_warm=True, is_cold=is_cold, attempts=3)
+    watch.see("flash", served("m", usage=usage), primer, is_priming=True)
+
+
 def see(watch: Watch, *replies: Reply) -> None:
     for reply in replies:
         watch.see("flash", reply, Primer(0, build_s=0), is_priming=False)
@@ -81,3 +88,34 @@ async def test_an_event_that_cannot_be_told_is_logged_as_missing(error: Exceptio
         await watch.close()
     missing = {"event": "event is not in the ledger", "log_level": "error", "run": 1, "kind": "served_model_changed"}
     assert logs[-1] == missing | {"why": why}
+
+
+async def test_replicas_that_take_turns_are_told_of_once_each() -> None:
+    ledger = FakeLedger()
+    watch = watch_of(ledger)
+    see(watch, *[served("m", f"fp_{number % 2}") for number in range(300)])
+    await watch.close()
+    change = {"tier": "flash", "from": ["m", "fp_0"], "to": ["m", "fp_1"]}
+    assert ledger.events == [("served_model_changed", change)]
+
+
+async def test_a_fingerprint_that_is_new_in_every_reply_is_told_of_so_often_and_then_counted() -> None:
+    ledger = FakeLedger()
+    watch = watch_of(ledger)
+    see(watch, *[served("m", f"fp_{number}") for number in range(300)])
+    await watch.close()
+    *changes, (_, rest) = ledger.events
+    assert [change["to"] for _, change in changes] == [["m", f"fp_{number + 1}"] for number in range(MOST_EVENTS)]
+    assert rest == {"tier": "flash", "replies_by_others": 300 - MOST_EVENTS - 1}
+
+
+async def test_money_lost_after_the_last_alarm_is_summed_up_when_the_lane_leaves() -> None:
+    ledger = FakeLedger()
+    watch = watch_of(ledger)
+    prime(watch, USAGE)
+    see(watch, *[served("m", usage=MISS)] * SAMPLE * (MOST_EVENTS + 5))
+    await watch.close()
+    assert len(ledger.events) == 1 + MOST_EVENTS + 1
+    assert [loss["replies"] for _, loss in ledger.events[1:]] == [SAMPLE] * MOST_EVENTS + [5 * SAMPLE]
+    per_reply = USAGE.hit * (150_000 - 3_000)
+    assert sum(loss["lost_pico"] for _, loss in ledger.events[1:]) == per_reply * SAMPLE * (MOST_EVENTS + 5)
