@@ -22,7 +22,7 @@ from sandbox.bill import bill_path, read_lines
 
 ROOT = Path(__file__).parents[2]
 #: At half of real time these take several seconds on the fastest machine, so that half of them is seen to have ended.
-DOCUMENTS = 1000
+DOCUMENTS = 600
 
 
 class Farthing:
