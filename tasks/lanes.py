@@ -239,6 +239,7 @@ class Lane:
             await asyncio.wait_for(self.climber.draining.wait(), self.plan.times.beat_every_s / 4)
 
     async def _commit_intents(self, intents: Sequence[Intent]) -> Sequence[Permit]:
+        self._fence_if_silent()
         if self.is_draining:  # also when Postgres comes back after a drain began
             return [Withheld() for _ in intents]
         return await attempts.intend(self.ledger, self.plan.run.run_id, self.lane_id, intents, self._reusable)
@@ -254,16 +255,25 @@ class Lane:
                 async with leases.alive(self.ledger, self.lane_id) as session:
                     await self._beat_on(session)
             except FarthingError as error:
-                silent_s = self.climber.tick() - self._last_beat_s
-                log.warning("no heartbeat", lane=self.lane_id, silent_s=round(silent_s), error=str(error))
-                if silent_s > self.plan.times.fence_after_s:
-                    self.drain("fenced", "Postgres was away too long: run the same command to go on")
+                log.warning("no heartbeat", lane=self.lane_id, silent_s=round(self._silent_s), error=str(error))
+                self._fence_if_silent()
                 await asyncio.sleep(self.plan.times.beat_every_s)
+
+    @property
+    def _silent_s(self) -> float:
+        """Seconds since the last heartbeat."""
+        return self.climber.tick() - self._last_beat_s
+
+    def _fence_if_silent(self) -> None:
+        """Drain where others may take this lane for dead soon."""
+        if self._silent_s > self.plan.times.fence_after_s:
+            self.drain("fenced", "Postgres was away too long: run the same command to go on")
 
     async def _beat_on(self, session: leases.Session) -> None:
         times, run_id = self.plan.times, self.plan.run.run_id
         while True:
-            state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
+            async with asyncio.timeout(times.beat_within_s):  # TimeoutError is an OSError: the session is given up
+                state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
             self._last_beat_s = self.climber.tick()
             if state is None:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")

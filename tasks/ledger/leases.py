@@ -43,13 +43,18 @@ Session = AsyncConnection
 class LeaseTimes:
     """How a lane shows that it lives, and when it counts as dead, in seconds.
 
-    One that could not show its heartbeat for `fence_after_s` makes no more intents.
+    One that could not show its heartbeat for `fence_after_s` makes no more intents. A heartbeat that hangs is given
+    up after `beat_within_s`, for one on another connection.
     """
 
     beat_every_s: float = 1.0
     fence_after_s: float = 20.0
     grace_s: float = GRACE_S
     dead_after_s: float = DEAD_AFTER_S
+
+    @property
+    def beat_within_s(self) -> float:
+        return self.fence_after_s / 4
 
 
 USUAL_TIMES = LeaseTimes()

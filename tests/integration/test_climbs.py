@@ -16,6 +16,7 @@ from tasks.completions import Completions
 from tasks.lanes import Ended, Lane
 from tasks.ledger import attempts, budgets, leases
 from tasks.ledger.connection import PassingFailure, Role, opened
+from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tests.world import World, make_world
 
 
@@ -64,7 +65,9 @@ class Working:
     task: asyncio.Task[Ended]
 
     @classmethod
-    async def start(cls, world: World, monkeypatch: pytest.MonkeyPatch, **request: Any) -> Working:
+    async def start(
+        cls, world: World, monkeypatch: pytest.MonkeyPatch, times: LeaseTimes = USUAL_TIMES, **request: Any
+    ) -> Working:
         started: asyncio.Future[Lane] = asyncio.get_running_loop().create_future()
         run_shards = Lane.run_shards
 
@@ -74,14 +77,16 @@ class Working:
 
         monkeypatch.setattr(Lane, "run_shards", run_and_tell)
         run = await world.open(**request)
-        task = asyncio.create_task(world.work(run, **request))
+        work = enrichment.work_lane(world.request(**request), world.settings, run, times=times)
+        task = asyncio.create_task(work)
         return cls(await started, task)
 
     async def wait_until(self, why: str) -> None:
-        """Until the lane says that it waits because of that."""
-        while why not in (self.lane.waiting_because() or ""):
-            assert not self.task.done()
-            await asyncio.sleep(0.01)
+        """Until the lane says that it waits because of that; one that never does fails the test."""
+        async with asyncio.timeout(20):
+            while why not in (self.lane.waiting_because() or ""):
+                assert not self.task.done()
+                await asyncio.sleep(0.01)
 
     async def ended(self) -> Ended:
         """How it ends; a lane that does not leave fails the test."""
@@ -167,4 +172,40 @@ async def test_a_lane_that_drains_while_postgres_is_away_waits_only_for_what_was
     working.lane.drain("interrupted")
     held.arrive.set()
     assert (await working.ended()).reason == "interrupted"
+    assert billing(world) == {"known": held.count}
+
+
+async def test_a_heartbeat_that_hangs_is_given_up_and_the_lane_fences_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(*_arguments: Any) -> None:
+        await asyncio.Event().wait()
+
+    held = hold_replies(monkeypatch)
+    working = await Working.start(world, monkeypatch, LeaseTimes(beat_every_s=0.05, fence_after_s=0.4))
+    while not held.count:
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(leases, "beat", hang)
+    await working.wait_until("fenced")
+    held.arrive.set()
+    assert (await working.ended()).reason == "fenced"
+    assert billing(world) == {"known": held.count}
+
+
+async def test_a_lane_whose_heartbeat_is_overdue_makes_no_intent(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However its heartbeat hangs: here, for good, in a place that nothing gives up."""
+
+    async def hang(_lane: Lane) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Lane, "_beat", hang)
+    held = hold_replies(monkeypatch)
+    working = await Working.start(world, monkeypatch, LeaseTimes(fence_after_s=0.8))
+    while not held.count:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(1)
+    held.arrive.set()
+    assert (await working.ended()).reason == "fenced"
     assert billing(world) == {"known": held.count}
