@@ -122,7 +122,7 @@ class Climber:
                 reply = await self._send(call)
                 place.leave(reply.signal, reply.ceiling)
                 if is_priming:
-                    primer.see(reply.usage)
+                    primer.see(reply)
                 self.watch.see(tier, reply, primer, is_priming=is_priming)
                 booking = self._book(reply, call, reserved)
                 step, work = await self._record(work, reply, booking)

@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from schemas.attempts import Usage
+from schemas.attempts import NOT_BILLED, UNKNOWN_BILLING, Reply
 
 #: Give up after so many: a cache that does not hit by then costs more to wait for than to go without.
 MOST_ATTEMPTS = 8
+#: After these the prompt may never have reached a model, so they say nothing about its cache.
+_SAYS_NOTHING = NOT_BILLED | UNKNOWN_BILLING
 #: The provider reports hits in multiples of this many tokens; a shorter prefix cannot hit.
 UNIT_TOKENS = 128
 #: English has 4.65 bytes per token; prose with more than this does not occur, so it bounds a prefix from below.
@@ -24,7 +26,11 @@ BYTES_PER_TOKEN_AT_MOST = 8
 
 @dataclass
 class Primer:
-    """The gate of one tier in one lane. `is_warm` once the prefix hit, or was given up on (`is_cold`)."""
+    """The gate of one tier in one lane. `is_warm` once the prefix hit, or was given up on (`is_cold`).
+
+    `attempts` counts those that were tried on the cache. While there are only others, documents still go one after
+    the other; that this does not last is for the breaker (`schemas.brakes`) to see to.
+    """
 
     prefix_bytes: int
     build_s: float
@@ -35,6 +41,11 @@ class Primer:
 
     def __post_init__(self) -> None:
         self.is_warm = self.is_warm or self.prefix_bytes < UNIT_TOKENS * BYTES_PER_TOKEN_AT_MOST
+
+    @property
+    def least(self) -> int:
+        """The fewest tokens that the whole prefix can come to, as the provider would report a hit of it."""
+        return self.prefix_bytes // BYTES_PER_TOKEN_AT_MOST // UNIT_TOKENS * UNIT_TOKENS
 
     @property
     def is_priming(self) -> bool:
@@ -56,10 +67,11 @@ class Primer:
         if not is_priming:
             yield False
 
-    def see(self, usage: Usage | None) -> None:
-        """Take the usage of a priming attempt into account."""
+    def see(self, reply: Reply) -> None:
+        """Take the reply to a priming attempt into account."""
+        if reply.usage is None and reply.signal in _SAYS_NOTHING:
+            return
         self.attempts += 1
-        least = self.prefix_bytes // BYTES_PER_TOKEN_AT_MOST // UNIT_TOKENS * UNIT_TOKENS
-        self.is_warm = usage is not None and usage.hit >= least
+        self.is_warm = reply.usage is not None and reply.usage.hit >= self.least
         if not self.is_warm and self.attempts >= MOST_ATTEMPTS:
             self.is_warm = self.is_cold = True

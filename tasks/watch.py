@@ -72,14 +72,10 @@ class Watch:
         """Take one reply into account; synchronous, since it is on every document's way."""
         tally = self._tallies.setdefault(tier, _Tally())
         self._see_model(tier, tally, reply)
-        if reply.usage is None:
-            return
         if is_priming:
-            tally.prefix_tokens = reply.usage.hit // UNIT_TOKENS * UNIT_TOKENS
-            if primer.is_warm:
-                kind = "cache_cold" if primer.is_cold else "primed"
-                detail = {"tier": tier, "attempts": primer.attempts, "prefix_tokens": tally.prefix_tokens}
-                self._tell(kind, detail)
+            self._see_priming(tier, tally, reply, primer)
+            return
+        if reply.usage is None:
             return
         tally.replies += 1
         tally.hit += min(reply.usage.hit, tally.prefix_tokens)
@@ -108,6 +104,14 @@ class Watch:
                 if tally.served_by is not None:
                     self._tell("served_model_changed", {"tier": tier, "from": tally.served_by, "to": served_by})
         tally.served_by = served_by
+
+    def _see_priming(self, tier: str, tally: _Tally, reply: Reply, primer: Primer) -> None:
+        """Tell how priming ended. What a cache that never hit is expected to hit is the least the prefix can be."""
+        if primer.is_warm:
+            hit = 0 if reply.usage is None else reply.usage.hit // UNIT_TOKENS * UNIT_TOKENS
+            tally.prefix_tokens = max(hit, primer.least)
+            kind = "cache_cold" if primer.is_cold else "primed"
+            self._tell(kind, {"tier": tier, "attempts": primer.attempts, "prefix_tokens": tally.prefix_tokens})
 
     def _judge_sample(self, tier: str, tally: _Tally) -> None:
         expected = tally.replies * tally.prefix_tokens

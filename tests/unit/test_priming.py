@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
-from schemas.attempts import Usage
+import pytest
+
+from schemas.attempts import NOT_BILLED, UNKNOWN_BILLING, Reply, Signal, Usage
 from tasks.priming import MOST_ATTEMPTS, Primer
 
 PREFIX = 8_000  # bytes: 1,000 tokens at the very least
 
-MISS, HIT = Usage(0, 2_000, 10), Usage(1_664, 336, 10)
+AT = datetime(2026, 9, 26, tzinfo=UTC)
 
 
-async def climb(primer: Primer, usages: list[Usage], log: list[str]) -> None:
+def reply(signal: Signal, usage: Usage | None = None) -> Reply:
+    return Reply(signal, AT, AT, usage=usage)
+
+
+MISS, HIT = (reply(Signal.ANSWERED, usage) for usage in (Usage(0, 2_000, 10), Usage(1_664, 336, 10)))
+
+
+async def climb(primer: Primer, replies: list[Reply], log: list[str]) -> None:
     async with primer.turn() as is_priming:
         log.append("prime" if is_priming else "go")
         await asyncio.sleep(0)
         if is_priming:
-            primer.see(usages.pop(0))
+            primer.see(replies.pop(0))
 
 
 async def test_documents_go_one_by_one_until_the_third_hits_and_then_all_go() -> None:
     primer, log = Primer(PREFIX, build_s=0), []
     await asyncio.gather(*(climb(primer, [MISS, MISS, HIT], log) for _ in range(1)))
-    usages = [MISS, HIT]
-    await asyncio.gather(*(climb(primer, usages, log) for _ in range(9)))
+    replies = [MISS, HIT]
+    await asyncio.gather(*(climb(primer, replies, log) for _ in range(9)))
     assert log == ["prime"] * 3 + ["go"] * 7
     assert primer.is_warm
     assert not primer.is_cold
@@ -49,7 +59,7 @@ async def test_never_two_prime_at_the_same_time() -> None:
 
 async def test_a_hit_of_less_than_the_prefix_does_not_count() -> None:
     primer = Primer(PREFIX, build_s=0)
-    primer.see(Usage(128, 1_872, 10))
+    primer.see(reply(Signal.ANSWERED, Usage(128, 1_872, 10)))
     assert not primer.is_warm
 
 
@@ -62,10 +72,20 @@ async def test_a_cache_that_never_hits_is_given_up_on() -> None:
     assert primer.is_cold
 
 
-async def test_usage_that_is_not_known_primes_nothing() -> None:
+@pytest.mark.parametrize("signal", sorted(NOT_BILLED | UNKNOWN_BILLING))
+async def test_a_failure_says_nothing_about_the_cache(signal: Signal) -> None:
     primer = Primer(PREFIX, build_s=0)
-    primer.see(None)
-    assert (primer.is_warm, primer.attempts) == (False, 1)
+    for _ in range(3 * MOST_ATTEMPTS):
+        primer.see(reply(signal))
+    assert (primer.is_warm, primer.is_cold, primer.attempts) == (False, False, 0)
+
+
+@pytest.mark.parametrize("signal", [Signal.ANSWERED, Signal.BLANK, Signal.INTERRUPTED, Signal.REFUSED])
+async def test_a_provider_that_never_reports_usage_is_not_primed_for_ever(signal: Signal) -> None:
+    primer = Primer(PREFIX, build_s=0)
+    for _ in range(MOST_ATTEMPTS):
+        primer.see(reply(signal))
+    assert (primer.is_warm, primer.is_cold) == (True, True)
 
 
 async def test_a_prefix_too_short_to_hit_is_not_primed() -> None:

@@ -119,3 +119,32 @@ async def test_money_lost_after_the_last_alarm_is_summed_up_when_the_lane_leaves
     assert [loss["replies"] for _, loss in ledger.events[1:]] == [SAMPLE] * MOST_EVENTS + [5 * SAMPLE]
     per_reply = USAGE.hit * (150_000 - 3_000)
     assert sum(loss["lost_pico"] for _, loss in ledger.events[1:]) == per_reply * SAMPLE * (MOST_EVENTS + 5)
+
+
+async def test_a_primed_cache_is_told_of_with_the_prefix_that_hit() -> None:
+    ledger = FakeLedger()
+    watch = watch_of(ledger)
+    prime(watch, Usage(hit=800, miss=10, output=5))
+    await watch.close()
+    assert ledger.events == [("primed", {"tier": "flash", "attempts": 3, "prefix_tokens": 768})]
+
+
+@pytest.mark.parametrize("usage", [None, MISS, Usage(hit=128, miss=612, output=5)])
+async def test_a_cold_cache_is_told_of_and_what_it_costs_too(usage: Usage | None) -> None:
+    """That the prefix is at least so long is known from its bytes."""
+    ledger = FakeLedger()
+    watch = watch_of(ledger)
+    prime(watch, usage, is_cold=True)
+    see(watch, *[served("m", usage=MISS)] * SAMPLE)
+    await watch.close()
+    cold, lost = ledger.events
+    assert cold == ("cache_cold", {"tier": "flash", "attempts": 3, "prefix_tokens": 640})
+    assert (lost[0], lost[1]["lost_pico"]) == ("cache_lost", SAMPLE * 640 * (150_000 - 3_000))
+
+
+async def test_no_cache_is_said_to_be_lost_whose_prefix_is_too_short_to_hit() -> None:
+    ledger = FakeLedger()
+    watch = watch_of(ledger)
+    see(watch, *[served("m", usage=MISS)] * SAMPLE)
+    await watch.close()
+    assert ledger.events == []
