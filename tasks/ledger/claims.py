@@ -2,6 +2,10 @@
 
 Parameters: `run_id`, `is_done`, and the few constants of `schemas` that `tasks.ledger.proof` binds. A query returns
 one column, words that name a row by its key (`run.document.attempt`) and say what is wrong with it.
+
+Postgres's wall clock may be set back, so a row was written after another only where both its instant and its
+transaction's number (`xmin`; a newer one has the smaller `age`) say so. In a ledger restored from a dump the numbers
+are those of the restore: there such an order may go unseen.
 """
 
 from __future__ import annotations
@@ -133,7 +137,7 @@ CLAIMS: Mapping[str, Claim] = {
             SELECT format('attempt_intent %s.%s.%s: intended after its document had ended', i.run_id, i.document_no,
                           i.attempt_no)
             FROM attempt_intent i JOIN document d USING (run_id, document_no)
-            WHERE i.run_id = :run_id AND i.intended_at > d.recorded_at
+            WHERE i.run_id = :run_id AND i.intended_at > d.recorded_at AND age(i.xmin) <= age(d.xmin)
             """,
             """
             SELECT format('document %s.%s: %s of its answers were accepted', run_id, document_no, count(*))
@@ -157,6 +161,7 @@ CLAIMS: Mapping[str, Claim] = {
               AND (s.tier = r.policy -> 'ladder' ->> -1 OR s.confidence IS NULL
                    OR s.confidence >= (r.policy -> 'escalate' ->> 'below')::double precision)
               AND s.recorded_at < i.intended_at - make_interval(secs => :commit_slack)
+              AND age(s.xmin) >= age(i.xmin)
             """,
         ),
     ),
@@ -175,14 +180,17 @@ CLAIMS: Mapping[str, Claim] = {
             """
             SELECT format('attempt_intent %s.%s.%s: intended before attempt %s was over', run_id, document_no,
                           attempt_no, before_no)
-            FROM (SELECT run_id, document_no, attempt_no, intended_at, lag(attempt_no) OVER w AS before_no,
-                         lag(least(o.recorded_at, u.declared_at)) OVER w AS over_at
+            FROM (SELECT run_id, document_no, attempt_no, intended_at, age(i.xmin) AS intended_ago,
+                         lag(attempt_no) OVER w AS before_no,
+                         lag(least(o.recorded_at, u.declared_at)) OVER w AS over_at,
+                         lag(greatest(age(o.xmin), age(u.xmin))) OVER w AS over_ago
                   FROM attempt_intent i
                   LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
                   LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
                   WHERE run_id = :run_id
                   WINDOW w AS (PARTITION BY run_id, document_no ORDER BY attempt_no)) a
-            WHERE before_no IS NOT NULL AND (over_at IS NULL OR over_at > intended_at)
+            WHERE before_no IS NOT NULL
+              AND (over_at IS NULL OR (over_at > intended_at AND over_ago <= intended_ago))
             """,
         ),
     ),
@@ -385,9 +393,10 @@ CLAIMS: Mapping[str, Claim] = {
             SELECT format('attempt_intent %s.%s.%s: under epoch %s of shard %s, after epoch %s was at work', run_id,
                           document_no, attempt_no, epoch, shard_no, newest)
             FROM (SELECT *, max(epoch) OVER (PARTITION BY shard_no ORDER BY intended_at
-                                             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest
+                                             ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS newest,
+                         max(epoch) OVER (PARTITION BY shard_no ORDER BY age(xmin) DESC) AS newest_by_number
                   FROM attempt_intent WHERE run_id = :run_id) i
-            WHERE epoch < newest
+            WHERE epoch < newest AND epoch < newest_by_number
             """,
             """
             SELECT format('attempt_intent %s.%s.%s: lane %s is not of this run', i.run_id, i.document_no,

@@ -109,6 +109,15 @@ _BOOKED_IN_MINUTE = text("""
 """)
 
 
+#: The digest leaves out what is stamped later than the run was settled: late facts, or a clock that was set back.
+_STAMPED_LATER = text("""
+    SELECT (SELECT count(*) FROM attempt_intent WHERE run_id = :run_id AND intended_at > :until)
+         + (SELECT count(*) FROM attempt_outcome WHERE run_id = :run_id AND recorded_at > :until)
+         + (SELECT count(*) FROM attempt_unknown WHERE run_id = :run_id AND declared_at > :until)
+         + (SELECT count(*) FROM document WHERE run_id = :run_id AND recorded_at > :until)
+""")
+
+
 async def prove(ledger: Ledger, run_id: int, book: PriceBook) -> Proof:
     """Recompute the guarantees of a run from its rows. Raises ConfigurationError where there is no such run."""
     async with ledger.transaction() as connection:
@@ -170,6 +179,9 @@ async def _check_digest(connection: AsyncConnection, run_id: int, run: Row[Any])
         return Evidence(0, (), says + "; the digest is made when the run is done")
     if run.ledger_digest is None or run.finished_at is None:
         return Evidence(1, (f"run {run_id}: is done and has no digest",), says)
+    key = {"run_id": run_id, "until": run.finished_at}
+    if later := (await connection.execute(_STAMPED_LATER, key)).scalar_one():
+        says += f"; {later} rows are stamped later than that and are not covered"
     found = await compute_digest(connection, RunId(run_id), run.finished_at)
     if found == run.ledger_digest:
         return Evidence(1, (), says)

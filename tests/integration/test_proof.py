@@ -69,7 +69,8 @@ CORRUPTIONS = {
     "a result paid for twice": (
         "UPDATE document SET text_digest = (SELECT text_digest FROM document WHERE document_no = 0),"
         " recorded_at = (SELECT recorded_at - interval '1 hour' FROM document WHERE document_no = 0)"
-        " WHERE document_no = 2",
+        " WHERE document_no = 2;"
+        " UPDATE attempt_intent SET intended_at = intended_at WHERE document_no = 0",
         "G3 G5",
         "attempt_intent 1.0.1: the result 1.2 was committed before",
     ),
@@ -234,6 +235,33 @@ async def test_a_late_outcome_leaves_the_proof_whole(ledger: Ledger, ledger_url:
 
 def pro_cost(url: str) -> int:
     return int(sql(url, "SELECT sum(cost_pico) FROM attempt WHERE tier = 'pro'")[0][0])
+
+
+#: What Postgres would have stamped, had its clock been an hour ahead until just before these rows and then set right.
+CLOCK_SET_BACK = {
+    "an ending": "UPDATE document SET recorded_at = recorded_at - interval '1 hour'",
+    "a later attempt": "UPDATE attempt_intent SET intended_at = intended_at - interval '1 hour' WHERE attempt_no > 1",
+    "another lane": "UPDATE attempt_intent SET intended_at = intended_at - interval '1 hour' WHERE epoch > 1",
+    "a result of the same text": "UPDATE document SET text_digest = (SELECT text_digest FROM document"
+    " WHERE document_no = 0), recorded_at = recorded_at - interval '1 hour' WHERE document_no = 2",
+}
+
+
+@pytest.mark.parametrize("rows", CLOCK_SET_BACK)
+async def test_a_clock_that_was_set_back_breaks_no_guarantee(rows: str, ledger: Ledger, ledger_url: str) -> None:
+    run = await run_everything(ledger)
+    sql(ledger_url, CLOCK_SET_BACK[rows])
+    proof = await prove(ledger, run.run_id, BOOK)
+    proof.evidence.pop("G3")  # a text is covered by the digest
+    assert proof.proved, proof.to_json()
+
+
+async def test_rows_that_the_digest_does_not_cover_are_counted(ledger: Ledger, ledger_url: str) -> None:
+    run = await run_everything(ledger)
+    assert "not covered" not in (await prove(ledger, run.run_id, BOOK)).evidence["G3"].says
+    late = Hand(ledger, run, 1, await runs.register_prices(ledger, BOOK.rows()))
+    await late.record(Record(late.outcome(4, 1)))
+    assert "; 1 rows are stamped later" in (await prove(ledger, run.run_id, BOOK)).evidence["G3"].says
 
 
 async def test_a_failed_shard_leaves_the_proof_whole(ledger: Ledger) -> None:
