@@ -117,11 +117,11 @@ class Reply:
     content: str | None = None
     tokens: tuple[Token, ...] | None = None
     usage: Usage | None = None
-    usage_fault: str | None = None  # what cannot be true of a usage that came: why there is none here
     finish_reason: str | None = None
     served_model: str | None = None
     fingerprint: str | None = None
     provider_id: str | None = None
     retry_after_s: float | None = None
     ceiling: int | None = None  # the concurrency limit that a 429 body states
+    usage_fault: str | None = None  # what cannot be true of a usage that came: why there is none here
     detail: str = field(default="", compare=False)
