@@ -27,6 +27,10 @@ from tasks.ledger.leases import LeaseTimes
 from tests.faults.checker import Snapshot
 from tests.faults.stage import Stage, staged, wait_until
 
+#: All of it is for `make faults`: what is left to chance, and to timing, must not decide whether a commit lands. Each
+#: commit is killed at every failpoint (test_failpoints.py) and in the middle of a real run (test_kill.py).
+pytestmark = pytest.mark.long
+
 DOCUMENTS = 100
 #: Everything that is waited for in a run, scaled to a test's patience.
 TIMES = LeaseTimes(beat_every_s=0.2, fence_after_s=1.2, grace_s=1.0, dead_after_s=2.0)
@@ -309,7 +313,6 @@ def test_a_run_killed_again_and_again_still_ends_and_proves(stage: Stage, capsys
         print(f"\n{summary(range(1, 2), tally)}")
 
 
-@pytest.mark.long
 def test_a_storm_of_kills_breaks_no_promise(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     tally = storm(1, int(os.environ.get("FARTHING_CHAOS_KILLS", "100")), stage)
     with capsys.disabled():
@@ -341,7 +344,6 @@ def test_a_lane_that_wakes_up_after_its_burial_commits_nothing(
         print(f"\n{summary(range(1), tally)}")
 
 
-@pytest.mark.long
 def test_many_zombies_break_no_promise(
     stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,7 +352,6 @@ def test_many_zombies_break_no_promise(
         print(f"\n{summary(range(100, 101), tally)}")
 
 
-@pytest.mark.long
 def test_chaos_breaks_no_promise(stage: Stage, private: PrivatePostgres, capsys: pytest.CaptureFixture[str]) -> None:
     played = seeds(range(1000, 1000 + int(os.environ.get("FARTHING_CHAOS_ROUNDS", "20"))))
     tally = play(played, 8, stage, private)
