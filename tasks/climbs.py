@@ -39,6 +39,8 @@ from tasks.writer import Writer
 
 #: A reply may be billed a little after its deadline, at the price of then.
 PRICE_SLACK = timedelta(minutes=2)
+#: What waited longer than this for money and its intent is not sent: its worst case may not be the worst any more.
+SEND_WITHIN = PRICE_SLACK / 2
 
 
 #: After so many replies in a row without usage, nobody knows what the run costs.
@@ -113,17 +115,23 @@ class Climber:
         async with primer.turn() as is_priming, self.limiters[tier].place() as place:
             if is_priming and work.position.purpose is Purpose.ANSWER:
                 work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))
+            send_by = self.now() + SEND_WITHIN
             call, reserved, price = self._prepare(work)
             async with self.grants.reserved(reserved.worst, rung=work.position.rung) as reservation:
                 permit = await self._intend(work, reservation, price)
                 if isinstance(permit, ResultKey):
                     await self._end(work, end_of(work, DocumentState.REUSED, of=permit))
                     return Accept(), work
+                if self.now() > send_by:
+                    step, work = await self._give_up(work)
+                    reservation.used = 0
+                    return step, work
                 reply = await self._send(call)
                 place.leave(reply.signal, reply.ceiling)
                 if is_priming:
                     primer.see(reply)
                 self.watch.see(tier, reply, primer, is_priming=is_priming)
+                self._note(reply)
                 booking = self._book(reply, call, reserved)
                 step, work = await self._record(work, reply, booking)
                 reservation.used = booking.used  # only now is it durable: until then all of it counts as spent
@@ -176,6 +184,12 @@ class Climber:
         reach("send.after")
         return reply
 
+    async def _give_up(self, work: Work) -> tuple[Step, Work]:
+        """Record an attempt whose permit came too late: it never left, and says nothing about the provider."""
+        now = self.now()
+        reply = Reply(Signal.NOT_SENT, now, now, detail="not sent: prices may have changed while it waited")
+        return await self._record(work, reply, Booking(None, 0, None))
+
     def _book(self, reply: Reply, call: Call, reserved: Reserved) -> Booking:
         """What the reply cost. A price row that the run did not register is as good as none."""
         booking = book_reply(reply, call.model, self.run.currency, reserved, self.book)
@@ -188,7 +202,6 @@ class Climber:
         judgement = judge(self.job, work.document, reply, work.position.rung)
         step = advance(work.position, reply.signal, judgement.verdict, len(self.job.ladder))
         record = Record(self._outcome(work, reply, booking, judgement), self._ending(work, step, judgement))
-        self._note(reply)
         try:
             is_kept = await self.records.put(record)
         except PoisonValue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +210,27 @@ async def test_a_lane_whose_heartbeat_is_overdue_makes_no_intent(
     held.arrive.set()
     assert (await working.ended()).reason == "fenced"
     assert billing(world) == {"known": held.count}
+
+
+async def test_what_waited_too_long_for_its_permit_is_not_sent_and_tried_again_at_the_price_of_then(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intend, ahead = attempts.intend, timedelta(0)
+
+    async def intend_slowly(*arguments: Any) -> Any:
+        nonlocal ahead
+        permits = await intend(*arguments)
+        ahead = timedelta(minutes=5)  # from now on: only who waited for this permit waited too long
+        return permits
+
+    monkeypatch.setattr(attempts, "intend", intend_slowly)
+    working = await Working.start(world, monkeypatch)
+    now = working.lane.climber.now
+    working.lane.climber.now = lambda: now() + ahead
+    assert (await working.ended()).is_done
+    late = world.sql("SELECT run_id, document_no, attempt_no, cost_pico FROM attempt WHERE signal = 'not_sent'")
+    assert late
+    for run, number, attempt, cost in late:
+        assert cost == 0
+        assert f"{run}.{number}.{attempt}" not in world.bill()
+    assert world.value("SELECT count(*) FROM result") == 60
