@@ -104,8 +104,9 @@ class Call:
 class Reply:
     """What one attempt came to: a signal, and whatever the provider told us.
 
-    `completed_at` is the provider's own instant (its Date header, whole seconds) where it sent one, because
-    tariffs change on the provider's clock; else this machine's. `usage` is None where the provider reported
+    Both instants are on the provider's clock, because tariffs change on it: `completed_at` is its own word (its Date
+    header, whole seconds) where it sent one; the rest is this machine's clock, put right by what is known of the
+    provider's. `usage` is None where the provider reported
     none or an impossible one: unknown, never zero. `detail` is safe to store and to show: it never holds
     document text, a key or a URL's credentials.
     """

@@ -1,8 +1,9 @@
 """What a token costs: by model, currency, date, hour, weekday and Chinese holiday, in exact integers.
 
 The book is read from schemas/prices/*.toml, which says where each row comes from and how to add one. A price is asked
-for at an instant; whether that is the dispatch or the completion of an attempt is the caller's setting, because
-DeepSeek does not say which decides [?]. What the book does not know, it refuses: an unknown price is never zero.
+for at an instant. DeepSeek does not say whether an attempt's dispatch or its completion decides [?]: attempts are
+booked by their completion, and the ledger keeps both instants, on the provider's clock, so that this can be redone.
+What the book does not know, it refuses: an unknown price is never zero.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from schemas.replies import DATE_TOLERANCE, Arrival, NotJson, load_json, read_da
 from tasks.transport import BODY_SECONDS, Transport, describe
 
 MIB = 1024 * 1024
+#: An offset between two clocks that Date headers show again and again to be off by less is as good as they get.
+_CLOCK_TOLERANCE = timedelta(seconds=2)
 #: A question about the account or the models, not an attempt: small, so short.
 _QUESTION_DEADLINE_S = 30.0
 
@@ -60,6 +62,9 @@ def utc_now() -> datetime:
 class Completions:
     """The provider at one base URL, with one pool of at most `ceiling` connections. An async context manager.
 
+    `offset` is the provider's clock minus this machine's; each reply with a Date puts it right where it is off, as
+    after this machine slept.
+
     `send_attempt_key` is for the sandbox only: it adds an X-Attempt header, and believes the provider's clock
     however far it is from ours, because a sandbox's is set at will.
     """
@@ -83,6 +88,7 @@ class Completions:
         self._sends_attempt_key = send_attempt_key
         self._date_tolerance = timedelta.max if send_attempt_key else DATE_TOLERANCE
         self._now = now
+        self.offset = timedelta(0)
         self._client: openai.AsyncOpenAI | None = None
 
     async def __aenter__(self) -> Self:
@@ -108,16 +114,20 @@ class Completions:
     async def complete(self, call: Call) -> Reply:
         """Make one attempt and say what came of it. Raises nothing but CancelledError and programming errors."""
         client = self._open_client()
-        sent_at = self._now()
+        sent_at = self.now()
         try:
             response = await _post(client, self._url, _encode(call), self._options(call))
             reply = read_reply(self._arrival(response, sent_at))
         except Exception as error:
             signal, detail = signal_of(error)
-            reply = Reply(signal, sent_at, self._now(), detail=detail)
+            reply = Reply(signal, sent_at, self.now(), detail=detail)
         if reply.signal is not Signal.ANSWERED:
             log.debug("attempt", key=call.attempt_key, signal=reply.signal.value, detail=reply.detail)
         return reply
+
+    def now(self) -> datetime:
+        """The provider's clock, as far as it is known."""
+        return self._now() + self.offset
 
     async def balance(self) -> Balance:
         """What is left on the account, in its funded currency. Raises ProviderStopped."""
@@ -136,8 +146,7 @@ class Completions:
     async def clock_offset(self) -> timedelta:
         """The provider's clock minus this machine's, in whole seconds. Raises ProviderStopped.
 
-        Zero where the provider sends no sane Date: then this machine's clock is the only one there is, here as
-        in `completed_at`.
+        Zero where the provider sends no sane Date: then this machine's clock is the only one there is.
         """
         before = self._now()
         response = await self._get("/models")
@@ -145,8 +154,7 @@ class Completions:
         date = self._date(response, middle)
         if date is None:
             return timedelta(0)
-        half_second = timedelta(milliseconds=500)  # a Date header is cut to whole seconds, so on average half late
-        return timedelta(seconds=round((date + half_second - middle).total_seconds()))
+        return _offset(date, middle)
 
     def _open_client(self) -> openai.AsyncOpenAI:
         if self._client is None:
@@ -160,11 +168,19 @@ class Completions:
 
     def _arrival(self, response: httpx2.Response, sent_at: datetime) -> Arrival:
         """The reply with its instants. A queued request gets its headers, Date too, long before its answer."""
-        ended = self._now()
-        date = self._date(response, ended)
-        if date is not None:
+        now = self._now()
+        date = self._date(response, now)
+        if date is None:
+            ended = now + self.offset
+        else:
             ended = (date + timedelta(seconds=response.extensions.get(BODY_SECONDS, 0.0))).replace(microsecond=0)
+            self._correct_offset(_offset(ended, now))
         return Arrival(response.status_code, response.content, response.headers.get("retry-after"), sent_at, ended)
+
+    def _correct_offset(self, seen: timedelta) -> None:
+        if abs(seen - self.offset) > _CLOCK_TOLERANCE:
+            log.debug("clocks moved apart", seconds=(seen - self.offset).total_seconds())
+            self.offset = seen
 
     def _date(self, response: httpx2.Response, now: datetime) -> datetime | None:
         return read_date(response.headers.get("date"), now, tolerance=self._date_tolerance)
@@ -189,6 +205,11 @@ class Completions:
             raise ProviderStopped(
                 f"the provider at {host} does not answer ({detail}); check the network and DEEPSEEK_BASE_URL"
             ) from None
+
+
+def _offset(date: datetime, ours: datetime) -> timedelta:
+    """The provider's clock minus ours; a Date header is cut to whole seconds, so on average half a second late."""
+    return timedelta(seconds=round((date - ours).total_seconds() + 0.5))
 
 
 def signal_of(error: Exception) -> tuple[Signal, str]:

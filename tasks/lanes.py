@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from schemas.jobs import Job
 from schemas.pricing import PriceBook
 from schemas.records import Intent, Record
 from tasks.climbs import Climber
-from tasks.completions import Completions, utc_now
+from tasks.completions import Completions
 from tasks.drains import Draining
 from tasks.grants import Grants
 from tasks.ledger import attempts, leases
@@ -115,6 +115,7 @@ class Lane:
         ceilings = {tier.name: max(1, plan.job.concurrency[tier.name] // plan.lanes) for tier in plan.job.ladder}
         prefix_bytes = len(plan.job.prefix.encode())
         self._last_beat_s = loop.time()
+        self.completions.offset = plan.clock_offset  # until the replies say otherwise
         self._patience = Patience(draining=asyncio.Event())
         self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
         self.climber = Climber(
@@ -129,8 +130,8 @@ class Lane:
             limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
             primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
             waits=Waits(scale=plan.scale),
-            watch=Watch(self.ledger, plan.job, plan.run, plan.book, self._now),
-            now=self._now,
+            watch=Watch(self.ledger, plan.job, plan.run, plan.book, self.completions.now),
+            now=self.completions.now,
             tick=loop.time,
             breaker=Breaker(probe_every_s=PROBE_EVERY_S * plan.scale),
             retry_budget=RetryBudget(trickle_per_s=1 / max(plan.scale, 0.001)),
@@ -301,9 +302,6 @@ class Lane:
             await leases.leave(self.ledger, self.plan.run.run_id, self.lane_id, reason)
         except LedgerUnavailable as error:
             log.warning("lane could not say goodbye", lane=self.lane_id, error=str(error))
-
-    def _now(self) -> datetime:
-        return utc_now() + self.plan.clock_offset
 
     @property
     def _reusable(self) -> Reusable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +234,23 @@ async def test_what_waited_too_long_for_its_permit_is_not_sent_and_tried_again_a
         assert cost == 0
         assert f"{run}.{number}.{attempt}" not in world.bill()
     assert world.value("SELECT count(*) FROM result") == 60
+
+
+async def test_both_instants_of_an_attempt_are_on_the_providers_clock(world: World) -> None:
+    await world.run()
+    apart = "SELECT max(abs(extract(epoch FROM completed_at - sent_at))) FROM attempt_outcome"
+    assert world.value(apart) < 60  # whatever the emulated provider's clock is set to
+
+
+async def test_reservations_follow_the_providers_clock_when_it_moves_in_mid_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = hold_replies(monkeypatch)
+    working = await Working.start(world, monkeypatch)
+    while not held.count:
+        await asyncio.sleep(0.01)
+    world.server.house.clock.set(datetime(2026, 9, 24, 2, 0, tzinfo=UTC))  # a peak hour
+    held.arrive.set()
+    assert (await working.ended()).is_done
+    bands = "SELECT DISTINCT band FROM attempt_intent JOIN price USING (price_id)"
+    assert {band for (band,) in world.sql(bands)} == {"off_peak", "peak"}

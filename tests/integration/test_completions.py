@@ -691,6 +691,28 @@ async def test_the_clock_offset_is_the_providers_clock_minus_ours(ahead_s: int) 
         assert await completions.clock_offset() == timedelta(seconds=ahead_s)
 
 
+async def test_a_reply_puts_the_offset_right_where_the_clocks_moved_apart() -> None:
+    ahead = NOW.replace(microsecond=0) + timedelta(minutes=10)
+    replies = iter([f"Date: {format_datetime(ahead, usegmt=True)}", "X-No-Date: 1"])
+
+    async def script(writer: asyncio.StreamWriter) -> None:
+        writer.write(ok(completion(), next(replies)))
+
+    async with wire(script) as provider, door(provider.url) as completions:
+        first, second = await completions.complete(call()), await completions.complete(call())
+        assert completions.now() == NOW + timedelta(minutes=10)
+    assert (first.sent_at, first.completed_at) == (NOW, ahead)
+    assert second.sent_at == second.completed_at == NOW + timedelta(minutes=10)
+
+
+@pytest.mark.parametrize("late_s", [-2, 0, 1])
+async def test_a_date_that_is_off_by_a_second_or_two_moves_no_clock(late_s: int) -> None:
+    date = format_datetime(NOW.replace(microsecond=0) - timedelta(seconds=late_s), usegmt=True)
+    async with wire(say(ok(completion(), f"Date: {date}"))) as provider, door(provider.url) as completions:
+        await completions.complete(call())
+        assert completions.now() == NOW
+
+
 async def test_without_a_date_there_is_no_offset() -> None:
     async with wire(say(ok({"data": []}))) as provider, door(provider.url) as completions:
         assert await completions.clock_offset() == timedelta(0)
