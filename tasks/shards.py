@@ -185,12 +185,12 @@ class ShardWork:
 
     async def _find_rejected(self, work: Work) -> RejectedAnswer | None:
         """The answer to repair, as the lane before this one stored it."""
-        paid = await self._find_paid_answer(work)
+        paid = await self._find_paid_answer(work, Verdict.INVALID_ANSWER)
         return RejectedAnswer(paid.stored.content, ("it does not fit the schema",)) if paid else None
 
     async def _end_paid(self, work: Work) -> Ending:
         """The result of a lane that paid for it and lost its lease before it could say so."""
-        paid = await self._find_paid_answer(work)
+        paid = await self._find_paid_answer(work, Verdict.ACCEPTED)
         if paid is None:
             return end_of(work, DocumentState.DEAD_LETTER, reason="answer_missing")
         return end_of(
@@ -203,8 +203,8 @@ class ShardWork:
             confidence_signal=paid.stored.confidence_signal,
         )
 
-    async def _find_paid_answer(self, work: Work) -> PaidAnswer | None:
-        key = (self.ledger, self.climber.run.run_id, work.document.document_no)
+    async def _find_paid_answer(self, work: Work, verdict: Verdict) -> PaidAnswer | None:
+        key = (self.ledger, self.climber.run.run_id, work.document.document_no, verdict)
         return await self.patience.ask(attempts.find_paid_answer, *key)
 
     def _lose(self) -> None:

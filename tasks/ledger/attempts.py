@@ -98,8 +98,10 @@ _ENDED = text("""
 
 _PAID_ANSWER = text("""
     SELECT i.tier, attempt_no, a.content, a.answer, a.confidence, a.confidence_signal
-    FROM answer a JOIN attempt_intent i USING (run_id, document_no, attempt_no)
-    WHERE run_id = :run_id AND document_no = :document_no ORDER BY attempt_no DESC LIMIT 1
+    FROM answer a
+    JOIN attempt_intent i USING (run_id, document_no, attempt_no)
+    JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+    WHERE run_id = :run_id AND document_no = :document_no AND o.verdict = :verdict ORDER BY attempt_no DESC LIMIT 1
 """)
 
 #: Of these attempts, those that were declared unknown when their lane was ended, and so counted.
@@ -273,10 +275,11 @@ async def find_past_attempts(ledger: Ledger, run_id: RunId, first: int, last: in
         return dict(history)
 
 
-async def find_paid_answer(ledger: Ledger, run_id: RunId, document_no: int) -> PaidAnswer | None:
-    """The latest answer that was paid for and is not a result."""
+async def find_paid_answer(ledger: Ledger, run_id: RunId, document_no: int, verdict: Verdict) -> PaidAnswer | None:
+    """The latest answer of that verdict that was paid for and is not a result."""
     async with ledger.transaction() as connection:
-        row = (await connection.execute(_PAID_ANSWER, {"run_id": run_id, "document_no": document_no})).one_or_none()
+        key = {"run_id": run_id, "document_no": document_no, "verdict": verdict.value}
+        row = (await connection.execute(_PAID_ANSWER, key)).one_or_none()
         return PaidAnswer(row[0], row[1], StoredAnswer(*row[2:])) if row else None
 
 

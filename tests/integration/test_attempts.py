@@ -155,11 +155,26 @@ async def test_an_ending_needs_the_lease_and_the_paid_answer_is_kept_for_the_hei
     assert await hand.record(Record(hand.outcome(0), hand.result(lease, 0))) == {lease}
     assert value(ledger_url, "SELECT count(*) FROM document") == 0
     assert value(ledger_url, "SELECT cost FROM attempt_outcome") == COST
-    paid = await attempts.find_paid_answer(hand.ledger, hand.run.run_id, 0)
+    paid = await attempts.find_paid_answer(hand.ledger, hand.run.run_id, 0, Verdict.ACCEPTED)
     answer = StoredAnswer('{"colour":"red"}', {"colour": "red"}, 0.9, "logprobs")
     assert paid == PaidAnswer("flash", 1, answer)
     history = await attempts.find_past_attempts(hand.ledger, hand.run.run_id, 0, 5)
     assert history == {0: [PastAttempt(1, Signal.ANSWERED, Verdict.ACCEPTED)]}
+
+
+async def test_a_paid_answer_is_found_by_its_verdict_though_another_came_later(hand: Hand) -> None:
+    lease = (await hand.claim()).lease
+    accepted, invalid = StoredAnswer("accepted", {"colour": "red"}), StoredAnswer("invalid")
+    for attempt_no, verdict, stored in ((1, Verdict.ACCEPTED, accepted), (2, Verdict.INVALID_ANSWER, invalid)):
+        await hand.intend(hand.intent(lease, 0, attempt_no))
+        await hand.record(Record(hand.outcome(0, attempt_no, verdict=verdict, answer=stored)))
+
+    async def find(verdict: Verdict) -> PaidAnswer | None:
+        return await attempts.find_paid_answer(hand.ledger, hand.run.run_id, 0, verdict)
+
+    assert await find(Verdict.ACCEPTED) == PaidAnswer("flash", 1, accepted)
+    assert await find(Verdict.INVALID_ANSWER) == PaidAnswer("flash", 2, invalid)
+    assert await find(Verdict.LOW_CONFIDENCE) is None
 
 
 async def test_only_the_lost_lease_of_several_is_reported(hand: Hand, ledger_url: str) -> None:
