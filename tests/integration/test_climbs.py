@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from schemas.attempts import Call, Reply
-from tasks import enrichment
+from schemas.errors import InputChanged, InputUnavailable
+from tasks import enrichment, shards
 from tasks.completions import Completions
 from tasks.lanes import Ended, Lane
 from tasks.ledger import attempts, budgets, leases
@@ -254,3 +257,72 @@ async def test_reservations_follow_the_providers_clock_when_it_moves_in_mid_run(
     assert (await working.ended()).is_done
     bands = "SELECT DISTINCT band FROM attempt_intent JOIN price USING (price_id)"
     assert {band for (band,) in world.sql(bands)} == {"off_peak", "peak"}
+
+
+async def test_money_is_given_back_only_when_its_outcome_is_durable(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a budget for one attempt at a time, the next one is intended only when the last one is recorded."""
+    (world.root / "jobs" / "colours" / "prompt.md").write_text("Say in JSON which colour.")  # nothing to prime
+    await world.run(limit=1)
+    worst = world.value("SELECT max(reserved) FROM attempt_intent WHERE tier = 'flash'")
+    record, open_intents = attempts.record, []
+
+    async def record_slowly(*arguments: Any) -> Any:
+        await asyncio.sleep(0.2)
+        intents = "SELECT count(*) FROM attempt_intent i WHERE NOT EXISTS (SELECT FROM attempt_outcome o WHERE"
+        intents += " (o.run_id, o.document_no, o.attempt_no) = (i.run_id, i.document_no, i.attempt_no))"
+        open_intents.append(world.value(intents))
+        return await record(*arguments)
+
+    monkeypatch.setattr(attempts, "record", record_slowly)
+    _, ended = await world.run(budget=f"{worst * 19 // 10 / 10**12:.12f} USD")
+    assert ended.reason == "budget"
+    assert len(open_intents) > 1
+    assert max(open_intents) == 1
+
+
+async def test_no_back_off_is_slept_through_by_a_drain(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.settings = world.settings.model_copy(update={"time_scale": 1.0})
+    world.plan_mishaps({"kind": "503", "every": 1, "args": {"retry_after": 3600}})
+    working = await Working.start(world, monkeypatch)
+    while not working.lane.climber.backing_off:
+        await asyncio.sleep(0.01)
+    working.lane.drain("interrupted")
+    assert (await working.ended()).reason == "interrupted"
+
+
+@pytest.mark.parametrize("trouble", [InputChanged("part-0 changed"), InputUnavailable("the store hiccups")])
+async def test_trouble_with_the_input_lets_what_was_paid_arrive(
+    world: World, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    held, take, calls = hold_replies(monkeypatch), shards._take, count(1)
+    loop = asyncio.get_running_loop()
+
+    def fail_once(rows: Any) -> Any:
+        if next(calls) != 2:
+            return take(rows)
+        while not held.count:
+            time.sleep(0.01)
+        loop.call_soon_threadsafe(loop.call_later, 0.2, held.arrive.set)
+        raise trouble
+
+    monkeypatch.setattr(shards, "_take", fail_once)
+    working = await Working.start(world, monkeypatch)
+    await working.ended()
+    assert billing(world) == {"known": held.count}
+    assert sum(world.bill().values()) == world.value("SELECT sum(cost_pico) FROM attempt")
+
+
+async def test_a_start_buries_no_lane_that_has_just_registered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its row and its session it looks like one whose session ended, so both ends of a run give it time."""
+    monkeypatch.setattr(enrichment, "GONE_AFTER_S", 600.0)
+    run = await world.open()
+    async with opened(enrichment.require_database(world.settings), Role.LANE) as ledger:
+        await leases.register(ledger, run.run_id)
+    await world.open()
+    await enrichment.settle_run(world.settings, run, [])
+    assert world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL") == 1
+    monkeypatch.setattr(enrichment, "GONE_AFTER_S", 0.0)
+    await world.open()
+    assert world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL") == 0
