@@ -47,6 +47,8 @@ from tasks.writer import Writer
 
 log = structlog.get_logger("farthing.lanes")
 
+#: How long a lane tries to say goodbye; Postgres may be away, or busy with what a cancelled lane left it.
+GOODBYE_S = 15.0
 #: Documents in progress per place in flight: some wait for a retry, some for their turn.
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
@@ -299,8 +301,9 @@ class Lane:
         """Give everything back. If Postgres is away, whoever resumes the run does it for us."""
         reason = self._ended.reason if self._ended else "done"
         try:
-            await leases.leave(self.ledger, self.plan.run.run_id, self.lane_id, reason)
-        except LedgerUnavailable as error:
+            async with asyncio.timeout(GOODBYE_S):
+                await leases.leave(self.ledger, self.plan.run.run_id, self.lane_id, reason)
+        except (LedgerUnavailable, TimeoutError) as error:
             log.warning("lane could not say goodbye", lane=self.lane_id, error=str(error))
 
     @property
