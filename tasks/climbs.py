@@ -115,14 +115,14 @@ class Climber:
         async with primer.turn() as is_priming, self.limiters[tier].place() as place:
             if is_priming and work.position.purpose is Purpose.ANSWER:
                 work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))
-            send_by = self.now() + SEND_WITHIN
+            prepared_at = self.now()
             call, reserved, price = self._prepare(work)
             async with self.grants.reserved(reserved.worst, rung=work.position.rung) as reservation:
                 permit = await self._intend(work, reservation, price)
                 if isinstance(permit, ResultKey):
                     await self._end(work, end_of(work, DocumentState.REUSED, of=permit))
                     return Accept(), work
-                if self.now() > send_by:
+                if abs(self.now() - prepared_at) > SEND_WITHIN:  # it waited, or the clock was put right
                     step, work = await self._give_up(work)
                     reservation.used = 0
                     return step, work

@@ -215,15 +215,16 @@ async def test_a_lane_whose_heartbeat_is_overdue_makes_no_intent(
     assert billing(world) == {"known": held.count}
 
 
+@pytest.mark.parametrize("minutes", [5, -5])
 async def test_what_waited_too_long_for_its_permit_is_not_sent_and_tried_again_at_the_price_of_then(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, minutes: int
 ) -> None:
     intend, ahead = attempts.intend, timedelta(0)
 
     async def intend_slowly(*arguments: Any) -> Any:
         nonlocal ahead
         permits = await intend(*arguments)
-        ahead = timedelta(minutes=5)  # from now on: only who waited for this permit waited too long
+        ahead = timedelta(minutes=minutes)  # from now on: only who waited for this permit waited too long
         return permits
 
     monkeypatch.setattr(attempts, "intend", intend_slowly)
