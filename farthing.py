@@ -242,7 +242,9 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
     view.phase("starting Prefect")
     _prepare_prefect(settings)
     from flows.enrich import enrich
+    from tasks.prefect_server import start_temporary_server
 
+    start_temporary_server()
     view.follow(_database(settings))
 
     async def flow() -> dict[str, Any]:

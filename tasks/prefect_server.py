@@ -1,15 +1,18 @@
-"""Making sure that the temporary server which Prefect starts for a process does not outlive it.
+"""Making sure that the temporary server which Prefect starts for a process neither dies before it nor outlives it.
 
-Prefect stops it when the process ends in good order; after SIGKILL nobody would. A small guard waits for the end of
-a pipe that only this process holds, and stops the server then.
+In a terminal, Ctrl-C reaches every process of the foreground group; the server must go on, since a lane that drains
+still shows what it finishes there: it gets a session of its own. And Prefect stops it only when the process ends in
+good order: after SIGKILL a small guard does, which waits for the end of a pipe that only this process holds.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 
 from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL
 
 #: Waits until its standard input ends, that is, until whoever started it is gone.
 _GUARD = """
@@ -24,6 +27,19 @@ except ProcessLookupError:
 
 #: Kept so that the pipes stay open for as long as this process lives.
 _guards: list[subprocess.Popen[bytes]] = []
+
+
+def start_temporary_server() -> None:
+    """Start it now, in a session of its own. With PREFECT_API_URL set there is a real server, and nothing to do."""
+    if PREFECT_API_URL.value():
+        return
+    popen = subprocess.Popen
+    # Prefect has no setting for this and starts the server in one place, with this function.
+    subprocess.Popen = partial(popen, start_new_session=True)  # type: ignore[assignment,misc]
+    try:
+        SubprocessASGIServer().start()
+    finally:
+        subprocess.Popen = popen  # type: ignore[misc]
 
 
 def guard_temporary_server() -> None:
