@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from schemas.attempts import Call, Purpose, Reply, Signal
@@ -112,7 +113,7 @@ class Climber:
         await self._pass_breaker()
         tier = self.job.ladder[work.position.rung].name
         primer = self.primers[tier]
-        async with primer.turn() as is_priming, self.limiters[tier].place() as place:
+        async with primer.turn(partial(rest, self.draining)) as is_priming, self.limiters[tier].place() as place:
             if is_priming and work.position.purpose is Purpose.ANSWER:
                 work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))
             prepared_at = self.now()

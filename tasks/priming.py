@@ -8,7 +8,7 @@ once, every request would pay the prefix in full.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,10 @@ _SAYS_NOTHING = NOT_BILLED | UNKNOWN_BILLING
 UNIT_TOKENS = 128
 #: English has 4.65 bytes per token; prose with more than this does not occur, so it bounds a prefix from below.
 BYTES_PER_TOKEN_AT_MOST = 8
+
+
+#: Waits so many seconds, or raises because the lane drains.
+Rest = Callable[[float], Awaitable[object]]
 
 
 @dataclass
@@ -53,14 +57,14 @@ class Primer:
         return not self.is_warm and self._turn.locked()
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[bool]:
+    async def turn(self, rest: Rest = asyncio.sleep) -> AsyncIterator[bool]:
         """Wait until the tier is warm, or for one's turn to prime it; yields whether this attempt primes."""
         if self.is_warm:
             yield False
             return
         async with self._turn:
             if not self.is_warm and self.attempts >= 2:
-                await asyncio.sleep(self.build_s)
+                await rest(self.build_s)  # a lane that drains does not: hundreds wait here, one after the other
             is_priming = not self.is_warm
             if is_priming:
                 yield True

@@ -103,3 +103,19 @@ async def test_a_priming_document_that_fails_lets_the_next_one_try() -> None:
     async with primer.turn() as is_priming:
         assert is_priming
         assert primer.is_priming
+
+
+async def test_a_lane_that_drains_does_not_wait_for_the_cache_once_per_document() -> None:
+    class DrainedError(Exception):
+        pass
+
+    async def refuse(_seconds: float) -> None:
+        raise DrainedError
+
+    primer = Primer(PREFIX, build_s=3600)
+    primer.attempts = 2
+    for _ in range(3):
+        with pytest.raises(DrainedError):
+            async with primer.turn(refuse):
+                pass
+    assert not primer.is_priming
