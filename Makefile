@@ -38,9 +38,13 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not long"
 
-# One after the other: these kill processes and servers, and what they measure is theirs alone.
+# One after the other: these kill processes and servers, and what they measure is theirs alone. SEED plays other
+# faults, or the same again; SCALE is the share of the full counts, like 0.1.
+SEED ?= 1
+SCALE ?= 1
 faults: setup
-	$(BIN)/python -m pytest tests/faults -m "long or not long" -s
+	FARTHING_FAULTS_SEED=$(SEED) FARTHING_FAULTS_SCALE=$(SCALE) FARTHING_FAULTS_REPORT=tests/faults/report.json \
+		$(BIN)/python -m pytest tests/faults -m "long or not long"
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline

@@ -12,14 +12,15 @@ import pytest
 from pydantic import SecretStr
 
 from sandbox.postgres import Server, create_database, drop_database, running
+from tests.faults import summary
 
 #: The migrated database that `ledger_url` copies.
 TEMPLATE = "migrated"
 #: What the README tells users to set. A test that met it would use, and pay for, whatever is meant by it.
 SETTINGS = ("FARTHING_", "DEEPSEEK_", "PREFECT_API_")
 
-# Before any test, worker or child begins. How long chaos goes on is for whoever runs the tests to say.
-for name in [name for name in os.environ if name.startswith(SETTINGS) and not name.startswith("FARTHING_CHAOS_")]:
+# Before any test, worker or child begins. Where chance begins and how long faults go on is for whoever runs the tests to say.
+for name in [name for name in os.environ if name.startswith(SETTINGS) and not name.startswith("FARTHING_FAULTS_")]:
     del os.environ[name]
 
 
@@ -58,3 +59,8 @@ def ledger_url(postgres: Server, template: str) -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     yield create_database(postgres, name, template=template)
     drop_database(postgres, name)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of the faults that were played. Here, because a controller of workers reads no other conftest."""
+    summary.show(terminalreporter)

@@ -1,0 +1,102 @@
+"""The table of a fault run: how often each fault was played, over all tests and workers, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SEED, SCALE, REPORT = "FARTHING_FAULTS_SEED", "FARTHING_FAULTS_SCALE", "FARTHING_FAULTS_REPORT"
+_FAULT, _FIGURE = "fault", "figure"
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What one test did. `properties` are the test's own, which pytest carries from a worker to the summary."""
+
+    properties: list[tuple[str, object]]
+
+    def count(self, fault: str, times: int = 1) -> None:
+        """A fault was played so often, and the run it hit was checked after it."""
+        self.properties.append((_FAULT, [fault, times]))
+
+    def count_all(self, faults: Counter[str]) -> None:
+        for fault, times in faults.items():
+            self.count(fault, times)
+
+    def figure(self, name: str, measured: str) -> None:
+        """Something measured on the way, in words for people."""
+        self.properties.append((_FIGURE, [name, measured]))
+
+
+@dataclass
+class Summary:
+    """All tests of a fault run together."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    figures: dict[str, str] = field(default_factory=dict)
+    passed: int = 0
+    failed: list[str] = field(default_factory=list)
+
+    def as_json(self, seed: str, scale: str) -> dict[str, Any]:
+        return {
+            "date": datetime.now(UTC).date().isoformat(),
+            "seed": int(seed),
+            "scale": scale,
+            "tests": {"passed": self.passed, "failed": self.failed},
+            "faults": dict(sorted(self.faults.items())),
+            "figures": dict(sorted(self.figures.items())),
+        }
+
+
+def gather(reports: Iterator[tuple[str, pytest.TestReport]]) -> Summary:
+    """Add up what the tests told. A failed test's faults do not count: nothing is known of their runs."""
+    found = Summary()
+    for outcome, report in reports:
+        if "tests/faults" not in report.nodeid or report.when != "call":
+            continue
+        if outcome != "passed":
+            found.failed.append(report.nodeid)
+            continue
+        found.passed += 1
+        for name, told in report.user_properties:
+            if name == _FAULT:
+                found.faults[told[0]] += told[1]
+            elif name == _FIGURE:
+                found.figures[told[0]] = told[1]
+    return found
+
+
+def show(terminal: pytest.TerminalReporter) -> None:
+    """Print the table, and write it as JSON where `FARTHING_FAULTS_REPORT` says."""
+    outcomes = ((name, report) for name in ("passed", "failed") for report in terminal.stats.get(name, []))
+    found = gather((name, report) for name, report in outcomes if isinstance(report, pytest.TestReport))
+    if not found.faults and not found.figures:
+        return
+    terminal.section("faults")
+    for line in lines(found):
+        terminal.line(line)
+    if path := os.environ.get(REPORT):
+        report = found.as_json(os.environ.get(SEED, "1"), os.environ.get(SCALE, "1"))
+        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+        terminal.line(f"written to {path}")
+
+
+def lines(found: Summary) -> Iterator[str]:
+    """The table, line by line."""
+    width = max(map(len, [*found.faults, *found.figures]))
+    for fault, times in sorted(found.faults.items()):
+        yield f"{fault:<{width}}  {times:>9,}"
+    for name, measured in sorted(found.figures.items()):
+        yield f"{name:<{width}}  {measured}"
+    if found.failed:
+        yield f"FAILED: {len(found.failed)} of {found.passed + len(found.failed)} tests; their faults are not counted"
+    else:
+        yield f"0 violations in {found.passed} tests"

@@ -1,0 +1,33 @@
+"""The table of a fault run: what tests tell adds up, and what failed is not counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faults.summary import Tally, gather, lines
+
+
+def report(
+    name: str, outcome: str, *told: tuple[str, int], figures: dict[str, str] | None = None
+) -> pytest.TestReport:
+    properties: list[tuple[str, object]] = []
+    for fault, times in told:
+        Tally(properties).count(fault, times)
+    for figure, measured in (figures or {}).items():
+        Tally(properties).figure(figure, measured)
+    node = f"tests/faults/{name}"
+    return pytest.TestReport(node, (node, 0, name), {}, outcome, None, "call", user_properties=properties)  # type: ignore[arg-type]
+
+
+def test_faults_of_all_tests_add_up() -> None:
+    reports = [report("a", "passed", ("SIGKILL", 2)), report("b", "passed", ("SIGKILL", 3), figures={"took": "1 s"})]
+    found = gather((r.outcome, r) for r in reports)
+    assert (found.faults, found.figures, found.passed) == ({"SIGKILL": 5}, {"took": "1 s"}, 2)
+    assert list(lines(found)) == ["SIGKILL          5", "took     1 s", "0 violations in 2 tests"]
+
+
+def test_the_faults_of_a_failed_test_do_not_count_and_it_is_named() -> None:
+    reports = [report("a", "passed", ("SIGKILL", 2)), report("b", "failed", ("SIGKILL", 3))]
+    found = gather((r.outcome, r) for r in reports)
+    assert (found.faults, found.failed) == ({"SIGKILL": 2}, ["tests/faults/b"])
+    assert list(lines(found))[-1].startswith("FAILED: 1 of 2 tests")
