@@ -19,7 +19,7 @@ TEMPLATE = "migrated"
 #: What the README tells users to set. A test that met it would use, and pay for, whatever is meant by it.
 SETTINGS = ("FARTHING_", "DEEPSEEK_", "PREFECT_API_")
 
-# Before any test, worker or child begins. Where chance begins and how long faults go on is for whoever runs the tests to say.
+# Before any test, worker or child begins. Where chance begins and how long faults go on is for whoever runs them.
 for name in [name for name in os.environ if name.startswith(SETTINGS) and not name.startswith("FARTHING_FAULTS_")]:
     del os.environ[name]
 

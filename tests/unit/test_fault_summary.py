@@ -16,7 +16,7 @@ def report(
     for figure, measured in (figures or {}).items():
         Tally(properties).figure(figure, measured)
     node = f"tests/faults/{name}"
-    return pytest.TestReport(node, (node, 0, name), {}, outcome, None, "call", user_properties=properties)  # type: ignore[arg-type]
+    return pytest.TestReport(node, (node, 0, name), {}, outcome, None, "call", user_properties=properties)
 
 
 def test_faults_of_all_tests_add_up() -> None:
