@@ -110,10 +110,10 @@ class Climber:
 
     async def _attempt(self, work: Work) -> tuple[Step, Work]:
         """One attempt, from its turn at the gate to its recorded outcome."""
-        await self._pass_breaker()
         tier = self.job.ladder[work.position.rung].name
         primer = self.primers[tier]
         async with primer.turn(partial(rest, self.draining)) as is_priming, self.limiters[tier].place() as place:
+            await self._pass_breaker()  # only now: it may have opened while this one waited for its turn and place
             if is_priming and work.position.purpose is Purpose.ANSWER:
                 work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))
             prepared_at = self.now()

@@ -327,3 +327,17 @@ async def test_a_start_buries_no_lane_that_has_just_registered(world: World, mon
     monkeypatch.setattr(enrichment, "GONE_AFTER_S", 0.0)
     await world.open()
     assert world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL") == 0
+
+
+async def test_documents_that_wait_for_their_turn_do_not_pass_a_breaker_that_opened_meanwhile(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing primes the cache, all but one document of a lane wait for their turn to do so."""
+    world.plan_mishaps({"kind": "html"})
+    world.settings = world.settings.model_copy(update={"time_scale": 1.0})
+    working = await Working.start(world, monkeypatch)
+    await working.wait_until("the provider has not answered")
+    await asyncio.sleep(0.3)  # long enough for dozens of attempts, and shorter than until the first probe
+    assert world.value("SELECT count(*) FROM attempt_intent") == 5
+    working.lane.drain("interrupted", "")
+    assert (await working.ended()).reason == "interrupted"
