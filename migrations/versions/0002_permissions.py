@@ -1,7 +1,8 @@
 """Append-only by force, and least privilege.
 
 Why: a ledger that its own writer can edit proves nothing. Triggers refuse what nobody may do, grants refuse
-what a role may not. Views run as their owner, so that the auditor needs no right on any table.
+what a role may not. Views run as their owner, so that the auditor needs no right on any table. What it all comes to
+is declared in migrations/permissions.toml, which a test holds against the catalog.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
+# A trigger function runs as whoever sets it off: with their search_path, a function of their own could stand in for one
+# that it calls.
 TRIGGERS = """
-CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     RAISE EXCEPTION 'farthing.%: % is refused; correct the ledger by new rows', TG_TABLE_NAME, TG_OP
         USING ERRCODE = 'insufficient_privilege';
 END $$;
 
-CREATE FUNCTION refuse_all_but_purge() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION refuse_all_but_purge() RETURNS trigger LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF to_jsonb(NEW) - 'answer' - 'content' IS DISTINCT FROM to_jsonb(OLD) - 'answer' - 'content'
        OR NEW.answer IS NOT NULL OR to_jsonb(NEW) ->> 'content' <> '' THEN

@@ -1,7 +1,8 @@
 """The views an auditor reads.
 
 Why: cost per run, document, day and tier must be plain SQL, with unknowns as unknowns. Sums are `numeric`,
-exact; `_pico` columns are pico units (1e-12) of the run's currency.
+exact; `_pico` columns are pico units (1e-12) of the run's currency. `unpriced` alone shows columns that no other view
+shows for all rows, so it is a barrier: a reader's own function never sees the rows it leaves out.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ WHERE signal IS DISTINCT FROM 'answered' OR verdict = 'invalid_answer'
 GROUP BY run_id, job, currency, tier, purpose, signal, verdict, billing;
 COMMENT ON VIEW waste IS 'Attempts that bought no usable answer: failed, unknown, invalid';
 
-CREATE VIEW unpriced AS
+CREATE VIEW unpriced WITH (security_barrier = true) AS
 SELECT o.* FROM attempt_outcome o
 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
 WHERE o.cost IS NULL AND u.bound IS NULL;
