@@ -179,6 +179,26 @@ async def test_a_lane_that_drains_while_postgres_is_away_waits_only_for_what_was
     assert billing(world) == {"known": held.count}
 
 
+async def test_an_intent_that_waited_for_postgres_is_not_made_once_the_lane_drains(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intend, is_away = attempts.intend, True
+
+    async def intend_later(*arguments: Any) -> Any:
+        if is_away:
+            raise PassingFailure("Postgres is away")
+        return await intend(*arguments)
+
+    monkeypatch.setattr(attempts, "intend", intend_later)
+    working = await Working.start(world, monkeypatch)
+    await working.wait_until("Postgres is away")
+    working.lane.drain("interrupted")
+    is_away = False
+    assert (await working.ended()).reason == "interrupted"
+    assert world.value("SELECT count(*) FROM attempt_intent") == 0
+    assert world.bill() == {}
+
+
 async def test_a_heartbeat_that_hangs_is_given_up_and_the_lane_fences_itself(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
