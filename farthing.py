@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sandbox.service import Option
-    from schemas.estimates import History
+    from schemas.estimates import History, Size
     from schemas.jobs import Job
     from schemas.money import Currency
     from schemas.pricing import Price, PriceBook
@@ -264,10 +264,9 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
 
 async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
     """All that can be wrong and is quick to know. The flow checks again, since others start it too."""
-    import asyncio
-
     from schemas.pricing import load_price_book
-    from tasks import documents, enrichment
+    from tasks import enrichment
+    from tasks.bulkhead import Bulkhead
     from tasks.ledger.connection import Role, opened
 
     now = _now(settings, in_sandbox=settings.sandbox)
@@ -275,12 +274,11 @@ async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
     async with (
         enrichment.completions_for(job, settings) as completions,
         opened(enrichment.require_database(settings), Role.LANE, pool_size=1),
+        Bulkhead() as bulkhead,
     ):
         await enrichment.ask_provider(completions, job, request, settings)
-    # The first file shows whether the columns are there; the flow looks into all of them.
-    await asyncio.to_thread(
-        documents.plan, job.input, shard_rows=job.shard_rows, partitions=request.partitions, limit=1, root=ROOT
-    )
+        # The first file shows whether the columns are there; the flow looks into all of them.
+        await bulkhead.plan(job.input, shard_rows=job.shard_rows, partitions=request.partitions, limit=1, root=ROOT)
 
 
 def _prepare_prefect(settings: Settings) -> None:
@@ -344,18 +342,26 @@ def estimate(
     """Say what a run would cost, and what that figure rests on. Nothing is sent."""
     from schemas.estimates import estimate as compute
     from schemas.pricing import load_price_book
-    from tasks import documents, report, samples
+    from tasks import report
 
     loaded = _load_job(job, in_sandbox)
-    manifest = documents.plan(
-        loaded.input, shard_rows=loaded.shard_rows, partitions=partition or (), limit=limit, root=ROOT
-    )
-    size = samples.measure(loaded, manifest, ROOT)
+    size = wait_for(_measure(loaded, partition or [], limit))
     found = compute(loaded, size, load_price_book(), _now(_settings(), in_sandbox), _find_history(loaded, in_sandbox))
     if as_json:
         print_json(report.estimate_json(found))
     else:
         show(report.estimate_table(found, loaded.budget))
+
+
+async def _measure(job: Job, partitions: list[str], limit: int | None) -> Size:
+    from tasks import samples
+    from tasks.bulkhead import Bulkhead
+
+    async with Bulkhead() as bulkhead:
+        manifest = await bulkhead.plan(
+            job.input, shard_rows=job.shard_rows, partitions=partitions, limit=limit, root=ROOT
+        )
+        return await samples.measure(job, manifest, bulkhead, ROOT)
 
 
 def _find_history(job: Job, in_sandbox: bool) -> History | None:

@@ -8,6 +8,7 @@
     ├── ProviderStopped      key, balance or breaker stopped the run    exit 3, resumable
     ├── InputUnavailable     the store of the documents does not reply  exit 3, resumable
     ├── InputChanged         a file is not what the run was planned on  (inside a lane: the shard fails)
+    │   └── InputUnreadable  it is, and its rows cannot be had          (inside a lane: the shard fails)
     ├── LeaseLost            another lane owns the shard now            (inside a lane)
     └── LedgerMismatch       the ledger does not prove                  exit 4
 
@@ -78,7 +79,18 @@ class InputUnavailable(FarthingError):
 
 
 class InputChanged(FarthingError):
-    """An input file is gone, corrupt, or not the one in the run's manifest; nothing is sent for its shard (G1)."""
+    """An input file is gone, or not the one in the run's manifest; nothing more is sent for its shard (G1).
+
+    `reason` is what the ledger says of the documents that are lost with it.
+    """
+
+    reason = "input_changed"
+
+
+class InputUnreadable(InputChanged):
+    """A file is the manifest's, but its bytes are not the Parquet they should be, or end whoever reads them."""
+
+    reason = "input_unreadable"
 
 
 class LeaseLost(FarthingError):

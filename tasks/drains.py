@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class Draining(Exception):
@@ -16,3 +20,18 @@ async def rest(draining: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(draining.wait(), seconds)
     if draining.is_set():
         raise Draining
+
+
+async def unless(draining: asyncio.Event, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` comes to, unless the lane drains first: then it is cancelled, and this raises Draining."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(draining.wait())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Draining
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

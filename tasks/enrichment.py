@@ -10,7 +10,7 @@ import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -18,13 +18,15 @@ from pathlib import Path
 import structlog
 from pydantic import SecretStr
 
-from schemas.errors import ConfigurationError, ProviderStopped
+from schemas.documents import Manifest
+from schemas.errors import ConfigurationError, InputChanged, ProviderStopped
 from schemas.jobs import Job
 from schemas.money import Currency
 from schemas.pricing import Price, PriceBook, load_price_book
 from schemas.requests import RunRequest
 from schemas.settings import Settings
-from tasks import documents, spill
+from tasks import spill
+from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
 from tasks.jobs import load_job
 from tasks.lanes import Ended, Lane, LanePlan, Show, show_nothing
@@ -58,11 +60,14 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
     job = load_job(request.job, request.root)
     database_url = require_database(settings)
     book = load_price_book()
-    async with completions_for(job, settings) as completions, opened(database_url, Role.LANE) as ledger:
+    async with (
+        completions_for(job, settings) as completions,
+        opened(database_url, Role.LANE) as ledger,
+        Bulkhead() as bulkhead,
+    ):
         provider = await ask_provider(completions, job, request, settings)
         check_prices(job, book, provider.currency, utc_now() + provider.clock_offset)
-        manifest = await asyncio.to_thread(
-            documents.plan,
+        manifest = await bulkhead.plan(
             job.input,
             shard_rows=job.shard_rows,
             partitions=request.partitions,
@@ -83,10 +88,20 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
         if buried := await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S):
             log.info("took over from lanes that died", run=run.run_id, lanes=buried)
         if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
-            labels = documents.read_labels(job.input, manifest, root=request.root)
-            known = ((number, label) for number, label in labels if label is not None)
-            await runs.add_labels(ledger, run.run_id, known)
+            await runs.add_labels(ledger, run.run_id, read_labels(bulkhead, job, manifest, request.root))
         return run
+
+
+async def read_labels(
+    bulkhead: Bulkhead, job: Job, manifest: Manifest, root: Path
+) -> AsyncIterator[list[tuple[int, str]]]:
+    """What experts say of the documents, in blocks. Raises ConfigurationError where a file does not tell."""
+    try:
+        async with aclosing(bulkhead.read_labels(job.input, manifest, root=root)) as blocks:
+            async for block in blocks:
+                yield [(number, label) for number, label in block if label is not None]
+    except InputChanged as error:
+        raise ConfigurationError(str(error)) from None
 
 
 async def work_lane(
@@ -97,6 +112,7 @@ async def work_lane(
     async with (
         completions_for(job, settings) as completions,
         opened(require_database(settings), Role.LANE, pool_size=LANE_CONNECTIONS) as ledger,
+        Bulkhead() as bulkhead,
     ):
         provider = await ask_provider(completions, job, request, settings)
         plan = LanePlan(
@@ -113,9 +129,8 @@ async def work_lane(
         )
         allow_descriptors(plan)
         lane_id = await leases.register(ledger, run.run_id)
-        lane = Lane(
-            ledger, lane_id, completions, plan, await Spill.of(ledger, spill_of(settings), run.run_id, lane_id)
-        )
+        kept = await Spill.of(ledger, spill_of(settings), run.run_id, lane_id)
+        lane = Lane(ledger, lane_id, completions, bulkhead, plan, kept)
         with draining_on_signals(lane):
             return await lane.run_shards()
 

@@ -27,6 +27,7 @@ from schemas.errors import FarthingError, LedgerUnavailable
 from schemas.jobs import Job
 from schemas.pricing import PriceBook
 from schemas.records import Intent, Record
+from tasks.bulkhead import Bulkhead
 from tasks.climbs import Climber
 from tasks.completions import Completions
 from tasks.drains import Draining
@@ -101,6 +102,7 @@ class Lane:
     ledger: Ledger
     lane_id: LaneId
     completions: Completions
+    bulkhead: Bulkhead
     plan: LanePlan
     spill: Spill | None = None
     climber: Climber = field(init=False)
@@ -225,6 +227,7 @@ class Lane:
             claimed,
             self.climber,
             self.ledger,
+            self.bulkhead,
             self.plan.root,
             self._reusable,
             self._slots,

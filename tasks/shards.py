@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import structlog
@@ -16,9 +15,9 @@ from schemas.documents import Document, UnfitDocument
 from schemas.errors import BudgetExhausted, InputChanged, InputUnavailable, LeaseLost, ProviderStopped, UnknownPrice
 from schemas.ladder import Accept, Again, DeadLetter, PastAttempt, Stop, Verdict, stand
 from schemas.records import DocumentState, Ending, Record, ResultKey
-from tasks import documents
+from tasks.bulkhead import Bulkhead
 from tasks.climbs import Climber, Work, end_of
-from tasks.drains import Draining
+from tasks.drains import Draining, unless
 from tasks.ledger import attempts, leases, runs
 from tasks.ledger.attempts import PaidAnswer, Reusable
 from tasks.ledger.connection import Ledger
@@ -26,9 +25,6 @@ from tasks.ledger.leases import ClaimedShard
 from tasks.patience import Patience
 
 log = structlog.get_logger("farthing.shards")
-
-#: Documents looked up and started together.
-BLOCK = 200
 
 
 @dataclass
@@ -38,6 +34,7 @@ class ShardWork:
     claimed: ClaimedShard
     climber: Climber
     ledger: Ledger
+    bulkhead: Bulkhead
     root: Path
     reusable: Reusable
     slots: asyncio.Semaphore
@@ -63,20 +60,21 @@ class ShardWork:
         """Finish the shard, or fail it. Raises Draining: whoever resumes the run does it."""
         key = (self.ledger, self.climber.run.run_id, self.climber.grants.lane_id, self.claimed.lease)
         if changed is not None:
-            await self.patience.ask(leases.fail, *key, "input_changed")
-            event = f"input_changed {self.claimed.shard.shard_no}"
-            await self.patience.ask(runs.note, *key[:2], "input_changed", {"why": str(changed)}, key=event)
-            log.warning("shard failed: its file changed", shard=self.claimed.shard.shard_no)
+            await self.patience.ask(leases.fail, *key, changed.reason)
+            event = f"{changed.reason} {self.claimed.shard.shard_no}"
+            await self.patience.ask(runs.note, *key[:2], changed.reason, {"why": str(changed)}, key=event)
+            log.warning("shard failed", shard=self.claimed.shard.shard_no, why=str(changed))
         elif await self.patience.ask(leases.finish, *key):
             log.info("shard done", shard=self.claimed.shard.shard_no, documents=self.claimed.shard.document_count)
 
     async def _start_all(self, climbs: asyncio.TaskGroup) -> InputChanged | None:
         """Set every document going. What is under way is finished even if the file turns out to have changed."""
         try:
-            async for block in self._read():
-                await self._start(block, climbs)
-                if self._is_over:
-                    break
+            async with aclosing(self._read()) as blocks:
+                async for block in blocks:
+                    await self._start(block, climbs)
+                    if self._is_over:
+                        break
         except InputChanged as changed:
             return changed
         except InputUnavailable as unavailable:
@@ -89,12 +87,13 @@ class ShardWork:
     def _is_over(self) -> bool:
         return self._is_lost or self.climber.is_draining
 
-    async def _read(self) -> AsyncIterator[list[Document | UnfitDocument]]:
-        """The shard's documents in blocks, read in a thread so that the loop keeps going."""
-        file, shard = self.claimed.file, self.claimed.shard
-        rows = documents.read_shard(self.climber.job.input, file, shard, root=self.root)
-        while block := await asyncio.to_thread(_take, rows):
-            yield block
+    async def _read(self) -> AsyncGenerator[Sequence[Document | UnfitDocument], None]:
+        """The shard's documents in blocks. Raises Draining: a disk that does not answer cannot keep a lane."""
+        file, shard, draining = self.claimed.file, self.claimed.shard, self.patience.draining
+        reading = self.bulkhead.read_shard(self.climber.job.input, file, shard, root=self.root)
+        async with aclosing(reading) as blocks:
+            while block := await unless(draining, _take(blocks)):
+                yield block
 
     async def _start(self, block: Sequence[Document | UnfitDocument], climbs: asyncio.TaskGroup) -> None:
         """Set a block's documents going: end those that need no attempt, climb the others."""
@@ -213,5 +212,8 @@ class ShardWork:
         self._is_lost = True
 
 
-def _take(rows: Iterator[Document | UnfitDocument]) -> list[Document | UnfitDocument]:
-    return list(islice(rows, BLOCK))
+async def _take(blocks: AsyncIterator[Sequence[Document | UnfitDocument]]) -> Sequence[Document | UnfitDocument]:
+    """The next block; an empty one at the end."""
+    async for block in blocks:
+        return block
+    return ()

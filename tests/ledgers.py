@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from pydantic import SecretStr
@@ -27,6 +27,7 @@ from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import ClaimedShard
 from tasks.ledger.runs import Opening, Run
 
+T = TypeVar("T")
 BOOK = load_price_book()
 #: Off-peak in Beijing: flash costs 3,000 / 150,000 / 600,000 pico-dollars per token.
 AT = datetime(2026, 9, 26, 0, 10, tzinfo=UTC)
@@ -73,6 +74,12 @@ def opening(**changes: Any) -> Opening:
 async def lane_ledger(url: str, pool_size: int = 4) -> AsyncIterator[Ledger]:
     async with opened(SecretStr(url), Role.LANE, pool_size=pool_size) as ledger:
         yield ledger
+
+
+async def in_blocks(*blocks: T) -> AsyncIterator[T]:
+    """These, as they would come from a reading."""
+    for block in blocks:
+        yield block
 
 
 def sql(url: str, query: str, *values: object) -> list[tuple[Any, ...]]:
@@ -203,7 +210,7 @@ async def run_everything(ledger: Ledger) -> Run:
     """
     manifest = make_manifest(duplicates=[Duplicate(5, 0, is_same_text=True)])
     run = await runs.open_run(ledger, opening(manifest=manifest))
-    await runs.add_labels(ledger, run.run_id, [(0, "red"), (1, "blue")])
+    await runs.add_labels(ledger, run.run_id, in_blocks([(0, "red"), (1, "blue")]))
     first = await Hand.join(ledger, run)
     await _work_first_shard(first)
     second_shard = await first.claim()

@@ -22,6 +22,7 @@ from tasks import enrichment
 from tasks.lanes import Ended
 from tasks.ledger.connection import upgrade
 from tasks.ledger.runs import Run
+from tests.forked_readers import forked_readers
 
 #: Flash off-peak: 0.003 / 0.15 / 0.60 USD per 1M tokens; Pro off-peak: 0.022 / 0.66 / 1.98.
 CLOCK = "2026-09-26T00:10:00Z"
@@ -110,7 +111,8 @@ async def make_world(root: Path, database_url: str, documents: int = 60) -> Asyn
         time_scale=0.0,
     )
     try:
-        yield World(root, server, settings, database_url)
+        with forked_readers():
+            yield World(root, server, settings, database_url)
     finally:
         await runner.cleanup()
         server.house.bill.close()

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from schemas.jobs import Input
 from schemas.selection import partition_of, suggest
+from tasks.documents import trail
 from tasks.documents.faults import UNREADABLE, first_line
 from tasks.documents.filters import Filter
 from tasks.documents.kinds import is_id, is_label, is_text
@@ -24,6 +25,7 @@ def check_footers(place: Place, input: Input, names: Sequence[str], limit: int |
     problems = FileProblems()
     rows = 0
     for name in names:
+        trail.mark(name)
         try:
             with place.filesystem.open_input_file(place.locate(name)) as source:
                 footer = pq.ParquetFile(source, pre_buffer=False)

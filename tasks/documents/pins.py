@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from schemas.documents import InputFile
-from schemas.errors import InputChanged
+from schemas.errors import InputChanged, InputUnreadable
+from tasks.documents import trail
 from tasks.documents.digests import require_unchanged
 from tasks.documents.faults import UNREADABLE, first_line, is_stores_fault
 from tasks.documents.places import Place, Signature
@@ -20,8 +21,9 @@ _shelf = Shelf(size=4)
 def read_pinned(place: Place, file: InputFile, rows: range, columns: tuple[str, ...]) -> Iterator[Any]:
     """Batches of a file that is the manifest's before the first one, and has not been touched by each one after.
 
-    Raises InputChanged where it is not, or where its bytes cannot be read.
+    Raises InputChanged where it is not, InputUnreadable where its bytes cannot be read.
     """
+    trail.mark(file.path)
     path = place.locate(file.path)
     signature = require_unchanged(place, file)
     with _corruption(place, file), _borrow(place, path, signature, columns) as reader:
@@ -56,6 +58,6 @@ def _corruption(place: Place, file: InputFile) -> Iterator[None]:
         require_unchanged(place, file)
         if is_stores_fault(error):
             raise
-        raise InputChanged(
+        raise InputUnreadable(
             f"{file.path}: is corrupt: {first_line(error)}; write the file anew, start a new run"
         ) from error

@@ -16,6 +16,7 @@ from schemas.errors import ConfigurationError, InputChanged, Problem
 from schemas.jobs import Input
 from schemas.selection import partition_of, select_partitions
 from schemas.shards import Cut, cut_shards
+from tasks.documents import trail
 from tasks.documents.cells import choose, to_cells
 from tasks.documents.digests import find_digest
 from tasks.documents.duplicates import find_duplicates, hash_ids
@@ -80,6 +81,7 @@ class _Survey:
         for name in names:
             if self._room == 0:
                 break
+            trail.mark(name)
             try:
                 self._add_file(name)
             except UNREADABLE as error:

@@ -42,18 +42,29 @@ def create_incoming(connection: Any) -> None:
 async def append(
     connection: AsyncConnection, table: Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 ) -> int:
-    """Append rows to one of BULK_TABLES; returns how many were not there before."""
+    """Append rows, and those brought before, to one of BULK_TABLES; returns how many were not there before."""
     names = ", ".join(columns)
+    await bring(connection, table, columns, rows)
     postgres = await driver(connection)
     async with postgres.cursor() as cursor:
-        async with cursor.copy(f"COPY incoming_{table.name} ({names}) FROM STDIN") as copy:
-            for row in rows:
-                await copy.write_row(row)
         await cursor.execute(
             f"INSERT INTO {tables.SCHEMA}.{table.name} ({names})"  # noqa: S608 (names come from our own tables)
             f" SELECT {names} FROM incoming_{table.name} ON CONFLICT DO NOTHING"
         )
         return cursor.rowcount
+
+
+async def bring(
+    connection: AsyncConnection, table: Table, columns: Sequence[str], rows: Iterable[Sequence[Any]]
+) -> None:
+    """Bring rows to Postgres, for `append` to take over in the same transaction."""
+    postgres = await driver(connection)
+    async with (
+        postgres.cursor() as cursor,
+        cursor.copy(f"COPY incoming_{table.name} ({', '.join(columns)}) FROM STDIN") as copy,
+    ):
+        for row in rows:
+            await copy.write_row(row)
 
 
 async def driver(connection: AsyncConnection) -> psycopg.AsyncConnection[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,7 +21,7 @@ from schemas.money import Currency
 from schemas.pricing import Price
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import end_lanes, lock_lanes
-from tasks.ledger.rows import append, as_json
+from tasks.ledger.rows import append, as_json, bring
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +211,13 @@ def _explain_changed_price(name: str) -> str:
     )
 
 
-async def add_labels(ledger: Ledger, run_id: RunId, labels: Iterable[tuple[int, str]]) -> None:
+async def add_labels(ledger: Ledger, run_id: RunId, blocks: AsyncIterable[Sequence[tuple[int, str]]]) -> None:
     """Keep what experts say about the run's documents, to measure results against. Safe to repeat."""
+    columns = ("run_id", "document_no", "label")
     async with ledger.transaction("add_labels") as connection:
-        rows = ((run_id, number, label) for number, label in labels)
-        await append(connection, tables.label, ("run_id", "document_no", "label"), rows)
+        async for block in blocks:
+            await bring(connection, tables.label, columns, ((run_id, number, label) for number, label in block))
+        await append(connection, tables.label, columns, ())
 
 
 async def has_labels(ledger: Ledger, run_id: RunId) -> bool:

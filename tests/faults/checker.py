@@ -288,7 +288,7 @@ def _strangers(e: Evidence, run: Row, ended: Sequence[Row]) -> Iterator[str]:
     if len(rows) != run.documents:
         yield f"run {run.run_id} has {run.documents} documents, its input {len(rows)} rows"
     for document in ended:
-        if document.reason == "input_changed" or document.document_no >= len(rows):
+        if document.reason in ("input_changed", "input_unreadable") or document.document_no >= len(rows):
             continue
         document_id, text = rows[document.document_no]
         if document.document_id != (document_id or "").replace("\0", "\ufffd"):

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from schemas.errors import FarthingError
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
+from tasks.documents import orders
 from tasks.failpoints import VARIABLE
 from tasks.ledger import leases, runs
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Run
+from tests.forked_readers import forked_readers
 
 API_KEY = "sk-sandbox-canary-5b1e"
 
@@ -34,7 +37,8 @@ API_KEY = "sk-sandbox-canary-5b1e"
 class Order:
     """What a child is to do. `run_id` skips the planning, as a lane on another machine does.
 
-    `spoils` changes the input once the run is open, as a careless user would.
+    `spoils` changes the input once the run is open, as a careless user would. `serve` is what the processes that
+    read do, forked; None: they are started, as for a user.
     """
 
     root: Path
@@ -44,6 +48,7 @@ class Order:
     failpoint: str | None = None
     run_id: int | None = None
     spoils: bool = False
+    serve: Callable[[int, int], None] | None = orders.serve
     request: dict[str, Any] = field(default_factory=dict)
     times: LeaseTimes = USUAL_TIMES
 
@@ -60,7 +65,8 @@ def obey(order: Order) -> None:
 
 def _run(order: Order) -> int:
     try:
-        return asyncio.run(_enrich(order))
+        with forked_readers(order.serve) if order.serve else nullcontext():
+            return asyncio.run(_enrich(order))
     except FarthingError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

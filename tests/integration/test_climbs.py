@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -15,7 +14,9 @@ import pytest
 
 from schemas.attempts import Call, Reply
 from schemas.errors import InputChanged, InputUnavailable
-from tasks import enrichment, shards
+from schemas.readings import Order
+from tasks import enrichment
+from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions
 from tasks.lanes import Ended, Lane
 from tasks.ledger import attempts, budgets, leases
@@ -317,18 +318,17 @@ async def test_no_back_off_is_slept_through_by_a_drain(world: World, monkeypatch
 async def test_trouble_with_the_input_lets_what_was_paid_arrive(
     world: World, monkeypatch: pytest.MonkeyPatch, trouble: Exception
 ) -> None:
-    held, take, calls = hold_replies(monkeypatch), shards._take, count(1)
-    loop = asyncio.get_running_loop()
+    held, ask, calls = hold_replies(monkeypatch), Bulkhead._ask, count(1)
 
-    def fail_once(rows: Any) -> Any:
-        if next(calls) != 2:
-            return take(rows)
+    async def fail_once(self: Bulkhead, message: Any) -> Any:
+        if (isinstance(message, Order) and message.what == "plan") or next(calls) != 2:
+            return await ask(self, message)
         while not held.count:
-            time.sleep(0.01)
-        loop.call_soon_threadsafe(loop.call_later, 0.2, held.arrive.set)
+            await asyncio.sleep(0.01)
+        asyncio.get_running_loop().call_later(0.2, held.arrive.set)
         raise trouble
 
-    monkeypatch.setattr(shards, "_take", fail_once)
+    monkeypatch.setattr(Bulkhead, "_ask", fail_once)
     working = await Working.start(world, monkeypatch)
     await working.ended()
     assert billing(world) == {"known": held.count}

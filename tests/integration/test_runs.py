@@ -15,7 +15,19 @@ from schemas.jobs import Escalate
 from schemas.money import Currency
 from tasks.ledger import leases, runs
 from tasks.ledger.connection import Ledger
-from tests.ledgers import BOOK, CAP, JOB, RESERVED, Hand, make_manifest, opening, run_everything, sql, value
+from tests.ledgers import (
+    BOOK,
+    CAP,
+    JOB,
+    RESERVED,
+    Hand,
+    in_blocks,
+    make_manifest,
+    opening,
+    run_everything,
+    sql,
+    value,
+)
 
 
 async def test_a_new_run_has_its_manifest_and_its_duplicates(ledger: Ledger, ledger_url: str) -> None:
@@ -184,7 +196,7 @@ async def test_labels_may_be_added_again(ledger: Ledger, ledger_url: str) -> Non
     run = await runs.open_run(ledger, opening())
     assert not await runs.has_labels(ledger, run.run_id)
     for _ in range(2):
-        await runs.add_labels(ledger, run.run_id, [(0, "red"), (1, "blue")])
+        await runs.add_labels(ledger, run.run_id, in_blocks([(0, "red")], [(1, "blue")]))
     assert await runs.has_labels(ledger, run.run_id)
     assert sql(ledger_url, "SELECT document_no, label FROM label ORDER BY 1") == [(0, "red"), (1, "blue")]
 
