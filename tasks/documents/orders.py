@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from schemas.errors import FarthingError, InputUnreadable
@@ -36,6 +37,8 @@ _READINGS: Mapping[str, Callable[..., Iterable[Any]]] = {
 def serve(descriptor: int, owner: int) -> None:
     """Do what comes through the socket until its other end closes or `owner`, a process, is gone."""
     die_with(owner)
+    with suppress(OSError):  # where the kernel has to choose whom to kill for memory, it is not Postgres
+        Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold documents
     with socket.socket(fileno=descriptor) as line, line.makefile("rb") as orders, line.makefile("wb") as replies:
         trail.follow(lambda name: _send(replies, Opened(name)))
