@@ -27,7 +27,7 @@ from schemas.money import Currency
 from schemas.pricing import PriceBook
 from tasks.ledger.claims import CLAIMS, COMMIT_SLACK_S, Claim
 from tasks.ledger.connection import Ledger
-from tasks.ledger.runs import compute_digest
+from tasks.ledger.digests import compute_answers_digest, compute_digest, count_purged
 
 #: Offending rows that each query shows at most.
 SHOWN = 20
@@ -79,6 +79,12 @@ _RUN = text("""
     SELECT r.job, r.state, r.currency, r.documents, r.manifest_digest, r.ledger_digest, r.finished_at, r.policy,
            v.ladder, (SELECT count(*) FROM document d WHERE d.run_id = r.run_id) AS ended
     FROM run r JOIN prompt_version v USING (prompt_version) WHERE r.run_id = :run_id
+""")
+
+#: An event that the digests are told in cannot be changed by a lane, which settles the run and may set its digest.
+_SETTLED_WITH = text("""
+    SELECT detail ->> 'ledger_digest' AS rows, detail ->> 'answers_digest' AS answers FROM run_event
+    WHERE run_id = :run_id AND kind = 'done' ORDER BY event_id LIMIT 1
 """)
 
 _USED_PRICES = text("""
@@ -175,17 +181,25 @@ async def _check_manifest(connection: AsyncConnection, run_id: int, recorded: st
 
 async def _check_digest(connection: AsyncConnection, run_id: int, run: Row[Any]) -> Evidence:
     says = "the rows are, byte for byte, those that the run was settled with"
-    if run.state != "done":
-        return Evidence(0, (), says + "; the digest is made when the run is done")
-    if run.ledger_digest is None or run.finished_at is None:
-        return Evidence(1, (f"run {run_id}: is done and has no digest",), says)
     key = {"run_id": run_id, "until": run.finished_at}
+    settled = (await connection.execute(_SETTLED_WITH, key)).one_or_none()
+    if run.state != "done":
+        was_done = (f"run {run_id}: was done, and is {run.state}",) if settled else ()
+        return Evidence(len(was_done), was_done, says + "; the digest is made when the run is done")
+    if run.ledger_digest is None or run.finished_at is None or settled is None:
+        return Evidence(1, (f"run {run_id}: is done and has no digest",), says)
     if later := (await connection.execute(_STAMPED_LATER, key)).scalar_one():
         says += f"; {later} rows are stamped later than that and are not covered"
     found = await compute_digest(connection, RunId(run_id), run.finished_at)
-    if found == run.ledger_digest:
-        return Evidence(1, (), says)
-    return Evidence(1, (f"run {run_id}: its rows have the digest {found}, settled was {run.ledger_digest}",), says)
+    told = {run.ledger_digest, settled.rows} - {found}
+    violations = [f"run {run_id}: its rows have the digest {found}, settled was {one}" for one in sorted(told)]
+    answers = await compute_answers_digest(connection, RunId(run_id), run.finished_at)
+    if answers != settled.answers:
+        if purged := await count_purged(connection, RunId(run_id)):
+            says += f"; {purged} answers were purged, and then none is covered"
+        else:
+            violations.append(f"run {run_id}: its answers have the digest {answers}, settled was {settled.answers}")
+    return Evidence(1, tuple(violations), says)
 
 
 async def _check_prices(connection: AsyncConnection, run_id: int, run: Row[Any], book: PriceBook) -> list[str]:
@@ -239,5 +253,5 @@ def _name_at(book: PriceBook, model: str, currency: str, instant: datetime, prom
     """The price row in force; None where the book has none."""
     try:
         return book.at(model, Currency(currency), instant, prompt_tokens=prompt_tokens).name
-    except UnknownPrice:
+    except (UnknownPrice, ValueError):  # ValueError: a currency that somebody made up
         return None

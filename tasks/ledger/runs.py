@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, insert, select, text, update
@@ -20,6 +19,7 @@ from schemas.jobs import Job
 from schemas.money import Currency
 from schemas.pricing import Price
 from tasks.ledger.connection import Ledger
+from tasks.ledger.digests import compute_answers_digest, compute_digest
 from tasks.ledger.leases import end_lanes, lock_lanes
 from tasks.ledger.rows import append, as_json, bring
 
@@ -71,32 +71,6 @@ _EVENT = text("""
 """)
 
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
-
-#: SHA-256 over every row of the run written until then: hashed in buckets of 10,000 documents, since one string
-#: of them all would pass Postgres's limit of 1 GB.
-_DIGEST = text("""
-    WITH line AS (
-        SELECT 1 AS kind, document_no, attempt_no,
-               ROW(document_no, attempt_no, tier, purpose, lane_id, grant_id, price_id, reserved)::text AS line
-        FROM attempt_intent WHERE run_id = :run_id AND intended_at <= :until
-        UNION ALL
-        SELECT 2, document_no, attempt_no,
-               ROW(document_no, attempt_no, signal, hit, miss, output, price_id, cost)::text
-        FROM attempt_outcome WHERE run_id = :run_id AND recorded_at <= :until
-        UNION ALL
-        SELECT 3, document_no, attempt_no, ROW(document_no, attempt_no, bound)::text
-        FROM attempt_unknown WHERE run_id = :run_id AND declared_at <= :until
-        UNION ALL
-        SELECT 4, document_no, 0, ROW(document_no, document_id, encode(text_digest, 'hex'), state, reason, tier,
-                                      attempt_no, of_run_id, of_document_no)::text
-        FROM document WHERE run_id = :run_id AND recorded_at <= :until
-    ), bucket AS (
-        SELECT kind, document_no / 10000 AS bucket,
-               sha256(convert_to(string_agg(line, chr(10) ORDER BY document_no, attempt_no), 'UTF8')) AS digest
-        FROM line GROUP BY kind, bucket
-    )
-    SELECT 'sha256:' || encode(sha256(coalesce(string_agg(digest, '' ORDER BY kind, bucket), '')), 'hex') FROM bucket
-""")
 
 
 async def open_run(ledger: Ledger, opening: Opening) -> Run:
@@ -166,14 +140,9 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
             .where(tables.run.c.run_id == run_id)
             .values(state="done", reason=None, ledger_digest=digest, finished_at=until)
         )
-        await _note(connection, run_id, "done", {"ledger_digest": digest})
+        answers = await compute_answers_digest(connection, run_id, until)
+        await _note(connection, run_id, "done", {"ledger_digest": digest, "answers_digest": answers})
         return str(digest)
-
-
-async def compute_digest(connection: AsyncConnection, run_id: RunId, until: datetime) -> str:
-    """`sha256:` over the run's rows that were written by `until`; later ones are late facts, not changes."""
-    row = await connection.execute(_DIGEST, {"run_id": run_id, "until": until})
-    return str(row.scalar_one())
 
 
 async def register_prices(ledger: Ledger, prices: Iterable[Price]) -> dict[str, int]:

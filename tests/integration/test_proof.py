@@ -15,11 +15,11 @@ from tests.ledgers import BOOK, COST, RESERVED, Hand, opening, run_everything, s
 GUARANTEES = [f"G{number}" for number in range(1, 11)]
 
 #: What is done to the finished run 1 behind the triggers' back, which guarantees fall (G3 is the digest over the
-#: rows, so it falls with every fact it covers), and what the proof must name.
+#: rows, so it falls with every fact that it covers), and what the proof must name.
 CORRUPTIONS = {
     "a file's digest": ("UPDATE input_file SET sha256 = repeat('1', 64)", "G1", "run 1: its files and shards"),
     "a shard's range": ("UPDATE shard SET first_row = 2 WHERE shard_no = 1", "G1", "shard 1.1: row 2 was cut before"),
-    "documents of the run": ("UPDATE run SET documents = 7", "G1", "run 1: 7 documents, but its shards have 6"),
+    "documents of the run": ("UPDATE run SET documents = 7", "G1 G3", "run 1: 7 documents, but its shards have 6"),
     "a lost document": (
         "DELETE FROM document WHERE document_no = 5",
         "G2 G3 G8",
@@ -34,10 +34,10 @@ CORRUPTIONS = {
     "an open shard": ("UPDATE shard SET state = 'open' WHERE shard_no = 1", "G2", "shard 1.1: still open"),
     "a verdict": (
         "UPDATE attempt_outcome SET verdict = 'blank' WHERE document_no = 0",
-        "G2",
+        "G2 G3",
         "document 1.0: its result names attempt 1 at flash, which accepted nothing",
     ),
-    "a duplicate": ("DELETE FROM duplicate", "G2", "document 1.5: ended as a duplicate of 0"),
+    "a duplicate": ("DELETE FROM duplicate", "G2 G3", "document 1.5: ended as a duplicate of 0"),
     "the digest": ("UPDATE run SET ledger_digest = 'sha256:0'", "G3", "run 1: its rows have the digest"),
     "a reason": (
         "UPDATE document SET reason = 'lost' WHERE document_no = 3",
@@ -58,12 +58,12 @@ CORRUPTIONS = {
     "work after the end": (
         "UPDATE attempt_intent i SET intended_at = d.recorded_at + interval '1 microsecond'"
         " FROM document d WHERE d.document_no = 0 AND i.document_no = 0",
-        "G5",
+        "G3 G5",
         "attempt_intent 1.0.1: intended after its document had ended",
     ),
     "a second result": (
         "UPDATE attempt_outcome SET verdict = 'accepted' WHERE document_no = 1",
-        "G5",
+        "G3 G5",
         "document 1.1: 2 of its answers were accepted",
     ),
     "a result paid for twice": (
@@ -78,7 +78,7 @@ CORRUPTIONS = {
         "UPDATE attempt_outcome SET recorded_at = (SELECT finished_at FROM run)"
         " WHERE document_no = 2 AND attempt_no = 1;"
         " UPDATE attempt_unknown SET declared_at = (SELECT finished_at FROM run) WHERE document_no = 2",
-        "G6",
+        "G3 G6",
         "attempt_intent 1.2.2: intended before attempt 1 was over",
     ),
     "too many retries": (
@@ -103,7 +103,7 @@ CORRUPTIONS = {
     ),
     "an instant in peak hours": (
         "UPDATE attempt_outcome SET completed_at = '2026-09-24T02:00:00Z' WHERE document_no = 0",
-        "G7",
+        "G3 G7",
         "attempt_outcome 1.0.1: booked by deepseek-flash/USD/2026-09-10T04:00Z/off_peak",
     ),
     "a cost": (
@@ -155,17 +155,17 @@ CORRUPTIONS = {
     "a zombie's attempt": (
         "UPDATE attempt_intent SET intended_at = (SELECT max(intended_at) + interval '1 microsecond'"
         " FROM attempt_intent WHERE document_no = 4) WHERE document_no = 4 AND attempt_no = 1",
-        "G10",
+        "G3 G10",
         "attempt_intent 1.4.1: under epoch 1 of shard 1, after epoch 3 was at work",
     ),
     "two owners": (
         "UPDATE attempt_intent SET epoch = 3 WHERE document_no = 4",
-        "G10",
+        "G3 G10",
         "shard 1.1: lanes 1, 2 intended under one epoch, 3",
     ),
     "a shard of another": (
         "UPDATE attempt_intent SET shard_no = 1, epoch = 1 WHERE document_no = 0",
-        "G10",
+        "G3 G10",
         "attempt_intent 1.0.1: epoch 1 of shard 1",
     ),
 }

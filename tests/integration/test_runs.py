@@ -15,6 +15,7 @@ from schemas.jobs import Escalate
 from schemas.money import Currency
 from tasks.ledger import leases, runs
 from tasks.ledger.connection import Ledger
+from tasks.ledger.digests import compute_digest
 from tests.ledgers import (
     BOOK,
     CAP,
@@ -152,7 +153,7 @@ async def test_the_digest_covers_the_rows_until_its_instant_and_no_later_ones(
 
     async def digest() -> str:
         async with ledger.transaction() as connection:
-            return await runs.compute_digest(connection, run.run_id, until)
+            return await compute_digest(connection, run.run_id, until)
 
     assert await digest() == settled
     sql(

@@ -1,0 +1,134 @@
+"""A superuser changes one value of the ledger at a time: the proof says so, or it was never promised to (G17)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+from sqlalchemy import Column
+from sqlalchemy.types import ARRAY, Boolean, Date, DateTime, Double, Integer, LargeBinary, Text
+
+from schemas.attempts import RunId
+from schemas.errors import ConfigurationError
+from schemas.tables import metadata
+from tasks.ledger.connection import Ledger
+from tasks.ledger.proof import prove
+from tests.ledgers import BOOK, run_everything, sql
+
+TABLES = {table.name: table for table in metadata.tables.values() if table.name != "ledger_version"}
+ALL = "every column"
+#: What nobody promised to notice, and why.
+NOT_PROMISED = {
+    "run": {"reason": "why it is not done; a done run has none"},
+    "lane": {
+        **dict.fromkeys(
+            ("host", "pid", "started_at", "heartbeat_at", "ended_at", "ended_because"), "who worked, not what it cost"
+        ),
+        **dict.fromkeys(("in_flight", "waiting_because"), "progress of the moment"),
+    },
+    "shard": dict.fromkeys(("lease_epoch", "lane_id"), "the last lease; those at work are in the intents (G10)"),
+    "run_event": dict.fromkeys(
+        ("event_id", "happened_at", "detail", "event_key"), "a story; what counts in it are caps and digests"
+    ),
+    "budget_grant": dict.fromkeys(
+        ("amount", "granted_at"), "the amount counts until the grant is closed, and then what it used (G9)"
+    ),
+    "grant_close": dict.fromkeys(("close_no", "closed_at"), "what counts is the sum of the last close (G9)"),
+    "cost_adjustment": {ALL: "written by people, after the run"},
+}
+#: Where another value has to be one that the table's checks let pass.
+SPELT = {
+    ("price", "band"): "CASE band WHEN 'flat' THEN 'peak' ELSE 'flat' END",
+    ("run", "state"): "'paused'",
+    ("shard", "state"): "'open'",
+    ("document", "state"): "'dead_letter', reason = 'x'",
+}
+#: Which row is changed: one that everything is filled in for, and that a run rests on.
+ROW = {
+    "price": "price_id = (SELECT max(price_id) FROM attempt_outcome)",
+    "attempt_outcome": "document_no = 1 AND attempt_no = 1",
+    "document": "document_no = 0",
+    "run_event": "kind = 'opened'",
+}
+
+
+def another(column: Column[object]) -> str:
+    """SQL for a value of the column's kind which is not the one that is there."""
+    name = f'"{column.name}"'
+    if spelt := SPELT.get((column.table.name, column.name)):
+        return spelt
+    match column.type:
+        case Boolean():
+            return f"NOT coalesce({name}, false)"
+        case Integer():
+            return f"coalesce({name}, 0) + 100"
+        case Double():
+            return f"coalesce({name}, 0) + 1e-9"
+        case DateTime():
+            return f"coalesce({name}, now()) - interval '1 microsecond'"
+        case Date():
+            return f"coalesce({name}, current_date) - 1"
+        case LargeBinary():
+            return f"sha256(coalesce({name}, ''))"
+        case ARRAY():
+            return f"{name} || ARRAY['tampered']"
+        case Text():
+            return f"coalesce({name}, '') || 'x'"
+        case _:  # jsonb
+            return f"""coalesce({name}, '{{}}') || '{{"tampered": true}}'"""
+
+
+@contextmanager
+def tampered(connection: psycopg.Connection, column: Column[object]) -> Iterator[None]:
+    """The ledger with one value changed, past every trigger and foreign key; then as it was."""
+    table = column.table.name
+    connection.execute(f"CREATE TEMP TABLE kept AS TABLE {table}")
+    where = ROW.get(table, f"ctid = (SELECT min(ctid) FROM {table})")
+    changed = connection.execute(f'UPDATE {table} SET "{column.name}" = {another(column)} WHERE {where}')
+    assert changed.rowcount == 1
+    yield
+    connection.execute(f"DELETE FROM {table}; INSERT INTO {table} TABLE kept; DROP TABLE kept")
+
+
+async def is_proved(ledger: Ledger, run_id: RunId) -> bool:
+    try:
+        return (await prove(ledger, run_id, BOOK)).proved
+    except ConfigurationError:  # it has lost its number, its prompt or its budget: there is no such run any more
+        return False
+
+
+@pytest.mark.parametrize("table", TABLES)
+async def test_a_changed_value_of_any_column_is_noticed(table: str, ledger: Ledger, ledger_url: str) -> None:
+    run = await run_everything(ledger)
+    sql(ledger_url, "INSERT INTO cost_adjustment (run_id, amount, evidence) VALUES (1, 5, 'an export')")
+    unnoticed = set()
+    options = "-c search_path=farthing -c session_replication_role=replica"
+    with psycopg.connect(ledger_url, autocommit=True, options=options) as superuser:
+        for column in TABLES[table].columns:
+            with tampered(superuser, column):
+                if await is_proved(ledger, run.run_id):
+                    unnoticed.add(column.name)
+        assert (await prove(ledger, run.run_id, BOOK)).proved
+    promised = NOT_PROMISED.get(table, {})
+    assert unnoticed == (set(TABLES[table].columns.keys()) if ALL in promised else set(promised))
+
+
+async def test_a_purge_is_no_tampering_and_is_told_of(ledger: Ledger, ledger_url: str) -> None:
+    run = await run_everything(ledger)
+    sql(ledger_url, "UPDATE answer SET content = '', answer = NULL")
+    proof = await prove(ledger, run.run_id, BOOK)
+    assert proof.proved
+    assert "1 answers were purged" in proof.evidence["G3"].says
+
+
+async def test_a_digest_that_was_made_anew_is_not_the_one_that_was_told(ledger: Ledger, ledger_url: str) -> None:
+    """A lane may set a run's digest; the event of its end it cannot change."""
+    run = await run_everything(ledger)
+    sql(ledger_url, "UPDATE attempt_outcome SET provider_id = 'forged' WHERE document_no = 0")
+    named = (await prove(ledger, run.run_id, BOOK)).evidence["G3"].violations[0]
+    forged = named.split("the digest ")[1].split(",")[0]
+    sql(ledger_url, f"UPDATE run SET ledger_digest = '{forged}'")
+    (violation,) = (await prove(ledger, run.run_id, BOOK)).evidence["G3"].violations
+    assert violation.startswith(f"run 1: its rows have the digest {forged}, settled was sha256:")
