@@ -6,9 +6,10 @@ pool and the transactions; COPY goes to the psycopg connection underneath, which
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -80,17 +81,34 @@ class Ledger:
 
         One that writes says which `step` it is, so that the fault harness can end the process around its COMMIT.
         """
-        try:
-            async with self.engine.begin() as connection:
-                yield connection
+        with cancellation_kept():
+            try:
+                async with self.engine.begin() as connection:
+                    yield connection
+                    if step is not None:
+                        reach(f"{step}.before_commit")
                 if step is not None:
-                    reach(f"{step}.before_commit")
-            if step is not None:
-                reach(f"{step}.after_commit")
-        except (DBAPIError, psycopg.Error, OSError) as error:  # psycopg's own come from COPY
-            raise explain(error, self.url) from None  # its text may quote a row (G15)
-        except PoolTimeout:
-            raise PassingFailure("every connection to Postgres is busy: it may be slow or stuck") from None
+                    reach(f"{step}.after_commit")
+            except (DBAPIError, psycopg.Error, OSError) as error:  # psycopg's own come from COPY
+                raise explain(error, self.url) from None  # its text may quote a row (G15)
+            except PoolTimeout:
+                raise PassingFailure("every connection to Postgres is busy: it may be slow or stuck") from None
+
+
+@contextmanager
+def cancellation_kept() -> Iterator[None]:
+    """A task that is cancelled in the block leaves it by CancelledError, whatever else comes of it.
+
+    A connection that breaks while a cancelled COPY is undone raises its own error in place of the cancellation. It
+    looks like any other, so whoever has patience with Postgres would ask again for ever, and nobody cancels twice.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError from None
 
 
 class PassingFailure(LedgerUnavailable):

@@ -25,7 +25,7 @@ from schemas.attempts import LaneId, RunId
 from schemas.documents import Duplicate, InputFile, Shard
 from schemas.records import Lease
 from tasks.ledger.budgets import settle_grants
-from tasks.ledger.connection import Ledger, PassingFailure, explain
+from tasks.ledger.connection import Ledger, PassingFailure, cancellation_kept, explain
 
 #: A lane that did not beat for so long is dead, in seconds; it fences itself well before.
 DEAD_AFTER_S = 30.0
@@ -171,18 +171,20 @@ async def register(ledger: Ledger, run_id: RunId) -> LaneId:
 async def alive(ledger: Ledger, lane_id: LaneId) -> AsyncIterator[Session]:
     """A connection whose session holds the lane's lock for as long as it is open. Raises LedgerUnavailable."""
     lock = {"space": _LOCK_SPACE, "lane_id": lane_id}
-    try:
-        async with ledger.engine.connect() as session:
-            await session.execute(text("SELECT pg_advisory_lock(:space, CAST(:lane_id AS integer))"), lock)
-            await session.commit()
-            try:
-                yield session
-            finally:
-                await session.invalidate()  # ends the session, and so the lock, whatever state it is in
-    except (DBAPIError, OSError) as error:
-        raise explain(error, ledger.url) from None
-    except PoolTimeout:
-        raise PassingFailure("no connection to Postgres is free for the heartbeat: it may be slow or stuck") from None
+    with cancellation_kept():
+        try:
+            async with ledger.engine.connect() as session:
+                await session.execute(text("SELECT pg_advisory_lock(:space, CAST(:lane_id AS integer))"), lock)
+                await session.commit()
+                try:
+                    yield session
+                finally:
+                    await session.invalidate()  # ends the session, and so the lock, whatever state it is in
+        except (DBAPIError, OSError) as error:
+            raise explain(error, ledger.url) from None
+        except PoolTimeout:
+            busy = "no connection to Postgres is free for the heartbeat: it may be slow or stuck"
+            raise PassingFailure(busy) from None
 
 
 async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str | None) -> str | None:

@@ -6,7 +6,9 @@ Exit codes are the command line's: 0 done, 3 paused, 2 refused; 1 is a crash, an
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Awaitable, Callable
@@ -31,6 +33,8 @@ from tasks.ledger.runs import Run
 from tests.forked_readers import forked_readers
 
 API_KEY = "sk-sandbox-canary-5b1e"
+#: Signals that make a child tell where it is: its threads', and its tasks', stacks go to its log.
+STACKS, TASKS = signal.SIGUSR1, signal.SIGUSR2
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def obey(order: Order) -> None:
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for standard in (1, 2):
         os.dup2(log, standard)
+    faulthandler.register(STACKS)
     if order.failpoint is not None:
         os.environ[VARIABLE] = order.failpoint
     os._exit(_run(order))
@@ -79,6 +84,7 @@ def _run(order: Order) -> int:
 
 
 async def _enrich(order: Order) -> int:
+    asyncio.get_running_loop().add_signal_handler(TASKS, _tell_tasks)
     settings = Settings(
         database_url=SecretStr(order.database_url),
         DEEPSEEK_API_KEY=SecretStr(API_KEY),
@@ -96,6 +102,13 @@ async def _enrich(order: Order) -> int:
     print(f"lane ended: {ended.reason} {ended.advice}", file=sys.stderr, flush=True)
     settled = await enrichment.settle_run(settings, run, [ended])
     return 0 if settled.state == "done" else 3
+
+
+def _tell_tasks() -> None:
+    """Where every task is, for whoever wonders why this child does not end."""
+    for task in asyncio.all_tasks():
+        task.print_stack(limit=20, file=sys.stderr)
+    sys.stderr.flush()
 
 
 async def _show(name: str, work: Callable[[], Awaitable[None]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import os
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ from tasks.ledger.connection import Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.proof import prove
 from tests.faults.checker import Answered, Beside, Snapshot, check, results, snapshot
-from tests.faults.child import API_KEY, Order, obey
+from tests.faults.child import API_KEY, STACKS, TASKS, Order, obey
 from tests.world import CLOCK, PROMPT, SCHEMA
 
 #: In every document, and so never to be seen in a log, an event or a detail.
@@ -101,8 +102,11 @@ class Stage:
     def wait(self, child: ForkServerProcess) -> int:
         child.join(DEADLINE_S)
         if child.exitcode is None:
+            for number in (STACKS, TASKS):
+                os.kill(child.pid or 0, number)
+                child.join(1.0)  # until it has said where it is
             child.kill()
-            raise AssertionError(f"a child was still there after {DEADLINE_S:.0f} s: {self.told()}")
+            raise AssertionError(f"a child was still there after {DEADLINE_S:.0f} s: {self.told_by(child)}")
         return child.exitcode
 
     def resume(self, **order: Any) -> int:

@@ -13,7 +13,7 @@ from sqlalchemy import make_url, text
 from schemas import tables
 from schemas.errors import ConfigurationError, FarthingError, LedgerUnavailable
 from tasks.ledger.connection import Ledger, LedgerFull, PassingFailure, PoisonValue, Role, explain, opened, upgrade
-from tasks.ledger.rows import append
+from tasks.ledger.rows import append, driver
 from tests.ledgers import lane_ledger, sql, value
 
 
@@ -192,3 +192,31 @@ def test_an_error_that_no_code_explains_keeps_its_name_and_nothing_else() -> Non
 
 async def test_an_upgrade_reports_its_version(ledger_url: str) -> None:
     assert upgrade(SecretStr(ledger_url)) == value(ledger_url, "SELECT version_num FROM ledger_version")
+
+
+async def test_a_cancellation_is_not_lost_when_the_connection_breaks_under_it(ledger_url: str) -> None:
+    """In mid-COPY the driver's own error takes its place; a writer with patience would then go on for ever."""
+    async with lane_ledger(ledger_url) as ledger:
+
+        async def copy() -> None:
+            async with ledger.transaction() as connection:
+                postgres = await driver(connection)
+                await postgres.execute("SELECT pg_sleep(60)")  # like COPY, not through SQLAlchemy
+
+        copying = asyncio.create_task(copy())
+        sleeping = "FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)' AND state = 'active'"
+        while not value(ledger_url, f"SELECT count(*) {sleeping}"):
+            await asyncio.sleep(0.01)
+        value(ledger_url, f"SELECT count(pg_terminate_backend(pid)) {sleeping}")  # before the loop sees it
+        copying.cancel()
+        await asyncio.wait({copying})
+        assert copying.cancelled()
+
+
+async def test_a_time_limit_around_a_transaction_still_ends_in_its_own_error(ledger_url: str) -> None:
+    async with lane_ledger(ledger_url) as ledger:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1), ledger.transaction() as connection:
+                await connection.execute(text("SELECT pg_sleep(60)"))
+        async with ledger.transaction() as connection:
+            assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
