@@ -75,7 +75,8 @@ def raise_zombies(stage: Stage, chance: random.Random) -> int:
     for child in (*flock, heir):
         assert stage.wait(child) in (0, 3), stage.told_by(child)
     stage.resume()
-    assert stage.violations(earlier) == [], stage.told()
+    found = stage.violations(earlier)
+    assert found == [], f"{found}\n{stage.told()}"
     return zombies
 
 
@@ -101,14 +102,19 @@ def test_without_clock_or_heartbeat_a_buried_lane_still_sends_nothing(stage: Sta
     assert wait_until(lambda: stage.value(intents) >= 8), stage.told()
     bury_stopped(stage, zombie)
     sent = stage.value(intents)
+    stage.plan_mishaps(
+        {"kind": "trickle", "args": {"bytes": 64, "pause": 0.2}}
+    )  # what it sent would still be on its way
     tell([zombie], signal.SIGCONT)
-    time.sleep(0.3)  # it has more to send, and would
+    time.sleep(0.5)  # it has more to send, and would
+    stage.plan_mishaps()
     heir = stage.start()
     assert stage.wait(heir) == 0, stage.told()
     tell([zombie], signal.SIGTERM)
     assert stage.wait(zombie) in (0, 3), stage.told()
     of_zombie = f"SELECT count(*) FROM attempt_intent JOIN lane USING (lane_id) WHERE pid = {zombie.pid}"
-    assert stage.violations() == [], stage.told()
+    found = stage.violations()
+    assert found == [], f"{found}\n{stage.told()}"
     assert stage.value(of_zombie) == sent, "it was buried, and committed intents"
     tally.count("zombie lane")
 
@@ -127,5 +133,3 @@ def bury_stopped(stage: Stage, lane: ForkServerProcess) -> None:
 async def bury_all(stage: Stage) -> int:
     async with opened(SecretStr(stage.database_url), Role.LANE, pool_size=1) as ledger:
         return await leases.bury_dead(ledger, RunId(stage.run_id), dead_after_s=0.0)
-
-
