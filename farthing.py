@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 import typer
 
 from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable
+from schemas.inert import plain_lines
 
 if TYPE_CHECKING:
     from pydantic import SecretStr, ValidationError
@@ -124,16 +125,18 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 def tell(text: str) -> None:
     """A line for people, on stderr: stdout holds only what was asked for."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain_lines(text), file=sys.stderr, flush=True)
 
 
 def show(*parts: RenderableType) -> None:
     """What was asked for, for people: on stdout, as wide as the terminal, or in a pipe as a wide one."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console() if sys.stdout.isatty() else Console(width=120)
     for part in parts:
-        console.print(part, highlight=False, markup=False)
+        text = Text(plain_lines(part)) if isinstance(part, str) else part
+        console.print(text, highlight=False, markup=False, emoji=False)
 
 
 def wait_for(work: Coroutine[Any, Any, T]) -> T:

@@ -17,6 +17,7 @@ from prefect.artifacts import (
     aupdate_progress_artifact,
 )
 
+from schemas.inert import escape_markdown, plain
 from schemas.money import Currency, Money
 from schemas.settings import Settings
 from tasks import report
@@ -58,7 +59,9 @@ async def show_report(run: Run, settings: Settings) -> None:
 async def _show_progress(run: Run, settings: Settings) -> None:
     async with opened(require_database(settings), Role.AUDITOR, pool_size=1) as ledger:
         try:
-            artifact_id = await acreate_progress_artifact(0.0, key=f"run-{run.run_id}", description=f"{run.job}")
+            artifact_id = await acreate_progress_artifact(
+                0.0, key=f"run-{run.run_id}", description=escape_markdown(run.job)
+            )
             while True:
                 await aupdate_progress_artifact(artifact_id, *await _progress(ledger, run))
                 await asyncio.sleep(EVERY_S)
@@ -73,7 +76,7 @@ async def _progress(ledger: Ledger, run: Run) -> tuple[float, str]:
     words = [f"{now.done:,} of {now.documents:,} documents", f"{spent} spent", f"{now.in_flight} in flight"]
     if now.waiting_because:
         words.append(f"waiting: {now.waiting_because}")
-    return 100 * now.done / max(1, now.documents), " · ".join(words)
+    return 100 * now.done / max(1, now.documents), escape_markdown(" · ".join(words))
 
 
 def _cost_rows(audit: spend.Audit) -> list[dict[str, object]]:
@@ -81,7 +84,7 @@ def _cost_rows(audit: spend.Audit) -> list[dict[str, object]]:
     currency = Currency(audit.currency or Currency.USD)
     return [
         {
-            "tier": name,
+            "tier": plain(name),
             "attempts": tier.attempts,
             "results": tier.results,
             "cost": str(Money(tier.cost_pico, currency)),

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from schemas.errors import FarthingError
+from schemas.inert import plain
 from schemas.money import Currency, Money
 from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
@@ -85,7 +86,7 @@ def line(progress: Progress, pace: Pace) -> str:
         f"in flight {progress.in_flight:,}",
         f"waiting: {_wait(progress)}" if _wait(progress) else None,
     ]
-    return f"run {progress.run}: " + " · ".join(part for part in parts if part)
+    return plain(f"run {progress.run}: " + " · ".join(part for part in parts if part))
 
 
 def panel(progress: Progress, pace: Pace) -> RenderableType:
@@ -94,13 +95,13 @@ def panel(progress: Progress, pace: Pace) -> RenderableType:
     bar = ProgressBar(total=max(1, progress.documents), completed=progress.done, width=40)
     rate = "" if pace.rate is None else f"{pace.rate:,.0f}/s"
     left = duration(pace.remaining_s(progress.documents)) if pace.rate else "—"
-    name = Text(f"{progress.job} · run {progress.run}", "bold")
+    name = Text(plain(f"{progress.job} · run {progress.run}"), "bold")
     head.add_row(name, bar, f"{progress.done:,}/{progress.documents:,}", rate, f"{left} left")
     parts: list[RenderableType] = [head, _figures(progress)]
     if progress.is_simulated:
         parts.append(Text("sandbox: prices are real, the answers are simulated", "dim"))
     if reason := _wait(progress):
-        parts.append(Text(f"waiting: {reason}", "yellow"))
+        parts.append(Text(plain(f"waiting: {reason}"), "yellow"))
     return Group(*parts)
 
 
@@ -184,7 +185,7 @@ class View:
         """Say what the command is busy with while there is no progress to show."""
         self._phase, self._phase_since = text, self._tick()
         if self._live is None:
-            self._print(f"{text} …")
+            self._print(f"{plain(text)} …")
 
     def follow(self, url: SecretStr, run_id: int | None = None) -> None:
         """Show the progress of this run, or of the job's run that has a lane at work, as soon as there is one."""
@@ -205,12 +206,12 @@ class View:
         parts = [] if self._progress is None else [panel(self._progress, self._pace)]
         if self._phase and not (self._progress and self._progress.lanes):
             waited = self._tick() - self._phase_since
-            self._spinner.update(text=f"{self._phase} …" + (f" {waited:.0f} s" if waited >= 1 else ""))
+            self._spinner.update(text=Text(f"{plain(self._phase)} …" + (f" {waited:.0f} s" if waited >= 1 else "")))
             parts.append(self._spinner)
         return Group(*parts)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _poll(self) -> None:
         asyncio.run(self._poll_until_closed())

@@ -10,6 +10,8 @@ import sys
 
 import structlog
 
+from schemas.inert import plain_lines
+
 LOGGER = "farthing"
 
 
@@ -43,7 +45,7 @@ def follow_in_prefect() -> None:
     if any(isinstance(handler, APILogHandler) for handler in logger.handlers):
         return
     handler = APILogHandler()
-    handler.setFormatter(_formatter(structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)))
+    handler.setFormatter(_formatter(_make_plain, structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)))
     logger.addHandler(handler)
 
 
@@ -55,7 +57,12 @@ class JsonHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic o
         self.setFormatter(_formatter(structlog.processors.JSONRenderer()))
 
 
-def _formatter(renderer: structlog.typing.Processor) -> structlog.stdlib.ProcessorFormatter:
+def _make_plain(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What others wrote, such as a model's name, spelt out where it could act on a terminal. JSON escapes it."""
+    return {key: plain_lines(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def _formatter(*processors: structlog.typing.Processor) -> structlog.stdlib.ProcessorFormatter:
     return structlog.stdlib.ProcessorFormatter(
-        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer]
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *processors]
     )

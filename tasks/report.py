@@ -17,6 +17,7 @@ from rich.text import Text
 
 from schemas.errors import UnknownPrice
 from schemas.estimates import Estimate
+from schemas.inert import escape_markdown, plain, plain_lines
 from schemas.money import Currency, Money
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
@@ -48,16 +49,23 @@ def table(
     *,
     texts: Sequence[int] = (0,),
 ) -> Table:
-    """A table of figures but for the columns `texts`; without column names it has no head."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    """A table of figures but for the columns `texts`; without column names it has no head. No text in it acts."""
+    head = Text(plain(title), "bold")
+    made = Table(title=head, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     made.show_header = any(columns)
-    made.min_width = len(title) + 1  # else a long title over a narrow table is broken
-    made.caption, made.caption_justify = caption, "left"
+    made.min_width = head.cell_len + 1  # else a long title over a narrow table is broken
+    made.caption = None if caption is None else Text(plain_lines(caption), "table.caption")
+    made.caption_justify = "left"
     for number, column in enumerate(columns):
         made.add_column(column, justify="left" if number in texts else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        _add_row(made, *row)
     return made
+
+
+def _add_row(made: Table, *cells: str | Text) -> None:
+    """Cells as they are: rich would read markup and emoji codes out of a string."""
+    made.add_row(*(cell if isinstance(cell, Text) else Text(plain_lines(cell)) for cell in cells))
 
 
 # Prices
@@ -150,7 +158,7 @@ def estimate_table(estimate: Estimate, budget: Money) -> Table:
     title = f"{estimate.job}: {estimate.documents:,} documents, {estimate.cost} expected"
     made = table(title, columns, rows, "\n".join(_estimate_notes(estimate, budget)))
     made.add_section()
-    made.add_row("between", "", "", "", "", f"{estimate.low} and {estimate.high}")
+    _add_row(made, "between", "", "", "", "", f"{estimate.low} and {estimate.high}")
     return made
 
 
@@ -222,11 +230,11 @@ def markdown(audit: Audit) -> str:
 
 def _markdown(part: Section) -> str:
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(map(escape_markdown, cells))} |"
 
     ruler = line(["---"] + ["---:"] * (len(part.columns) - 1))
-    body = "\n".join([f"## {part.title}", "", line(part.columns), ruler, *map(line, part.rows)])
-    return f"{body}\n\n{part.note}" if part.note else body
+    body = "\n".join([f"## {escape_markdown(part.title)}", "", line(part.columns), ruler, *map(line, part.rows)])
+    return f"{body}\n\n{escape_markdown(part.note)}" if part.note else body
 
 
 def title(audit: Audit) -> str:
@@ -402,9 +410,9 @@ def progress_table(progress: Progress) -> Table:
     made = table(f"{progress.job}, run {progress.run}", ("", ""), rows, texts=(0, 1))
     made.add_section()
     for event in progress.events:
-        detail = ", ".join(f"{name} {value}" for name, value in event.detail.items())
-        made.add_row(
-            f"{event.happened_at.astimezone(UTC):%m-%d %H:%M:%S}", f"{event.kind.replace('_', ' ')} {detail}"
+        detail = ", ".join(f"{name} {plain(str(value))}" for name, value in event.detail.items())
+        _add_row(
+            made, f"{event.happened_at.astimezone(UTC):%m-%d %H:%M:%S}", f"{event.kind.replace('_', ' ')} {detail}"
         )
     return made
 
@@ -429,9 +437,9 @@ def proof_table(proof: Proof) -> Table:
         f"{proof.job}, run {proof.run} ({proof.state})", ("", "checked", "holds", "what it says"), (), texts=(0, 3)
     )
     for name, evidence in proof.evidence.items():
-        says = "\n".join([evidence.says, *evidence.violations])
+        says = "\n".join(map(plain, [evidence.says, *evidence.violations]))
         holds = Text("NO", "bold red") if evidence.violations else Text("yes", "green")
-        made.add_row(name, f"{evidence.checked:,}", holds, says)
+        _add_row(made, name, f"{evidence.checked:,}", holds, says)
     return made
 
 
