@@ -70,7 +70,9 @@ Partitions = Annotated[
     list[str] | None, typer.Option("--partition", "-p", metavar="P", help="Only this slice; may be repeated.")
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N documents.")]
-Budget = Annotated[str | None, typer.Option("--budget", metavar="SUM", help='A hard cap, like "5 USD".')]
+Budget = Annotated[
+    str | None, typer.Option("--budget", metavar="SUM", help='A hard cap, like "5 USD"; a shared one: for all.')
+]
 Lanes = Annotated[int, typer.Option("--lanes", min=1, max=64, metavar="N", help="Processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]

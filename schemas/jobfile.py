@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from schemas.errors import ConfigurationError, Problem
-from schemas.jobs import TIERS, Confidence, Escalate, Input, Tier, check_job_name
-from schemas.money import Money
+from schemas.jobs import TIERS, Budget, Confidence, Escalate, Input, Tier, check_job_name, parse_cap
 
 Loc = tuple[int | str, ...]
 T = TypeVar("T")
@@ -209,15 +208,9 @@ def _spread_concurrency(given: object, info: ValidationInfo) -> object:
     return dict.fromkeys(names, DEFAULT_CONCURRENCY) | given
 
 
-def _parse_budget(given: object) -> Money:
-    if isinstance(given, Money):
-        return given
-    if not isinstance(given, str):
-        raise ValueError("write a sum of money, like `25 USD`")
-    budget = Money.parse(given)
-    if budget.pico == 0:
-        raise ValueError("a budget of nothing can pay for nothing; write a sum, like `25 USD`")
-    return budget
+def _read_budget(given: object) -> object:
+    """A sum is a run's own budget; a mapping names one that is shared."""
+    return given if isinstance(given, dict | Budget) else Budget(cap=parse_cap(given), name=None)
 
 
 class JobFile(BaseModel):
@@ -237,7 +230,7 @@ class JobFile(BaseModel):
     ]
     escalate: Escalate = Escalate()
     confidence: Confidence = Confidence()
-    budget: Annotated[Money, BeforeValidator(_parse_budget)]
+    budget: Annotated[Budget, BeforeValidator(_read_budget)]
     tolerance: Decimal = Field(default=Decimal("0.01"), ge=0, le=1)
     shard_rows: int = Field(default=1000, ge=1, le=_LONGEST_SHARD)
     concurrency: Annotated[
@@ -294,6 +287,7 @@ def _known_keys(loc: Loc) -> Iterable[str]:
         ("input",): Input,
         ("escalate",): Escalate,
         ("confidence",): Confidence,
+        ("budget",): Budget,
     }
     return sorted(set(parts.get(loc, Tier).model_fields) - ({"name"} if loc[:1] == ("tiers",) else set()))
 

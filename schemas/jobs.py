@@ -17,18 +17,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from schemas.answers import Answer, AnswerRejected, canonical_json
 from schemas.money import Money
 
-__all__ = ["TIERS", "Answer", "AnswerRejected", "Confidence", "Escalate", "Input", "Job", "Tier"]
+__all__ = ["TIERS", "Answer", "AnswerRejected", "Budget", "Confidence", "Escalate", "Input", "Job", "Tier"]
 
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
 SCHEMA_PLACEHOLDER = "{{answer_schema}}"
 SCHEMA_INTRODUCTION = "Answer with one JSON object that fits this JSON Schema:"
 _PLACEHOLDER = re.compile(r"\{\{[^{}\n]*\}\}")
-_JOB_NAME = re.compile(r"[a-z][a-z0-9_-]{0,49}")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,49}")
+_NAME_RULE = "use a-z, 0-9, - and _, starting with a letter, at most 50"
 
 ColumnName = Annotated[str, Field(min_length=1)]
 FieldName = Annotated[str, Field(min_length=1)]
@@ -38,6 +39,31 @@ class _Part(BaseModel):
     """A part of a job file: no key that is not known, nothing changed after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_cap(given: object) -> Money:
+    """A budget's cap as a job file writes it. Raises ValueError with what to write instead."""
+    if isinstance(given, Money):
+        return given
+    if not isinstance(given, str):
+        raise ValueError("write a sum of money, like `25 USD`")
+    cap = Money.parse(given)
+    if cap.pico == 0:
+        raise ValueError("a budget of nothing can pay for nothing; write a sum, like `25 USD`")
+    return cap
+
+
+def _check_budget_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name for a budget; {_NAME_RULE}")
+    return name
+
+
+class Budget(_Part):
+    """A permitted sum: a run's own, or, with a name, one that every run of every job naming it draws on."""
+
+    cap: Annotated[Money, BeforeValidator(parse_cap)]
+    name: Annotated[str, AfterValidator(_check_budget_name)] | None
 
 
 class ConfidenceSignal(StrEnum):
@@ -186,6 +212,7 @@ class Confidence(_Part):
 class Job:
     """A named definition, complete and valid: input, prompt, answer, ladder and policy.
 
+    `budget` is a hard cap for each run, or, where `budget_name` names a shared budget, for all runs that name it.
     `concurrency` bounds attempts in flight, by tier name. `tolerance` is the share of documents that may end as
     dead letters before a run counts as failed. `measure` is the answer field that `input.label` is compared with.
     """
@@ -203,6 +230,7 @@ class Job:
     tolerance: Decimal = Decimal("0.01")
     shard_rows: int = 1000
     measure: str | None = None
+    budget_name: str | None = None
 
     @cached_property
     def prefix(self) -> str:
@@ -259,6 +287,6 @@ def _why_not(placeholder: str) -> str:
 
 def check_job_name(name: str) -> str:
     """`name` itself. Raises ValueError unless it fits a folder, a user id and a command line."""
-    if not _JOB_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no job name; use a-z, 0-9, - and _, starting with a letter, at most 50")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no job name; {_NAME_RULE}")
     return name

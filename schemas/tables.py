@@ -93,6 +93,10 @@ budget = Table(
     Column("currency", Text, nullable=False),
     Column("cap", BigInteger, nullable=False),
     Column("granted", BigInteger, nullable=False, server_default=text("0")),
+    Column("is_simulated", Boolean, nullable=False),
+    Column("name", Text),
+    Column("declared", BigInteger),
+    UniqueConstraint("name", "is_simulated"),
 )
 
 run = Table(

@@ -1,8 +1,9 @@
 """A lane's money: reservations out of its open grants, and what happens when the cap is near.
 
 The cap holds because money is taken from the budget before it is reserved, and reserved before anything is sent.
-Near the cap a reservation waits for attempts in flight to give back what they did not need; only when none of
-this run's lanes can give anything back any more is the budget exhausted.
+Near the cap a reservation waits for attempts in flight to give back what they did not need; only when no lane that
+draws on the budget, of this run or another, can give anything back any more is it exhausted. So that nobody waits in
+vain, a lane keeps no grant that it does not reserve from, and those that died are buried, whatever run they are of.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from schemas.attempts import LaneId
 from schemas.errors import BudgetExhausted
 from schemas.money import Money
 from tasks.drains import Draining, rest
-from tasks.ledger import budgets
+from tasks.ledger import budgets, leases
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import Run
 from tasks.patience import Patience
@@ -111,21 +112,34 @@ class Grants:
                     await self._close_spent()
                     continue
                 self.is_tight = True
-                await self._wait_for_money()
+                await self._wait_for_money(worst)
 
-    async def _wait_for_money(self) -> None:
+    async def _wait_for_money(self, worst: int) -> None:
         """Until something is given back here, or may have been elsewhere. Raises BudgetExhausted or Draining."""
         if any(grant.out for grant in self._open.values()):
             await self._given_back.wait()
         elif self._open:
             await self._close(list(self._open))  # scraps that are too small for anyone, together, may be enough
-        elif await self.patience.ask(budgets.is_money_out, self.ledger, self.run.budget_id):
+        elif await self.patience.ask(budgets.may_come, self.ledger, self.run.budget_id, worst):
+            if self.run.budget_name:  # the own run's dead are buried at every heartbeat
+                await self.patience.ask(leases.bury_sharing, self.ledger, self.run.run_id)
             await rest(self.patience.draining, ASK_AGAIN_S)
         else:
-            raise BudgetExhausted(
-                f"the budget of {Money(self.run.cap, self.run.currency)} does not cover one more attempt: "
-                "run the same command with a larger --budget to go on"
-            )
+            raise BudgetExhausted(self._advice())
+
+    def _advice(self) -> str:
+        shared = self.run.budget_name
+        whose = f"{shared}, the budget that this run shares," if shared else "the budget"
+        return (
+            f"{whose} of {Money(self.run.cap, self.run.currency)} does not cover one more attempt: run the same "
+            f"command with a larger --budget to go on{', which raises it for all who name it' if shared else ''}"
+        )
+
+    async def give_back(self) -> None:
+        """Close what nothing is reserved from, unless somebody asks just now: another lane may wait for it."""
+        if not self._asking.locked():
+            async with self._asking:
+                await self._close([grant_id for grant_id, grant in self._open.items() if not grant.out])
 
     def _take(self, worst: int) -> int | None:
         for grant_id, grant in self._open.items():

@@ -146,7 +146,13 @@ class Lane:
         """Work until no shard is left, or something makes the lane drain. Leaves nothing in flight."""
         helpers = [
             asyncio.create_task(helper)
-            for helper in (self.climber.intents.run(), self.climber.records.run(), self._beat(), self._keep_on_disk())
+            for helper in (
+                self.climber.intents.run(),
+                self.climber.records.run(),
+                self._beat(),
+                self._keep_on_disk(),
+                self._give_back(),
+            )
         ]
         work = asyncio.create_task(self._work_shards())
         try:
@@ -287,6 +293,13 @@ class Lane:
                 self.drain(state)
             await leases.bury_dead(self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s)
             await asyncio.sleep(times.beat_every_s)
+
+    async def _give_back(self) -> None:
+        """Give money back that lies idle while documents back off, or while the last shards are another lane's."""
+        while True:
+            await asyncio.sleep(self.plan.times.beat_every_s)
+            with suppress(Draining):
+                await self.climber.grants.give_back()
 
     async def _keep_on_disk(self) -> None:
         """While the lane drains and Postgres is away, keep on disk what could not be recorded (tasks/spill.py)."""

@@ -21,7 +21,7 @@ from schemas.inert import escape_markdown, plain, plain_lines
 from schemas.money import Currency, Money
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
-from tasks.ledger.spend import Audit, Progress, RunSummary, TierSpend, Waste
+from tasks.ledger.spend import Audit, Progress, RunSummary, SharedBudget, TierSpend, Waste
 
 MILLION = 10**6
 
@@ -259,10 +259,28 @@ def _totals(audit: Audit) -> Section:
         ("not known to be billed", unknown, audit.unknown_pico),
         ("corrections", _money(audit, audit.adjusted_pico), audit.adjusted_pico),
         ("per 1,000 documents", _money(audit, audit.pico_per_1000_documents), audit.pico_per_1000_documents),
-        ("budget", _money(audit, audit.budget_pico), audit.budget_pico),
+        _budget(audit),
         ("tokens: cached, not cached, output", _tokens(audit), audit.attempts),
     ]
     return Section(title(audit), ("", ""), tuple((name, figure) for name, figure, is_told in rows if is_told))
+
+
+def _budget(audit: Audit) -> tuple[str, str, object]:
+    if audit.shared_budget is None or audit.currency is None:
+        return "budget", _money(audit, audit.budget_pico), audit.budget_pico
+    return f"budget {audit.shared_budget.name}", shared_use(audit.shared_budget, Currency(audit.currency)), True
+
+
+def shared_use(budget: SharedBudget, currency: Currency) -> str:
+    """Who used how much of a shared budget, in one line."""
+    parts = [
+        f"{Money(budget.cap_pico, currency)} shared",
+        f"{Money(budget.used_pico, currency)} used here",
+        f"{Money(budget.others_pico, currency)} by other runs",
+        f"{Money(budget.held_pico, currency)} set aside" if budget.held_pico else None,
+        f"{Money(budget.left_pico, currency)} left",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _tiers(audit: Audit) -> Section:
@@ -407,6 +425,8 @@ def progress_table(progress: Progress) -> Table:
         ("spent", f"{Money(progress.cost_pico, currency)} of {Money(progress.budget_pico, currency)}"),
         ("not known to be billed", f"at most {Money(progress.unknown_pico, currency)}"),
     ]
+    if progress.shared_budget is not None:
+        rows.append((f"budget {progress.shared_budget.name}", shared_use(progress.shared_budget, currency)))
     made = table(f"{progress.job}, run {progress.run}", ("", ""), rows, texts=(0, 1))
     made.add_section()
     for event in progress.events:

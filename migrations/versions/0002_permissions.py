@@ -68,7 +68,7 @@ GRANT USAGE ON SCHEMA farthing TO farthing_lane, farthing_auditor, farthing_rete
 GRANT SELECT, INSERT ON ALL TABLES IN SCHEMA farthing TO farthing_lane;
 REVOKE INSERT ON ledger_version, cost_adjustment FROM farthing_lane;
 GRANT SELECT ON ledger_version TO farthing_auditor;
-GRANT UPDATE (granted, cap) ON budget TO farthing_lane;
+GRANT UPDATE (granted, cap, declared) ON budget TO farthing_lane;
 GRANT UPDATE (state, reason, finished_at, ledger_digest) ON run TO farthing_lane;
 GRANT UPDATE (state, lease_epoch, lane_id) ON shard TO farthing_lane;
 GRANT UPDATE (heartbeat_at, ended_at, ended_because, in_flight, waiting_because, done, results, dead_letters,

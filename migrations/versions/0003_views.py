@@ -179,7 +179,8 @@ COMMENT ON VIEW unpriced IS 'Must be empty: outcomes with neither a cost nor a b
 
 CREATE VIEW run_overview AS
 SELECT r.run_id, r.job, r.state, r.reason, r.currency, r.is_simulated, r.prompt_version, r.selection, r.documents,
-       b.cap AS budget_pico, b.granted AS granted_pico, r.opened_at, r.finished_at, r.ledger_digest
+       b.cap AS budget_pico, b.granted AS granted_pico, r.opened_at, r.finished_at, r.ledger_digest, r.budget_id,
+       b.name AS budget_name
 FROM run r JOIN budget b USING (budget_id);
 COMMENT ON VIEW run_overview IS 'The runs, without counting anything';
 

@@ -14,7 +14,25 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.attempts import LaneId, RunId
+from schemas.errors import ConfigurationError
+from schemas.money import Currency, Money
 from tasks.ledger.connection import Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBudget:
+    """The budget that a run is to draw on. Without a `name` it is the run's own; with one, all who name it share it.
+
+    `cap` is what is to hold, `declared` what the job file says, both in pico units; they differ where a cap was
+    given for this run on the command line.
+    """
+
+    name: str | None
+    currency: Currency
+    cap: int
+    declared: int
+    is_simulated: bool
+    is_cap_given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +42,19 @@ class Grant:
     grant_id: int
     amount: int
 
+
+_MAKE = text("""
+    INSERT INTO budget (currency, cap, is_simulated, name, declared)
+    VALUES (:currency, :cap, :is_simulated, :name, :declared) ON CONFLICT (name, is_simulated) DO NOTHING
+    RETURNING budget_id
+""")
+
+_SHARED = text("""
+    SELECT budget_id, currency, cap, declared FROM budget
+    WHERE name = :name AND is_simulated = :is_simulated FOR NO KEY UPDATE
+""")
+
+_CHANGE_CAP = text("UPDATE budget SET cap = :cap, declared = :declared WHERE budget_id = :budget_id")
 
 _OPEN = text("""
     WITH room AS (
@@ -45,11 +76,13 @@ _FORGOTTEN = text("""
     LIMIT 1
 """)
 
-_IS_MONEY_OUT = text("""
-    SELECT EXISTS (
+#: In one statement, so that nothing is given back between the two looks.
+_MAY_COME = text("""
+    SELECT cap - granted >= :need OR EXISTS (
         SELECT FROM budget_grant g JOIN lane l USING (lane_id)
-        WHERE g.budget_id = :budget_id AND l.ended_at IS NULL
+        WHERE g.budget_id = b.budget_id AND l.ended_at IS NULL
           AND NOT EXISTS (SELECT FROM grant_close c WHERE c.grant_id = g.grant_id))
+    FROM budget b WHERE b.budget_id = :budget_id
 """)
 
 #: One settlement of a budget at a time: two would both write the next close of a grant.
@@ -87,6 +120,49 @@ _SETTLE = text("""
 """)
 
 
+async def find_budget(connection: AsyncConnection, wanted: WantedBudget) -> tuple[int, int]:
+    """The id and the cap of the budget to draw on: a new one, or the shared one of that name, locked.
+
+    A cap that was given changes a shared budget for all who name it. Raises ConfigurationError where a shared budget
+    is in another currency, or where the job file declares another cap than the others' and none was given.
+    """
+    row = {name: getattr(wanted, name) for name in ("cap", "is_simulated", "name")}
+    declared = None if wanted.name is None else wanted.declared
+    row |= {"currency": wanted.currency.value, "declared": declared}
+    made = (await connection.execute(_MAKE, row)).scalar_one_or_none()
+    if made is not None:
+        return int(made), wanted.cap
+    shared = (await connection.execute(_SHARED, row)).one()
+    if shared.currency != wanted.currency.value:
+        raise ConfigurationError(_explain_currency(wanted, shared.currency))
+    if wanted.is_cap_given:
+        await connection.execute(_CHANGE_CAP, row | {"budget_id": shared.budget_id})
+        return shared.budget_id, wanted.cap
+    if shared.declared != wanted.declared:
+        raise ConfigurationError(_explain_cap(wanted, shared.declared))
+    return shared.budget_id, shared.cap
+
+
+def _explain_currency(wanted: WantedBudget, currency: str) -> str:
+    return (
+        f"budget: {wanted.name} is in {currency}, and this run is billed in {wanted.currency}; sums are never "
+        "converted: name another budget for it"
+    )
+
+
+def _explain_cap(wanted: WantedBudget, declared: int) -> str:
+    here, there = (_exact(pico, wanted.currency) for pico in (wanted.declared, declared))
+    return (
+        f"budget: this job caps {wanted.name} at {here}, the others that name it at {there}: write the same cap in "
+        "each, or say with --budget which one holds from now on, for all of them"
+    )
+
+
+def _exact(pico: int, currency: Currency) -> str:
+    """As a job file says it, so that two caps that differ look it."""
+    return f"{Money(pico, currency).decimal.normalize():f} {currency}"
+
+
 async def open_grant(
     ledger: Ledger,
     run_id: RunId,
@@ -116,10 +192,10 @@ async def open_grant(
         return Grant(*row) if row else None
 
 
-async def is_money_out(ledger: Ledger, budget_id: int) -> bool:
-    """Whether a living lane holds an open grant of this budget, and so may give something back."""
+async def may_come(ledger: Ledger, budget_id: int, need: int) -> bool:
+    """Whether it is worth asking again: `need` fits under the cap, or a living lane of any run may give some back."""
     async with ledger.transaction() as connection:
-        return bool((await connection.execute(_IS_MONEY_OUT, {"budget_id": budget_id})).scalar_one())
+        return bool((await connection.execute(_MAY_COME, {"budget_id": budget_id, "need": need})).scalar_one())
 
 
 async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:

@@ -330,15 +330,16 @@ CLAIMS: Mapping[str, Claim] = {
             """
             SELECT format('budget %s: granted is %s, above the cap of %s', b.budget_id, b.granted, c.most)
             FROM run r JOIN budget b USING (budget_id)
-            CROSS JOIN LATERAL (SELECT max((detail ->> 'cap')::numeric) AS most FROM run_event e
-                                WHERE e.run_id = r.run_id AND e.kind IN ('opened', 'cap_changed')) c
+            CROSS JOIN LATERAL (SELECT max((detail ->> 'cap')::numeric) AS most
+                                FROM run_event e JOIN run x USING (run_id)
+                                WHERE x.budget_id = b.budget_id AND e.kind IN ('opened', 'cap_changed')) c
             WHERE r.run_id = :run_id AND b.granted > coalesce(c.most, 0)
             """,
             """
-            SELECT format('budget %s: the cap is %s, the run''s events say %s', b.budget_id, b.cap, c.cap)
+            SELECT format('budget %s: the cap is %s, the events of its runs say %s', b.budget_id, b.cap, c.cap)
             FROM run r JOIN budget b USING (budget_id)
-            LEFT JOIN LATERAL (SELECT (detail ->> 'cap')::numeric AS cap FROM run_event e
-                               WHERE e.run_id = r.run_id AND e.kind IN ('opened', 'cap_changed')
+            LEFT JOIN LATERAL (SELECT (detail ->> 'cap')::numeric AS cap FROM run_event e JOIN run x USING (run_id)
+                               WHERE x.budget_id = b.budget_id AND e.kind IN ('opened', 'cap_changed')
                                ORDER BY event_id DESC LIMIT 1) c ON true
             WHERE r.run_id = :run_id AND b.cap IS DISTINCT FROM c.cap
             """,
@@ -376,6 +377,12 @@ CLAIMS: Mapping[str, Claim] = {
                           i.document_no, i.attempt_no, i.grant_id)
             FROM attempt_intent i LEFT JOIN budget_grant g USING (grant_id)
             WHERE i.run_id = :run_id AND (g.run_id, g.lane_id) IS DISTINCT FROM (i.run_id, i.lane_id)
+            """,
+            """
+            SELECT format('budget_grant %s: from budget %s, and its run draws on %s', g.grant_id, g.budget_id,
+                          r.budget_id)
+            FROM budget_grant g JOIN run r USING (run_id)
+            WHERE g.run_id = :run_id AND g.budget_id <> r.budget_id
             """,
         ),
     ),

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import ColumnElement, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -262,16 +262,28 @@ async def bury_dead(
 
 async def bury_superseded(ledger: Ledger, job: str) -> None:
     """End the dead lanes of a job's superseded runs: nobody will resume those, and their grants would stay open."""
+    run = tables.run.c
+    await _bury_dead_of(ledger, run.job == job, run.state == "superseded")
+
+
+async def bury_sharing(ledger: Ledger, run_id: RunId) -> None:
+    """End the dead lanes of the other runs that draw on this run's budget: their grants are waited for."""
+    run = tables.run.c
+    budget = select(run.budget_id).where(run.run_id == run_id).scalar_subquery()
+    await _bury_dead_of(ledger, run.budget_id == budget, run.run_id != run_id)
+
+
+async def _bury_dead_of(ledger: Ledger, *runs: ColumnElement[bool]) -> None:
     run, lane = tables.run.c, tables.lane.c
     query = (
         select(run.run_id)
         .distinct()
         .join_from(tables.run, tables.lane, lane.run_id == run.run_id)
-        .where(run.job == job, run.state == "superseded", lane.ended_at.is_(None))
+        .where(*runs, lane.ended_at.is_(None))
     )
     async with ledger.transaction() as connection:
-        abandoned = [RunId(run_id) for (run_id,) in await connection.execute(query)]
-    for run_id in abandoned:
+        found = [RunId(run_id) for (run_id,) in await connection.execute(query)]
+    for run_id in found:
         await bury_dead(ledger, run_id)
 
 

@@ -18,6 +18,7 @@ from schemas.errors import ConfigurationError
 from schemas.jobs import Job
 from schemas.money import Currency
 from schemas.pricing import Price
+from tasks.ledger.budgets import WantedBudget, find_budget
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_answers_digest, compute_digest
 from tasks.ledger.leases import end_lanes, lock_lanes
@@ -26,7 +27,10 @@ from tasks.ledger.rows import append, as_json, bring
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a run is bound to. `cap` is its budget in pico units; `selection` says which part of the input."""
+    """What a run is bound to. `selection` says which part of the input.
+
+    `cap` is its budget in pico units; `is_cap_given` says that it was asked for, and is not the job file's.
+    """
 
     job: Job
     manifest: Manifest
@@ -34,6 +38,7 @@ class Opening:
     currency: Currency
     cap: int
     is_simulated: bool
+    is_cap_given: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +55,15 @@ class Run:
     cap: int
     is_simulated: bool
     is_resumed: bool = False
+    budget_name: str | None = None
 
 
 _UNFINISHED = text("""
     SELECT run_id, prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
                    AND manifest_digest = :manifest_digest AND currency = :currency
-                   AND is_simulated = :is_simulated AS is_same
+                   AND is_simulated = :is_simulated
+                   AND (SELECT b.name FROM budget b WHERE b.budget_id = run.budget_id)
+                       IS NOT DISTINCT FROM CAST(:budget_name AS text) AS is_same
     FROM run
     WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
     ORDER BY run_id DESC
@@ -64,6 +72,11 @@ _UNFINISHED = text("""
 _LANES = text("SELECT lane_id FROM lane WHERE run_id = :run_id")
 
 _STATE = text("SELECT state, ledger_digest FROM run WHERE run_id = :run_id FOR NO KEY UPDATE")
+
+_CAP = text("""
+    SELECT b.budget_id, b.cap FROM budget b JOIN run r USING (budget_id) WHERE r.run_id = :run_id
+    FOR NO KEY UPDATE OF b
+""")
 
 _EVENT = text("""
     INSERT INTO run_event (run_id, kind, detail, event_key)
@@ -76,18 +89,21 @@ _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job)
 async def open_run(ledger: Ledger, opening: Opening) -> Run:
     """Resume the unfinished run of the same job, selection, input, prompt and policy, or open a new one.
 
-    An unfinished run of that selection which no longer matches (its prompt, policy or files changed) is marked
-    `superseded`: what it paid for stays on the ledger, and its results are reused where they still apply.
+    An unfinished run of that selection which no longer matches (its prompt, policy or files changed, or it draws on
+    another budget) is marked `superseded`: what it paid for stays on the ledger, and its results are reused where
+    they still apply. Raises ConfigurationError where the job's shared budget is not as its other jobs say.
     """
     async with ledger.transaction("open_run") as connection:
         await connection.execute(_LOCK_JOB, {"job": opening.job.name})
-        unfinished = (await connection.execute(_UNFINISHED, _identity(opening))).all()
+        unfinished = (
+            await connection.execute(_UNFINISHED, _identity(opening) | {"budget_name": opening.job.budget_name})
+        ).all()
         same = [run_id for run_id, is_same in unfinished if is_same]
         for run_id in [run_id for run_id, _ in unfinished if run_id not in same[:1]]:
             await _change_state(connection, run_id, "superseded", "the job or its input changed")
         run_id = same[0] if same else await _insert_run(connection, opening)
         if same:
-            await _resume(connection, run_id, opening.cap)
+            await _resume(connection, run_id, opening)
         return await _read(connection, RunId(run_id), is_resumed=bool(same))
 
 
@@ -222,13 +238,7 @@ def policy(job: Job) -> dict[str, Any]:
 async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
     job = opening.job
     await connection.execute(upsert(tables.prompt_version).on_conflict_do_nothing(), [_prompt_version(job)])
-    budget_id = (
-        await connection.execute(
-            insert(tables.budget)
-            .values(currency=opening.currency.value, cap=opening.cap)
-            .returning(tables.budget.c.budget_id)
-        )
-    ).scalar_one()
+    budget_id, cap = await find_budget(connection, _wanted_budget(opening))
     row = _identity(opening) | {
         "policy": policy(job),
         "selection": dict(opening.selection),
@@ -241,7 +251,7 @@ async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
         (await connection.execute(insert(tables.run).values(row).returning(tables.run.c.run_id))).scalar_one()
     )
     await _insert_manifest(connection, run_id, opening.manifest)
-    await _note(connection, run_id, "opened", {"documents": opening.manifest.document_count, "cap": opening.cap})
+    await _note(connection, run_id, "opened", {"documents": opening.manifest.document_count, "cap": cap})
     return run_id
 
 
@@ -286,18 +296,21 @@ def compared_fields(job: Job) -> list[str]:
     return [name for name in properties if name != job.confidence.field]
 
 
-async def _resume(connection: AsyncConnection, run_id: int, cap: int) -> None:
-    await _change_state(connection, run_id, "running", None, kind="resumed")
-    changed = await connection.execute(
-        update(tables.budget)
-        .where(
-            tables.budget.c.budget_id
-            == select(tables.run.c.budget_id).where(tables.run.c.run_id == run_id).scalar_subquery(),
-            tables.budget.c.cap != cap,
-        )
-        .values(cap=cap)
+def _wanted_budget(opening: Opening) -> WantedBudget:
+    job = opening.job
+    return WantedBudget(
+        job.budget_name, opening.currency, opening.cap, job.budget.pico, opening.is_simulated, opening.is_cap_given
     )
-    if changed.rowcount:
+
+
+async def _resume(connection: AsyncConnection, run_id: int, opening: Opening) -> None:
+    await _change_state(connection, run_id, "running", None, kind="resumed")
+    budget_id, before = (await connection.execute(_CAP, {"run_id": run_id})).one()
+    cap = opening.cap
+    if opening.job.budget_name is not None:
+        _, cap = await find_budget(connection, _wanted_budget(opening))
+    await connection.execute(update(tables.budget).where(tables.budget.c.budget_id == budget_id).values(cap=cap))
+    if cap != before:
         await _note(connection, run_id, "cap_changed", {"cap": cap})
 
 
@@ -328,7 +341,7 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
     r, b = tables.run.c, tables.budget.c
     found = (
         await connection.execute(
-            select(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated)
+            select(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated, b.name)
             .join_from(tables.run, tables.budget, r.budget_id == b.budget_id)
             .where(r.run_id == run_id)
         )
@@ -346,4 +359,5 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
         cap=found.cap,
         is_simulated=found.is_simulated,
         is_resumed=is_resumed,
+        budget_name=found.name,
     )

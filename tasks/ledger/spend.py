@@ -87,6 +87,22 @@ class Waste:
     unknown_pico: int
 
 
+@dataclass(frozen=True, slots=True)
+class SharedBudget:
+    """A budget that several runs draw on, in pico units: used, others, held and left add up to the cap.
+
+    `used_pico` is what the runs in view cost, bounds of unknowns included, `others_pico` what the rest that name it
+    did; `held_pico` is set aside by lanes at work.
+    """
+
+    name: str
+    cap_pico: int
+    used_pico: int
+    others_pico: int
+    held_pico: int
+    left_pico: int
+
+
 @dataclass(frozen=True)
 class Audit:
     """The spend of a run, of a job's runs, or of the whole ledger.
@@ -133,6 +149,7 @@ class Audit:
     accuracy: tuple[Accuracy, ...]
     waste: tuple[Waste, ...]
     dead_letters_by_reason: dict[str, int]
+    shared_budget: SharedBudget | None = None
 
     @property
     def done(self) -> int:
@@ -187,6 +204,7 @@ class Progress:
     opened_at: datetime
     finished_at: datetime | None
     events: tuple[Event, ...]
+    shared_budget: SharedBudget | None = None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object, as `Audit.to_json`."""
@@ -240,8 +258,21 @@ _TOTALS = text("""
 """)
 
 _OVERVIEW = text("""
-    SELECT state, reason, is_simulated, prompt_version, opened_at, finished_at, budget_pico
+    SELECT state, reason, is_simulated, prompt_version, opened_at, finished_at, budget_pico, budget_name
     FROM run_overview WHERE run_id = ANY(:runs)
+""")
+
+_SHARED = text("""
+    SELECT name, cap_pico, used_pico, others_pico, granted - used_pico - others_pico AS held_pico,
+           cap_pico - granted AS left_pico
+    FROM (
+        SELECT o.budget_name AS name, o.budget_pico AS cap_pico, o.granted_pico AS granted,
+               coalesce(sum(l.cost_pico + l.unknown_pico) FILTER (WHERE o.run_id = ANY(:runs)), 0) AS used_pico,
+               coalesce(sum(l.cost_pico + l.unknown_pico) FILTER (WHERE o.run_id <> ALL(:runs)), 0) AS others_pico
+        FROM run_overview o LEFT JOIN lane_progress l USING (run_id)
+        WHERE o.budget_name = :name AND o.is_simulated = :is_simulated
+        GROUP BY o.budget_id, o.budget_name, o.budget_pico, o.granted_pico
+    ) budget
 """)
 
 _TIERS = text("""
@@ -312,7 +343,7 @@ _SUMS = """
 
 _PROGRESS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
-           o.opened_at, o.finished_at, s.*
+           o.opened_at, o.finished_at, o.budget_name, s.*
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
@@ -360,7 +391,8 @@ async def progress(ledger: Ledger, run_id: int) -> Progress:
         row = _plain(found)
         row["waiting_because"] = _waiting_because(row["state"], row["reason"], row["lanes"], row.pop("lanes_wait"))
         events = await _read_rows(connection, _EVENTS, Event, {"run": run_id, "most": RECENT_EVENTS})
-        return Progress(events=events, **row)
+        shared = await _read_shared(connection, row.pop("budget_name"), row["is_simulated"], [run_id])
+        return Progress(events=events, shared_budget=shared, **row)
 
 
 async def list_runs(ledger: Ledger, job: str | None = None) -> list[RunSummary]:
@@ -376,13 +408,25 @@ async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str
     cache = _plain((await connection.execute(_CACHE, key)).mappings().one())
     overview = (await connection.execute(_OVERVIEW, key)).mappings().all()
     names = ("state", "reason", "is_simulated", "prompt_version", "opened_at", "finished_at", "budget_pico")
+    name, is_simulated = (_only([row[name] for row in overview]) for name in ("budget_name", "is_simulated"))
     return {
         **totals,
+        "shared_budget": await _read_shared(connection, name, is_simulated, runs),
         "prefix_hit_rate": cache["hit_rate"],
         "lost_pico": cache["lost_pico"],
         "saved_pico": cache["saved_pico"],
         **{name: _only([row[name] for row in overview]) for name in names},
     }
+
+
+async def _read_shared(
+    connection: AsyncConnection, name: str | None, is_simulated: bool, runs: list[int]
+) -> SharedBudget | None:
+    """The shared budget of that name, as these runs see it. None where they have none in common."""
+    if name is None:
+        return None
+    key = {"name": name, "is_simulated": is_simulated, "runs": runs}
+    return SharedBudget(**_plain((await connection.execute(_SHARED, key)).mappings().one()))
 
 
 async def _read_breakdowns(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:

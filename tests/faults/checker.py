@@ -9,7 +9,7 @@ says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix") the 
     I4  known <= bill <= known + bounds                              I11 no lane's lock or session is left behind
     I5  nothing is paid for again without a reason                   I12 no row that was there before has changed
     I6  no open intent or grant; granted = known + bounds            I13 no canary in a log, event or detail
-    I7  the bill never passes the cap
+    I7  no budget's bill, over all runs that share it, passes its cap
 
 I1 to I7 and I12 are decided from rows, bill and input alone. I8, I10, I12 and I13 need what only the harness has:
 the provider's peaks, a fault-free run's results, a snapshot from before, the log files (`Beside`); without them
@@ -139,6 +139,14 @@ class Evidence:
         return {line.attempt: line for line in self.bill}
 
     @cached_property
+    def sharing(self) -> Mapping[int, Mapping[int, Row]]:
+        """The runs that draw on each budget, by their numbers."""
+        found: dict[int, dict[int, Row]] = defaultdict(dict)
+        for run in self.runs:
+            found[run.budget_id][run.run_id] = run
+        return found
+
+    @cached_property
     def resting(self) -> frozenset[int]:
         """Runs that nobody works on: done, or every lane has ended."""
         living = {lane.run_id for lane in self.lanes if lane.ended_at is None}
@@ -148,23 +156,23 @@ class Evidence:
 def check(
     database_url: str, bill: Path, beside: Beside | None = None, *, run_id: int | None = None
 ) -> list[Violation]:
-    """Every violation in a ledger, or in one run of it."""
+    """Every violation in a ledger, or in one run of it and those that share its budget."""
     evidence = read(database_url, bill, beside or Beside(), run_id)
     return [Violation(name, what) for name, broken in INVARIANTS.items() for what in broken(evidence)]
 
 
 def read(database_url: str, bill: Path, beside: Beside, run_id: int | None = None) -> Evidence:
     """One consistent snapshot of everything that the invariants are about."""
-    only = f"run_id = {int(run_id)}" if run_id is not None else "true"
     options = "-c search_path=farthing -c default_transaction_isolation=repeatable\\ read"
     with psycopg.connect(database_url, options=options, row_factory=namedtuple_row) as connection:
+        chosen = [row.run_id for row in connection.execute(_CHOSEN, {"run_id": run_id})]
 
         def ask(query: str) -> list[Row]:
-            return connection.execute(query.replace("$only", only)).fetchall()
+            return connection.execute(query.replace("$only", "run_id = ANY(%(runs)s)"), {"runs": chosen}).fetchall()
 
         found = {name: ask(query) for name, query in QUERIES.items()}
         rows = _snapshot(connection)
-    lines = [line for line in read_bill(bill) if run_id is None or line.attempt.startswith(f"{run_id}.")]
+    lines = [line for line in read_bill(bill) if run_id is None or (_key(line.attempt) or chosen)[0] in chosen]
     return Evidence(**found, rows=rows, bill=lines, beside=beside)
 
 
@@ -187,6 +195,12 @@ def results(database_url: str, run_id: int) -> Mapping[str, Answered]:
         rows = connection.execute(_ENDINGS, [run_id]).fetchall()
     return {row.document_id: Answered(row.state, row.tier, row.answer) for row in rows}
 
+
+#: Without a number every run, else that one and those that share its budget.
+_CHOSEN = """
+    SELECT run_id FROM run WHERE budget_id = ANY(
+        SELECT budget_id FROM run WHERE run_id = coalesce(%(run_id)s, run_id))
+"""
 
 _ENDINGS = """
     SELECT d.document_id, d.state, coalesce(d.tier, s.tier) AS tier, coalesce(d.answer, s.answer)::text AS answer
@@ -426,25 +440,27 @@ def nothing_open(e: Evidence) -> Iterator[str]:
     for lane in e.lanes:
         if lane.ended_at is None and lane.run_id in e.resting:
             yield f"lane {lane.lane_id} of run {lane.run_id} has not ended"
-    for run in e.runs:
-        spent = sum(a.cost if a.cost is not None else _bound(a) for a in e.attempts if a.run_id == run.run_id)
-        if run.run_id in e.resting and run.granted != spent:
-            yield f"run {run.run_id} is granted {run.granted}, and known + bounds are {spent}"
+    for budget_id, runs in e.sharing.items():
+        spent = sum(a.cost if a.cost is not None else _bound(a) for a in e.attempts if a.run_id in runs)
+        granted = next(iter(runs.values())).granted
+        if runs.keys() <= e.resting and granted != spent:
+            yield f"budget {budget_id} has granted {granted}, and known + bounds are {spent}"
 
 
 def bill_within_cap(e: Evidence) -> Iterator[str]:
     """I7: what was billed for attempts intended until any instant is within the largest cap there was by then."""
-    for run in e.runs:
-        caps = [(cap.happened_at, cap.cap) for cap in e.caps if cap.run_id == run.run_id]
+    for budget_id, runs in e.sharing.items():
+        caps = [(cap.happened_at, cap.cap) for cap in e.caps if cap.run_id in runs]
         total = 0
-        for a in sorted((a for a in e.attempts if a.run_id == run.run_id), key=lambda a: a.intended_at):
+        for a in sorted((a for a in e.attempts if a.run_id in runs), key=lambda a: a.intended_at):
             total += e.billed[_name(a)].cost if _name(a) in e.billed else 0
             cap = _largest_cap(caps, a.intended_at)
             if total > cap:
-                yield f"run {run.run_id} was billed {total} by attempt {_name(a)}, and its cap was {cap}"
+                yield f"budget {budget_id} was billed {total} by attempt {_name(a)}, and its cap was {cap}"
                 break
-        if run.granted > max((cap for _, cap in caps), default=0):
-            yield f"run {run.run_id} is granted {run.granted}, more than any cap it had"
+        granted = next(iter(runs.values())).granted
+        if granted > max((cap for _, cap in caps), default=0):
+            yield f"budget {budget_id} has granted {granted}, more than any cap it had"
 
 
 def _largest_cap(caps: Sequence[tuple[datetime, int]], until: datetime) -> int:

@@ -177,11 +177,11 @@ TAMPERED = {
     ),
     "an open grant": ("DELETE FROM grant_close", "I6", "grant"),
     "a lane without end": ("UPDATE lane SET ended_at = NULL WHERE lane_id = 1", "I6", "lane 1 of run 1"),
-    "granted too much": ("UPDATE budget SET granted = granted + 1", "I6", "run 1 is granted"),
+    "granted too much": ("UPDATE budget SET granted = granted + 1", "I6", "budget 1 has granted"),
     "a cap passed": (
         "UPDATE run_event SET detail = '{\"cap\": 1000}' WHERE kind = 'opened'",
         "I7",
-        "run 1 was billed",
+        "budget 1 was billed",
     ),
     "a storm of retries": (
         "INSERT INTO attempt_intent SELECT run_id, document_no, n, tier, 'retry', 'rate_limited', shard_no, epoch,"

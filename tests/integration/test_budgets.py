@@ -129,12 +129,16 @@ async def test_lanes_that_settle_the_same_grants_at_once_settle_them_once(ledger
     assert value(ledger_url, "SELECT granted FROM budget") == 0
 
 
-async def test_money_is_out_while_a_living_lane_holds_an_open_grant(ledger: Ledger) -> None:
-    run = await runs.open_run(ledger, opening())
+async def test_money_may_come_while_it_fits_or_a_living_lane_holds_an_open_grant(ledger: Ledger) -> None:
+    run = await runs.open_run(ledger, opening(cap=100 * RESERVED))
     hand = await Hand.join(ledger, run)
-    assert await budgets.is_money_out(ledger, run.budget_id)
+    assert await budgets.may_come(ledger, run.budget_id, RESERVED)
+    await hand.answer_shard()
     await budgets.close_grants(ledger, run.run_id, [hand.grant_id])
-    assert not await budgets.is_money_out(ledger, run.budget_id)
-    await hand.take(RESERVED)
+    left = 100 * RESERVED - 3 * COST
+    assert await budgets.may_come(ledger, run.budget_id, left)
+    assert not await budgets.may_come(ledger, run.budget_id, left + 1)
+    await hand.take(1)
+    assert await budgets.may_come(ledger, run.budget_id, left + 1)
     await hand.leave()
-    assert not await budgets.is_money_out(ledger, run.budget_id)
+    assert not await budgets.may_come(ledger, run.budget_id, left + 1)

@@ -70,6 +70,15 @@ def test_a_short_job_gets_the_defaults(tmp_path: Path) -> None:
     assert [tier.model for tier in job.ladder] == ["deepseek-flash", "deepseek-v4-pro"]
 
 
+@pytest.mark.parametrize(
+    ("budget", "name"), [("5 USD", None), ("{name: tickets-2026-11, cap: 5 USD}", "tickets-2026-11")]
+)
+def test_a_budget_is_a_runs_own_unless_it_has_a_name(tmp_path: Path, budget: str, name: str | None) -> None:
+    write_job(tmp_path, GOOD.replace("5 USD", budget))
+    job = load_job("tick", tmp_path)
+    assert (job.budget, job.budget_name) == (Money(5 * PICO, Currency.USD), name)
+
+
 @pytest.mark.parametrize("name", ["tick", "jobs/tick", "jobs/tick/job.yaml"])
 def test_a_job_is_found_by_name_folder_and_file(tmp_path: Path, name: str) -> None:
     write_job(tmp_path)
@@ -156,6 +165,11 @@ def test_a_mistake_is_reported_on_its_line(tmp_path: Path, line: str, expected: 
         ("5 USD", "0 USD", "job.yaml:4: budget: a budget of nothing"),
         ("5 USD", "[5]", "job.yaml:4: budget: write a sum of money"),
         ("budget: 5 USD", "", "job.yaml:1: budget: is required"),
+        ("5 USD", "{name: all}", "job.yaml:4: budget.cap: is required"),
+        ("5 USD", "{cap: 5 USD}", "job.yaml:4: budget.name: is required"),
+        ("5 USD", "{name: all, cap: 0 USD}", "job.yaml:4: budget.cap: a budget of nothing"),
+        ("5 USD", "{name: All of it, cap: 5 USD}", "job.yaml:4: budget.name: 'All of it' is no name for a budget"),
+        ("5 USD", "{name: all, cup: 5 USD}", "job.yaml:4: budget.cup: unknown key; did you mean cap?"),
     ],
 )
 def test_a_wrong_value_is_reported_on_its_line(tmp_path: Path, old: str, new: str, expected: str) -> None:
