@@ -81,7 +81,7 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
             currency=provider.currency,
             cap=request.cap(job).pico,
             is_simulated=settings.sandbox,
-            is_cap_given=request.budget is not None,
+            keeps_cap=request.budget is None,
         )
         run = await runs.open_run(ledger, opening)
         await leases.bury_superseded(ledger, run.job)

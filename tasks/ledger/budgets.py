@@ -23,8 +23,8 @@ from tasks.ledger.connection import Ledger
 class WantedBudget:
     """The budget that a run is to draw on. Without a `name` it is the run's own; with one, all who name it share it.
 
-    `cap` is what is to hold, `declared` what the job file says, both in pico units; they differ where a cap was
-    given for this run on the command line.
+    `cap` is what is to hold, `declared` what the job file says, both in pico units. With `keeps_cap` nobody asked for
+    another cap than those: what somebody asked for before holds.
     """
 
     name: str | None
@@ -32,7 +32,7 @@ class WantedBudget:
     cap: int
     declared: int
     is_simulated: bool
-    is_cap_given: bool = False
+    keeps_cap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +123,8 @@ _SETTLE = text("""
 async def find_budget(connection: AsyncConnection, wanted: WantedBudget) -> tuple[int, int]:
     """The id and the cap of the budget to draw on: a new one, or the shared one of that name, locked.
 
-    A cap that was given changes a shared budget for all who name it. Raises ConfigurationError where a shared budget
-    is in another currency, or where the job file declares another cap than the others' and none was given.
+    A cap that is asked for changes a shared budget for all who name it. Raises ConfigurationError where that is in
+    another currency, or where the job file declares another cap than the others' and none is asked for.
     """
     row = {name: getattr(wanted, name) for name in ("cap", "is_simulated", "name")}
     declared = None if wanted.name is None else wanted.declared
@@ -135,7 +135,7 @@ async def find_budget(connection: AsyncConnection, wanted: WantedBudget) -> tupl
     shared = (await connection.execute(_SHARED, row)).one()
     if shared.currency != wanted.currency.value:
         raise ConfigurationError(_explain_currency(wanted, shared.currency))
-    if wanted.is_cap_given:
+    if not wanted.keeps_cap:
         await connection.execute(_CHANGE_CAP, row | {"budget_id": shared.budget_id})
         return shared.budget_id, wanted.cap
     if shared.declared != wanted.declared:

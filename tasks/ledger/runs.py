@@ -29,7 +29,8 @@ from tasks.ledger.rows import append, as_json, bring
 class Opening:
     """What a run is bound to. `selection` says which part of the input.
 
-    `cap` is its budget in pico units; `is_cap_given` says that it was asked for, and is not the job file's.
+    `cap` is the budget of a new run in pico units. One that is resumed gets it too, unless `keeps_cap`: nobody asked
+    for another budget now, so the last one that somebody set holds.
     """
 
     job: Job
@@ -38,7 +39,7 @@ class Opening:
     currency: Currency
     cap: int
     is_simulated: bool
-    is_cap_given: bool = False
+    keeps_cap: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,19 +300,19 @@ def compared_fields(job: Job) -> list[str]:
 def _wanted_budget(opening: Opening) -> WantedBudget:
     job = opening.job
     return WantedBudget(
-        job.budget_name, opening.currency, opening.cap, job.budget.pico, opening.is_simulated, opening.is_cap_given
+        job.budget_name, opening.currency, opening.cap, job.budget.pico, opening.is_simulated, opening.keeps_cap
     )
 
 
 async def _resume(connection: AsyncConnection, run_id: int, opening: Opening) -> None:
     await _change_state(connection, run_id, "running", None, kind="resumed")
-    budget_id, before = (await connection.execute(_CAP, {"run_id": run_id})).one()
-    cap = opening.cap
+    budget_id, was = (await connection.execute(_CAP, {"run_id": run_id})).one()
+    cap = was if opening.keeps_cap else opening.cap
     if opening.job.budget_name is not None:
-        _, cap = await find_budget(connection, _wanted_budget(opening))
-    await connection.execute(update(tables.budget).where(tables.budget.c.budget_id == budget_id).values(cap=cap))
-    if cap != before:
-        await _note(connection, run_id, "cap_changed", {"cap": cap})
+        await find_budget(connection, _wanted_budget(opening))  # raises where this job does not agree with others
+    if cap != was:
+        await connection.execute(update(tables.budget).where(tables.budget.c.budget_id == budget_id).values(cap=cap))
+        await _note(connection, run_id, "cap_changed", {"cap": cap, "was": was})
 
 
 async def _change_state(

@@ -12,12 +12,14 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
@@ -30,7 +32,7 @@ from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
 from tasks.lanes import Ended
-from tasks.ledger.connection import Role, opened
+from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import LeaseTimes
 from tasks.ledger.proof import prove
 from tasks.ledger.runs import Run
@@ -52,8 +54,10 @@ shard_rows: {shard_rows}
 tolerance: 1
 """
 PLENTY = "1 USD"
+#: For all lanes together.
+CONNECTIONS = 60
 #: A lane that has nothing to do gives its money back, and asks what is left to do, at a test's pace.
-TIMES = LeaseTimes(beat_every_s=0.2)
+TIMES = LeaseTimes(beat_every_s=0.5)
 #: A reply as long as its tier allows, and billed so: an attempt then costs most of what was reserved for it.
 LONG_REPLY = {"kind": "usage_over_max_tokens", "args": {"by": 0}}
 #: What befalls replies: unbilled failures, failures of unknown billing (billed here), and answers of no use.
@@ -89,7 +93,7 @@ class Pause(NamedTuple):
 
 def draw(dice: random.Random, name: str, *, least: int, cost_of_one: int) -> Draw:
     """A job whose cap lies, evenly on a logarithmic scale, between a third of `least` and one and a half passes."""
-    documents = dice.randint(10, 24)
+    documents = dice.randint(6, 12)
     low, high = least / 3, 1.5 * cost_of_one * documents
     return Draw(
         name=name,
@@ -118,6 +122,7 @@ class Purses:
     database_url: str
     server: DeepSeek
     settings: Settings
+    ledger: Ledger
 
     def write_job(self, plan: Draw, budget: str = PLENTY) -> None:
         folder = self.root / "jobs" / plan.name
@@ -174,8 +179,8 @@ class Purses:
         beside = Beside(root=self.root, trickle_per_s=1000)
         found: list[Violation] = check(self.database_url, bill_path(self.root), beside)
         runs = [RunId(run_id) for (run_id,) in self.sql("SELECT run_id FROM run ORDER BY run_id")]
-        async with opened(SecretStr(self.database_url), Role.LANE, pool_size=1) as ledger:
-            proofs = [await prove(ledger, run_id, load_price_book()) for run_id in runs]
+        book = load_price_book()
+        proofs = [await prove(self.ledger, run_id, book) for run_id in runs]
         disproved = [
             f"run {proof.run} {name}: {what}"
             for proof in proofs
@@ -208,7 +213,16 @@ async def purses(root: Path, database_url: str) -> AsyncIterator[Purses]:
         time_scale=0.0,
     )
     try:
-        yield Purses(root, database_url, server, settings)
+        async with opened(SecretStr(database_url), Role.LANE, pool_size=CONNECTIONS) as ledger:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(enrichment, "opened", partial(_reopened, ledger))
+                yield Purses(root, database_url, server, settings, ledger)
     finally:
         await runner.cleanup()
         server.house.bill.close()
+
+
+@asynccontextmanager
+async def _reopened(ledger: Ledger, _url: SecretStr, _role: Role, *, pool_size: int = 0) -> AsyncIterator[Ledger]:
+    """The connections that are there already: a new one costs Postgres more than all that a small run asks of it."""
+    yield ledger

@@ -19,9 +19,9 @@ from tests.faults.purses import Draw, Pause, Purses, draw, purses, say
 from tests.faults.summary import Tally
 
 #: Budgets that are played side by side.
-AT_ONCE = 4
+AT_ONCE = 6
 #: What chance may still make of a run; after so many pauses it gets all the money it wants.
-PAUSES = 3
+PAUSES = 2
 SHORT, LONG, PARTS = 20, 1000, 8
 SHORT_PAIRS, LONG_PAIRS = 4, 120
 

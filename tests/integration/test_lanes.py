@@ -112,9 +112,26 @@ async def test_near_the_cap_nearly_all_of_it_can_be_used(world: World) -> None:
     """Unused at the end is at most one reservation, the money of a document that no longer fits."""
     await world.run(budget="0.002 USD")
     used = world.value("SELECT granted FROM budget")
-    await world.run()
+    await world.run(budget="1 USD")
     worst = world.value("SELECT max(reserved) FROM attempt_intent")
     assert 2_000_000_000 - used <= worst
+
+
+async def test_a_lane_with_nothing_left_to_do_gives_its_money_to_one_that_waits_for_it(world: World) -> None:
+    """It goes on living, for the last shards may come back to it: nobody must wait until it leaves."""
+    job = world.root / "jobs" / "colours" / "job.yaml"
+    job.write_text(job.read_text().replace("shard_rows: 20", "shard_rows: 1").replace("below: 0.6", "below: 0"))
+    write_documents(world.root, ["one is red", "and one is blue"])
+    probe, _ = await world.run(limit=1)
+    worst = world.value("SELECT max(reserved) FROM attempt_intent")
+    write_documents(world.root, ["one is green", "one is red, and new"])
+    request = {"budget": f"{worst * 3 // 2 / 10**12:.12f} USD"}
+    run = await world.open(**request)
+    async with asyncio.timeout(60):
+        ended = await asyncio.gather(*(world.work(run, lanes=2, **request) for _ in range(2)))
+    assert [end.reason for end in ended] == ["done", "done"]
+    assert (await enrichment.settle_run(world.settings, run, list(ended))).state == "done"
+    assert probe.run_id != run.run_id
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS.keys() - SLOW - STOPPING))

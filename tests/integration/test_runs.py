@@ -60,7 +60,7 @@ async def test_resuming_with_another_budget_changes_the_cap_and_says_so(
     await runs.open_run(ledger, opening())
     again = await runs.open_run(ledger, opening(cap=cap))
     assert (again.run_id, again.cap) == (1, cap)
-    assert sql(ledger_url, "SELECT detail FROM run_event WHERE kind = 'cap_changed'") == [({"cap": cap},)]
+    assert sql(ledger_url, "SELECT detail FROM run_event WHERE kind = 'cap_changed'") == [({"cap": cap, "was": CAP},)]
 
 
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {

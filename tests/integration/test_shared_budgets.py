@@ -26,7 +26,7 @@ NAME = "tickets-2026-11"
 def sharing(job: str = "colours", declared: int = CAP, **changes: Any) -> Opening:
     """A run of a job that names the shared budget, with that cap in its job file."""
     named = replace(JOB, name=job, budget_name=NAME, budget=Money(declared, changes.get("currency", Currency.USD)))
-    return opening(**{"job": named, "cap": declared} | changes)
+    return opening(**{"job": named, "cap": declared, "keeps_cap": "cap" not in changes} | changes)
 
 
 async def two_runs(ledger: Ledger) -> tuple[Run, Run]:
@@ -83,7 +83,7 @@ async def test_a_run_whose_file_changed_its_mind_about_the_cap_is_not_resumed(le
 
 async def test_a_cap_that_was_given_holds_for_all_from_then_on(ledger: Ledger, ledger_url: str) -> None:
     first, _ = await two_runs(ledger)
-    given = await runs.open_run(ledger, sharing("second", cap=CAP * 3, is_cap_given=True))
+    given = await runs.open_run(ledger, sharing("second", cap=CAP * 3))
     assert (given.is_resumed, given.cap) == (True, CAP * 3)
     third, again = await runs.open_run(ledger, sharing("third")), await runs.open_run(ledger, sharing("first"))
     assert (third.cap, again.cap, again.run_id) == (CAP * 3, CAP * 3, first.run_id)
@@ -102,7 +102,7 @@ async def test_a_cap_that_was_given_holds_for_all_from_then_on(ledger: Ledger, l
 
 async def test_once_all_files_say_another_cap_it_is_given_once_and_then_agreed(ledger: Ledger) -> None:
     await two_runs(ledger)
-    await runs.open_run(ledger, sharing("first", CAP * 2, is_cap_given=True))
+    await runs.open_run(ledger, sharing("first", CAP * 2, cap=CAP * 2))
     assert (await runs.open_run(ledger, sharing("second", CAP * 2))).cap == CAP * 2
     with pytest.raises(ConfigurationError):
         await runs.open_run(ledger, sharing("third"))
