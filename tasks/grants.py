@@ -120,12 +120,12 @@ class Grants:
             await self._given_back.wait()
         elif self._open:
             await self._close(list(self._open))  # scraps that are too small for anyone, together, may be enough
-        elif await self.patience.ask(budgets.may_come, self.ledger, self.run.budget_id, worst):
+        elif await self.patience.ask(budgets.is_exhausted, self.ledger, self.run.budget_id, worst):
+            raise BudgetExhausted(self._advice())
+        else:
             if self.run.budget_name:  # the own run's dead are buried at every heartbeat
                 await self.patience.ask(leases.bury_sharing, self.ledger, self.run.run_id)
             await rest(self.patience.draining, ASK_AGAIN_S)
-        else:
-            raise BudgetExhausted(self._advice())
 
     def _advice(self) -> str:
         shared = self.run.budget_name

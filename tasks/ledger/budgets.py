@@ -77,8 +77,8 @@ _FORGOTTEN = text("""
 """)
 
 #: In one statement, so that nothing is given back between the two looks.
-_MAY_COME = text("""
-    SELECT cap - granted >= :need OR EXISTS (
+_IS_EXHAUSTED = text("""
+    SELECT cap - granted < :need AND NOT EXISTS (
         SELECT FROM budget_grant g JOIN lane l USING (lane_id)
         WHERE g.budget_id = b.budget_id AND l.ended_at IS NULL
           AND NOT EXISTS (SELECT FROM grant_close c WHERE c.grant_id = g.grant_id))
@@ -192,10 +192,10 @@ async def open_grant(
         return Grant(*row) if row else None
 
 
-async def may_come(ledger: Ledger, budget_id: int, need: int) -> bool:
-    """Whether it is worth asking again: `need` fits under the cap, or a living lane of any run may give some back."""
+async def is_exhausted(ledger: Ledger, budget_id: int, need: int) -> bool:
+    """Whether it is in vain to ask again: `need` does not fit, and no living lane of any run can give some back."""
     async with ledger.transaction() as connection:
-        return bool((await connection.execute(_MAY_COME, {"budget_id": budget_id, "need": need})).scalar_one())
+        return bool((await connection.execute(_IS_EXHAUSTED, {"budget_id": budget_id, "need": need})).scalar_one())
 
 
 async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:

@@ -263,28 +263,29 @@ async def bury_dead(
 async def bury_superseded(ledger: Ledger, job: str) -> None:
     """End the dead lanes of a job's superseded runs: nobody will resume those, and their grants would stay open."""
     run = tables.run.c
-    await _bury_dead_of(ledger, run.job == job, run.state == "superseded")
+    for run_id in await _find_with_lanes(ledger, run.job == job, run.state == "superseded"):
+        await bury_dead(ledger, run_id)
 
 
 async def bury_sharing(ledger: Ledger, run_id: RunId) -> None:
     """End the dead lanes of the other runs that draw on this run's budget: their grants are waited for."""
     run = tables.run.c
     budget = select(run.budget_id).where(run.run_id == run_id).scalar_subquery()
-    await _bury_dead_of(ledger, run.budget_id == budget, run.run_id != run_id)
+    for other in await _find_with_lanes(ledger, run.budget_id == budget, run.run_id != run_id):
+        await bury_dead(ledger, other)
 
 
-async def _bury_dead_of(ledger: Ledger, *runs: ColumnElement[bool]) -> None:
+async def _find_with_lanes(ledger: Ledger, *such: ColumnElement[bool]) -> list[RunId]:
+    """Those runs whose lanes have not all ended."""
     run, lane = tables.run.c, tables.lane.c
     query = (
         select(run.run_id)
         .distinct()
         .join_from(tables.run, tables.lane, lane.run_id == run.run_id)
-        .where(*runs, lane.ended_at.is_(None))
+        .where(*such, lane.ended_at.is_(None))
     )
     async with ledger.transaction() as connection:
-        found = [RunId(run_id) for (run_id,) in await connection.execute(query)]
-    for run_id in found:
-        await bury_dead(ledger, run_id)
+        return [RunId(run_id) for (run_id,) in await connection.execute(query)]
 
 
 async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:

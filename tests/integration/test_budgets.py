@@ -129,16 +129,18 @@ async def test_lanes_that_settle_the_same_grants_at_once_settle_them_once(ledger
     assert value(ledger_url, "SELECT granted FROM budget") == 0
 
 
-async def test_money_may_come_while_it_fits_or_a_living_lane_holds_an_open_grant(ledger: Ledger) -> None:
+async def test_a_budget_is_exhausted_when_a_need_does_not_fit_and_no_living_lane_holds_any_of_it(
+    ledger: Ledger,
+) -> None:
     run = await runs.open_run(ledger, opening(cap=100 * RESERVED))
     hand = await Hand.join(ledger, run)
-    assert await budgets.may_come(ledger, run.budget_id, RESERVED)
+    assert not await budgets.is_exhausted(ledger, run.budget_id, RESERVED)
     await hand.answer_shard()
     await budgets.close_grants(ledger, run.run_id, [hand.grant_id])
     left = 100 * RESERVED - 3 * COST
-    assert await budgets.may_come(ledger, run.budget_id, left)
-    assert not await budgets.may_come(ledger, run.budget_id, left + 1)
+    assert not await budgets.is_exhausted(ledger, run.budget_id, left)
+    assert await budgets.is_exhausted(ledger, run.budget_id, left + 1)
     await hand.take(1)
-    assert await budgets.may_come(ledger, run.budget_id, left + 1)
+    assert not await budgets.is_exhausted(ledger, run.budget_id, left + 1)
     await hand.leave()
-    assert not await budgets.may_come(ledger, run.budget_id, left + 1)
+    assert await budgets.is_exhausted(ledger, run.budget_id, left + 1)

@@ -121,7 +121,7 @@ async def test_what_one_run_took_is_not_there_for_the_other(ledger: Ledger, ledg
     first, second = await Hand.join(ledger, run, amount=CAP - RESERVED), await Hand.join(ledger, other, amount=1)
     key = (ledger, other.run_id, second.lane_id, other.budget_id)
     assert await budgets.open_grant(*key, need=RESERVED, want=RESERVED) is None
-    assert await budgets.may_come(ledger, other.budget_id, RESERVED)
+    assert not await budgets.is_exhausted(ledger, other.budget_id, RESERVED)
     await first.leave()
     assert await budgets.open_grant(*key, need=RESERVED, want=RESERVED) is not None
     assert value(ledger_url, "SELECT granted FROM budget") == RESERVED + 1
