@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import structlog
@@ -81,7 +82,10 @@ async def show_nothing(_name: str, work: Callable[[], Awaitable[None]]) -> None:
 
 @dataclass(frozen=True)
 class LanePlan:
-    """What a lane needs besides the run. `scale` is how fast the provider's world runs: 1 is real time."""
+    """What a lane needs besides the run. `scale` is how fast the provider's world runs: 1 is real time.
+
+    `random` draws the waits before retries; None: the system's, which no other machine shares.
+    """
 
     job: Job
     run: Run
@@ -93,6 +97,7 @@ class LanePlan:
     clock_offset: timedelta = timedelta(0)
     show: Show = show_nothing
     times: LeaseTimes = USUAL_TIMES
+    random: Random | None = None
 
 
 @dataclass
@@ -133,7 +138,7 @@ class Lane:
             records=Writer(self._commit_records, linger_s=0.02),
             limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
             primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
-            waits=Waits(scale=plan.scale),
+            waits=Waits(scale=plan.scale, random=plan.random),
             watch=Watch(self.ledger, plan.job, plan.run, plan.book, self.completions.now),
             now=self.completions.now,
             tick=loop.time,
@@ -223,6 +228,8 @@ class Lane:
             if claimed is not None:
                 await self._start(claimed, shards)
             elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
+                if not self._working:
+                    await self.climber.grants.give_back()
                 await self._pause()  # our own last shards, or another lane's: should it die, they come back
             else:
                 return

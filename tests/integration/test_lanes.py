@@ -197,6 +197,15 @@ async def test_two_lanes_share_a_run_and_no_document_is_answered_twice(world: Wo
     assert world.value("SELECT count(DISTINCT lane_id) FROM attempt") == 2
 
 
+async def test_a_lane_without_work_keeps_no_money_from_one_that_waits_for_it(world: World) -> None:
+    """The first to ask gets the whole budget, since it is less than a first grant."""
+    run = await world.open(budget="0.02 USD")
+    ended = await asyncio.wait_for(asyncio.gather(world.work(run), world.work(run)), 30)
+    assert [end.reason for end in ended] == ["done", "done"]
+    assert world.value("SELECT count(DISTINCT lane_id) FROM attempt") == 2
+    assert_kept(world, run.run_id)
+
+
 async def test_a_lane_that_is_cancelled_leaves_unknowns_and_the_next_one_finishes(world: World) -> None:
     run = await world.open()
     lane = asyncio.create_task(world.work(run))
