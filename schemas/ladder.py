@@ -162,11 +162,20 @@ class PastAttempt:
 
 
 def stand(history: Iterable[PastAttempt], rungs: int) -> Step:
-    """Where a document stands after its past attempts, in their order."""
+    """Where a document stands after its past attempts, in their order.
+
+    A reply that came late, when another lane had already made the next attempt, counts as any other: what it ended
+    is over, whatever came after it, and an accepted answer is not paid for again (G5).
+    """
+    past = list(history)
+    if any(attempt.verdict is Verdict.ACCEPTED for attempt in past):
+        return Accept()
     step: Step = Again(Position())
-    for past in history:
-        position = replace(step.position if isinstance(step, Again) else Position(), attempts=past.attempt_no - 1)
-        step = advance(position, past.signal, past.verdict, rungs)
+    for attempt in past:
+        if not isinstance(step, Again):
+            break
+        position = replace(step.position, attempts=attempt.attempt_no - 1)
+        step = advance(position, attempt.signal, attempt.verdict, rungs)
         if isinstance(step, Stop):  # the run was paused and is resumed: the same attempt once more
-            step = Again(replace(position, attempts=past.attempt_no, purpose=Purpose.RETRY, reason=step.reason))
+            step = Again(replace(position, attempts=attempt.attempt_no, purpose=Purpose.RETRY, reason=step.reason))
     return step

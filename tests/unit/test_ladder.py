@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,6 +139,18 @@ def test_the_next_attempt_is_numbered_after_the_last_one_that_left() -> None:
     step = stand([PastAttempt(1, Signal.LOST, None), PastAttempt(4, Signal.RATE_LIMITED, None)], 2)
     assert isinstance(step, Again)
     assert step.position.attempts == 4
+
+
+def test_an_accepted_answer_that_came_late_is_not_asked_for_again() -> None:
+    """Its lane was fenced, the next one lost a reply, and only then the first one's came."""
+    late = PastAttempt(1, Signal.ANSWERED, Verdict.ACCEPTED)
+    assert stand([late, PastAttempt(2, Signal.LOST, None)], 2) == Accept()
+    assert stand([PastAttempt(1, Signal.REFUSED, None), replace(late, attempt_no=2)], 2) == Accept()
+
+
+def test_a_refusal_that_came_late_ends_the_document_all_the_same() -> None:
+    history = [PastAttempt(1, Signal.REFUSED, None), PastAttempt(2, Signal.LOST, None)]
+    assert stand(history, 2) == DeadLetter("refused_by_provider")
 
 
 def replies() -> st.SearchStrategy[tuple[Signal, Verdict | None]]:
