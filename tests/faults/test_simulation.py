@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import structlog
 
-from tests.faults.clockwork import play
-from tests.faults.invariants import violations
-from tests.faults.simulation import Simulation, seams
+from tests.faults.simulation.clockwork import play
+from tests.faults.simulation.invariants import violations
+from tests.faults.simulation.line import seams
+from tests.faults.simulation.simulation import Simulation
 from tests.faults.summary import Tally
 
 #: Seeds in the short form, which every commit plays, and in the long one.

@@ -10,8 +10,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from schemas.records import Lease
-from tests.faults.model import Key
-from tests.faults.simulation import COLOURS, Simulation
+from tests.faults.simulation.model import Key
+from tests.faults.simulation.provider import COLOURS
+from tests.faults.simulation.simulation import Simulation
 
 #: Signals after which nobody knows whether the attempt was billed.
 UNKNOWN = ("failed", "lost", "malformed")
@@ -46,7 +47,7 @@ def one_ending_per_document(s: Simulation) -> Iterator[str]:
 
 
 def bill_has_rows(s: Simulation) -> Iterator[str]:
-    """G4, G7, G8: nothing is billed without an intent, known costs are the bill's, unknown ones within their bounds."""
+    """G4, G7, G8: nothing is billed without an intent, known costs are the bill's, others are within their bounds."""
     model = s.world.model
     for key in s.provider.bill.keys() - model.intents.keys():
         yield f"attempt {key} was billed and never intended"
@@ -182,7 +183,7 @@ def nothing_is_left(s: Simulation) -> Iterator[str]:
 
 def _key(said: object) -> Key:
     assert isinstance(said, tuple)
-    return said  # type: ignore[return-value]  # facts about attempts have their keys
+    return said
 
 
 INVARIANTS = (

@@ -8,7 +8,7 @@ The state machine (test_state_machine.py) holds it to the real SQL, call by call
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
@@ -198,9 +198,7 @@ class Model:
         lane.beat_at = self.clock()
         return self.runs[lane.run_id].state
 
-    def claim(
-        self, run_id: RunId, lane_id: LaneId, working: Collection[int] | None = None
-    ) -> ClaimedShard | None:
+    def claim(self, run_id: RunId, lane_id: LaneId, working: Collection[int] | None = None) -> ClaimedShard | None:
         if self.lanes[lane_id].ended_because is not None:
             return None
         for row in self.runs[run_id].shards:
@@ -260,7 +258,7 @@ class Model:
         return ClaimedShard(lease, row.shard, manifest.files[row.shard.file_no], duplicates)
 
     def _end_lanes(self, run_id: int, lanes: Sequence[int], because: str) -> None:
-        fenced = []
+        fenced: list[int] = []
         for number in lanes:
             lane = self.lanes[number]
             lane.ended_because = lane.ended_because or because
@@ -278,9 +276,7 @@ class Model:
 
     # Attempts.
 
-    def intend(
-        self, run_id: RunId, lane_id: LaneId, intents: Sequence[Intent], reusable: Reusable
-    ) -> list[Permit]:
+    def intend(self, run_id: RunId, lane_id: LaneId, intents: Sequence[Intent], reusable: Reusable) -> list[Permit]:
         held = self._held(run_id, lane_id)
         answered = self.find_results_now({intent.text_digest for intent in intents}, reusable)
         return [self._permit(run_id, lane_id, intent, held, answered) for intent in intents]
@@ -350,7 +346,9 @@ class Model:
                 reusable.prompt_version,
                 reusable.is_simulated,
             )
-            if ending.text_digest in digests and is_answer and is_alike and _is_sure(ending, reusable):
+            is_asked = ending.text_digest is not None and ending.text_digest in digests
+            if is_asked and is_answer and is_alike and _is_sure(ending, reusable):
+                assert ending.text_digest is not None
                 found.setdefault(ending.text_digest, ResultKey(run_id, number))
         return found
 
@@ -451,8 +449,3 @@ def _identity(opening: Opening) -> tuple[Any, ...]:
 def _is_sure(ending: Ending, reusable: Reusable) -> bool:
     is_last = ending.tier == reusable.last_tier
     return is_last or ending.confidence is None or ending.confidence >= float(reusable.below)
-
-
-def keys_of(model: Model, run_id: int) -> Iterator[Key]:
-    """The attempts of a run."""
-    return (key for key in model.intents if key[0] == run_id)
