@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from asyncio import base_events
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from itertools import count
 from typing import Any, TypeVar
 
@@ -61,15 +61,6 @@ class Clockwork(base_events.BaseEventLoop):
 
     def _write_to_self(self) -> None:
         pass
-
-    def run_in_executor(self, _executor: Any, work: Callable[..., Answer], *arguments: Any) -> asyncio.Future[Answer]:  # type: ignore[override]
-        """At once, in this thread."""
-        done: asyncio.Future[Answer] = self.create_future()
-        try:
-            done.set_result(work(*arguments))
-        except Exception as error:
-            done.set_exception(error)
-        return done
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         pass

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from schemas.attempts import LaneId, RunId
-from tasks import documents, enrichment, spill
+from tasks import enrichment, spill
 from tasks.lanes import Ended, Lane
 from tasks.ledger import attempts, budgets, leases, runs
 from tasks.ledger.connection import LedgerFull, PassingFailure, PoisonValue
@@ -155,7 +155,6 @@ def seams() -> Iterator[None]:
         patch.setattr(leases, "alive", alive)
         patch.setattr(spill, "_find_name", name_of)
         patch.setattr(os, "fsync", lambda _descriptor: None)
-        patch.setattr(documents, "read_shard", lambda _input, file, shard, root: root(file, shard))
         patch.setattr(enrichment, "opened", _opened)
         yield
 

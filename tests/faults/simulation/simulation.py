@@ -2,7 +2,8 @@
 
 What is real: tasks.lanes, climbs, shards, grants, writer, limiter, priming, drains, patience, waits, watch, spill,
 and the settling of a run. What stands in: the functions of tasks.ledger that they call (`Line`, on the model), the
-door to the provider (`Door`, before a `Provider` with a bill of its own), the reading of Parquet, and the clock.
+door to the provider (`Door`, before a `Provider` with a bill of its own), what reads Parquet (`Pages`), and the
+clock.
 
 One seed draws everything: how many documents and lanes, what goes wrong how often and when. A lane is killed by a
 timer or at its n-th durable step, before or after the COMMIT or the sending; its line is dead from then on, and the
@@ -12,7 +13,7 @@ next start takes over. When the faults stop, the run has to get done.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -46,6 +47,8 @@ TIMES = LeaseTimes(beat_every_s=4.0, fence_after_s=12.0, grace_s=6.0, dead_after
 SCALE = 0.05
 #: A start that takes longer than this has hung; after the faults stopped, so many more have to be enough.
 START_WITHIN_S, STARTS_WITHIN = 900.0, 8
+#: Documents that are read together.
+BLOCK = 5
 
 
 @dataclass
@@ -62,6 +65,30 @@ class Door:
     async def complete(self, call: Call) -> Reply:
         await self.line.step("send")
         return await self.provider.answer(call, self.line.lane_id)
+
+
+@dataclass
+class Pages:
+    """What a lane reads, in place of `Bulkhead`: blocks of a shard's documents, or a reason why not."""
+
+    world: World
+
+    async def read_shard(
+        self, _input: object, file: InputFile, shard: Shard, *, root: Path
+    ) -> AsyncIterator[list[Document | UnfitDocument]]:
+        first, world = shard.first_document_no, self.world
+        for start in range(first, first + shard.document_count, BLOCK):
+            await asyncio.sleep(world.chance.uniform(0.01, 0.1))
+            if world.happens(world.plan.damaged, "input changed"):
+                raise InputChanged(f"{file.path} is another file now")
+            if world.happens(world.plan.damaged, "input unavailable"):
+                raise InputUnavailable("the disk does not answer")
+            yield [self._document(n) for n in range(start, min(start + BLOCK, first + shard.document_count))]
+
+    def _document(self, number: int) -> Document | UnfitDocument:
+        if number in self.world.plan.unfit:
+            return UnfitDocument(number, f"d{number}", Unfit.EMPTY_TEXT)
+        return Document(number, f"d{number}", f"text {number}")
 
 
 @dataclass
@@ -155,7 +182,9 @@ class Simulation:
         line = Line(world)
         line.lane_id = await self._insist(lambda line: leases.register(line, run.run_id))
         line.doom = None if doom is None else world.chance.randrange(doom)
-        line.lane = lane = Lane(line, LaneId(line.lane_id), Door(self.provider, line), self._lane_plan(run))  # type: ignore[arg-type]  # stand-ins
+        line.lane = lane = Lane(
+            line, LaneId(line.lane_id), Door(self.provider, line), Pages(world), self._lane_plan(run)
+        )  # type: ignore[arg-type]  # stand-ins
         lane.spill = Spill(self.folder, await name_of(line, run.run_id), LaneId(line.lane_id))
         line.work = asyncio.create_task(lane.run_shards())
         self._lines.append(line)
@@ -174,23 +203,12 @@ class Simulation:
             run=run,
             book=BOOK,
             price_ids={price.name: number for number, price in enumerate(BOOK.rows())},
-            root=self._read,  # type: ignore[arg-type]  # read_shard's stand-in calls it
+            root=self.folder,
             lanes=self.plan.lanes,
             scale=SCALE,
             times=times,
             random=self.world.chance,
         )
-
-    def _read(self, _file: InputFile, shard: Shard) -> Iterator[Document | UnfitDocument]:
-        if self.world.happens(self.plan.damaged, "input changed"):
-            raise InputChanged("it is another file now")
-        if self.world.happens(self.plan.damaged, "input unavailable"):
-            raise InputUnavailable("no disk")
-        for number in range(shard.first_document_no, shard.first_document_no + shard.document_count):
-            if number in self.plan.unfit:
-                yield UnfitDocument(number, f"d{number}", Unfit.EMPTY_TEXT)
-            else:
-                yield Document(number, f"d{number}", f"text {number}")
 
     async def _play_mishaps(self) -> None:
         world = self.world
