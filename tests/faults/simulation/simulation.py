@@ -182,8 +182,9 @@ class Simulation:
         line = Line(world)
         line.lane_id = await self._insist(lambda line: leases.register(line, run.run_id))
         line.doom = None if doom is None else world.chance.randrange(doom)
-        stand_ins: Any = (line, LaneId(line.lane_id), Door(self.provider, line), Pages(world))
-        line.lane = lane = Lane(*stand_ins, plan=self._lane_plan(run))
+        make: Any = Lane  # which is annotated with what these stand in for
+        lane: Lane = make(line, line.lane_id, Door(self.provider, line), Pages(world), self._lane_plan(run))
+        line.lane = lane
         lane.spill = Spill(self.folder, await name_of(line, run.run_id), LaneId(line.lane_id))
         line.work = asyncio.create_task(lane.run_shards())
         self._lines.append(line)
