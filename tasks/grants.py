@@ -159,10 +159,6 @@ class Grants:
             return FIRST_GRANT * worst
         return int(reserved * min(4.0, GRANT_LASTS_S / elapsed))
 
-    async def give_back(self) -> None:
-        """Close every grant that nothing is reserved from: a lane without work keeps no money from the others."""
-        await self._close([grant_id for grant_id, grant in self._open.items() if not grant.out])
-
     async def _close_spent(self) -> None:
         """Close older grants that nothing is reserved from: the new one serves from now on."""
         *older, _newest = self._open

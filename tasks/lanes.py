@@ -228,8 +228,6 @@ class Lane:
             if claimed is not None:
                 await self._start(claimed, shards)
             elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
-                if not self._working:
-                    await self.climber.grants.give_back()
                 await self._pause()  # our own last shards, or another lane's: should it die, they come back
             else:
                 return

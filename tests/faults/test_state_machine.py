@@ -345,7 +345,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.both("find_past_attempts", run_id, 0, DOCUMENTS)
         self.both("find_results_now", {text_digest(n) for n in range(DOCUMENTS)}, self.reusable)
         self.both("find_paid_answer", run_id, 1, Verdict.ACCEPTED)
-        self.both("is_money_out", self.run.budget_id)
+        self.both("is_exhausted", self.run.budget_id, RESERVED)
         self.both("has_unfinished", run_id)
         self.both("has_living", run_id)
 

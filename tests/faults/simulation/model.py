@@ -396,8 +396,9 @@ class Model:
         self.grants[number] = GrantRow(run_id, budget_id, lane_id, amount)
         return Grant(number, amount)
 
-    def is_money_out(self, budget_id: int) -> bool:
-        return any(
+    def is_exhausted(self, budget_id: int, need: int) -> bool:
+        budget = self.budgets[budget_id]
+        return budget.cap - budget.granted < need and not any(
             grant.budget_id == budget_id and not grant.closes and self.lanes[grant.lane_id].ended_because is None
             for grant in self.grants.values()
         )
