@@ -23,6 +23,7 @@ from jsonschema.validators import Draft202012Validator, validator_for
 from pydantic import BaseModel, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic_core import ErrorDetails
+from referencing.exceptions import Unresolvable
 
 from schemas.errors import FarthingError
 
@@ -32,6 +33,7 @@ LONGEST_PROBLEM = 200
 #: Deeper JSON is refused: no real answer needs it, and every reader of it recurses.
 DEEPEST = 100
 
+_REFERENCES = ("$ref", "$dynamicRef")
 _FENCED = re.compile(r"```(?:json)?(.*)```", re.DOTALL | re.IGNORECASE)
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # An odd number of backslashes before the u makes it an escape; pairs of surrogates are one real character.
@@ -82,12 +84,15 @@ class Answer:
             raise ValueError("a JSON Schema file holds one JSON object")
         if strangers := sorted({ref for ref in _references(schema) if not ref.startswith("#")}):
             raise ValueError(f"$ref {strangers[0]!r} points outside the file; copy what it means under $defs")
+        if not isinstance(schema.get("$schema", ""), str):
+            raise ValueError("$schema must be text; remove it, and the schema is read as 2020-12")
         kind = validator_for(schema, default=Draft202012Validator)
         try:
             kind.check_schema(schema)
         except SchemaError as error:
             raise ValueError(f"not a valid JSON Schema: {error.json_path}: {error.message}") from None
         validator = kind(schema, format_checker=kind.FORMAT_CHECKER)
+        _follow_references(validator, schema)
         return cls(name, _canonical_object_schema(schema), _schema_checker(validator))
 
     @property
@@ -197,21 +202,38 @@ def _canonical_object_schema(schema: Mapping[str, Any]) -> str:
 
 def _object_schema(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     """The top-level schema itself; pydantic puts that of a self-referring model behind a `$ref`."""
-    name = str(schema.get("$ref", "")).removeprefix("#/$defs/")
-    found: Mapping[str, Any] = schema.get("$defs", {}).get(name, schema)
-    return found
+    name, known = str(schema.get("$ref", "")).removeprefix("#/$defs/"), schema.get("$defs", {})
+    found = known.get(name, schema) if isinstance(known, dict) else schema
+    return found if isinstance(found, dict) else {}
+
+
+def _follow_references(validator: Validator, schema: dict[str, Any]) -> None:
+    """Raise ValueError for a `$ref` that leads nowhere or back to itself: else the first reply would, once paid."""
+    for part in _referring_parts(schema):
+        shown = next(repr(part[key]) for key in _REFERENCES if key in part)
+        try:
+            list(validator.evolve(schema=part).iter_errors(None))  # all of them, or it stops before it recurses
+        except Unresolvable:
+            raise ValueError(f"$ref {shown} leads nowhere; put what it means under $defs") from None
+        except RecursionError:
+            raise ValueError(f"$ref {shown} leads back to itself; say what it means") from None
 
 
 def _references(schema: object) -> Iterator[str]:
+    for part in _referring_parts(schema):
+        yield from (part[key] for key in _REFERENCES if isinstance(part.get(key), str))
+
+
+def _referring_parts(schema: object) -> Iterator[dict[str, Any]]:
+    """Every part of the schema that refers to another."""
     if isinstance(schema, dict):
-        for key, value in schema.items():
-            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
-                yield value
-            else:
-                yield from _references(value)
+        if any(isinstance(schema.get(key), str) for key in _REFERENCES):
+            yield schema
+        for value in schema.values():
+            yield from _referring_parts(value)
     elif isinstance(schema, list):
         for value in schema:
-            yield from _references(value)
+            yield from _referring_parts(value)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:

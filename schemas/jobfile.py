@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 DEFAULT_CONCURRENCY = 256
 _LONGEST_SHARD = 5000
+_SHOWN_PROBLEMS = 30
+_SHOWN_CHARACTERS = 400  # of one problem: it repeats what was written, which may be anything
 _LAST = 1 << 30  # problems of other files follow those of the job file
 
 
@@ -68,7 +70,10 @@ class Draft:
     def raise_problems(self) -> None:
         """Raise ConfigurationError with everything noted, this file's first and in its order; else do nothing."""
         if self._problems:
-            raise ConfigurationError(*(problem for _, problem in sorted(self._problems, key=lambda each: each[0])))
+            found = [problem for _, problem in sorted(self._problems, key=lambda each: each[0])]
+            more = len(found) - _SHOWN_PROBLEMS
+            rest = [Problem(self.where, f"… and {more} more problems")] if more > 0 else []
+            raise ConfigurationError(*found[:_SHOWN_PROBLEMS], *rest)
 
     def validate(self) -> JobFile | None:
         """The file's values, checked; None (and problems noted) if anything is wrong with them."""
@@ -105,7 +110,8 @@ class Draft:
             self.add(("input", "label"), "say which answer field it is compared with: `measure: FIELD`")
 
     def _note(self, line: int, what: str) -> None:
-        self._problems.append((line, Problem(f"{self.where}:{line}", what)))
+        shown = what if len(what) <= _SHOWN_CHARACTERS else f"{what[:_SHOWN_CHARACTERS]}…"
+        self._problems.append((line, Problem(f"{self.where}:{line}", shown)))
 
     def _read_document(self, text: str) -> None:
         try:
@@ -120,7 +126,10 @@ class Draft:
 
     def _read_root(self, node: yaml.Node | None) -> None:
         if isinstance(node, yaml.MappingNode):
-            self.values = self._read(node, ())
+            try:
+                self.values = self._read(node, ())
+            except RecursionError:
+                self._note(1, "is nested too deeply; no key of a job file needs that")
         else:
             self._note(1, "a job file is a mapping: `name: …`, `input: …` and so on")
 
@@ -160,7 +169,7 @@ class Draft:
                 self._lines[(*loc, number)] = condition.start_mark.line + 1
         try:
             return yaml.constructor.SafeConstructor().construct_object(node, deep=True)
-        except (yaml.YAMLError, ValueError) as error:
+        except Exception as error:  # PyYAML raises whatever its constructors trip over: IndexError for `!!int ''`
             self.add(loc, f"a value cannot be read ({type(error).__name__}); quote it if it is text")
             return None
 

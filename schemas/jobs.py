@@ -8,9 +8,11 @@ besides the document, so an answer can be reused exactly when version and text a
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from decimal import Decimal
 from enum import StrEnum
 from functools import cached_property
@@ -155,6 +157,9 @@ def _check_condition(condition: tuple[str, str, Any]) -> tuple[str, str, Any]:
         raise ValueError("`in` and `not in` take a list, the other operators one value")
     if value is None or value == [] or (isinstance(value, list) and None in value):
         raise ValueError(f"nothing equals null, so the condition on {column!r} would select no row")
+    for each in value if isinstance(value, list) else [value]:
+        if not isinstance(each, str | int | float | date) or each in (math.inf, -math.inf) or each != each:
+            raise ValueError("a value is text, a finite number, a date, true or false; quote it if it is text")
     return condition
 
 

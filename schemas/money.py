@@ -7,10 +7,13 @@ it is not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from enum import StrEnum
 
 PICO = 10**12
+#: What Postgres's bigint holds: some nine million dollars.
+MOST_PICO = 2**63 - 1
+_SHOWN_CHARACTERS = 60
 
 
 class Currency(StrEnum):
@@ -38,10 +41,12 @@ class Money:
         try:
             pico = Decimal(amount.replace("_", "")) * PICO
             currency = Currency(code.strip().upper() or "USD")
-        except (InvalidOperation, ValueError):
-            raise ValueError(f"{text!r} is not a sum of money; write it like `25 USD` or `180 CNY`") from None
+        except (ArithmeticError, ValueError):
+            raise ValueError(f"{_shorten(text)} is not a sum of money; write it like `25 USD` or `180 CNY`") from None
         if not pico.is_finite() or pico != pico.to_integral_value() or pico < 0:
-            raise ValueError(f"{text!r} is not a sum of money; it must be finite, >= 0 and whole pico units")
+            raise ValueError(f"{_shorten(text)} is not a sum of money; it must be finite, >= 0 and whole pico units")
+        if pico > MOST_PICO:
+            raise ValueError(f"{_shorten(text)} is more than a ledger can hold; write at most 9000000")
         return cls(int(pico), currency)
 
     @property
@@ -54,3 +59,8 @@ class Money:
         value = self.decimal
         places = 2 if abs(value) >= 1 or not value else min(12, 2 - value.adjusted())
         return f"{self.currency.sign}{value:,.{places}f}"
+
+
+def _shorten(text: str) -> str:
+    """What was written, quoted, of a length that fits into a message."""
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ class RunRequest(BaseModel):
     @field_validator("budget")
     @classmethod
     def _check_budget(cls, budget: str | None) -> str | None:
-        if budget is not None:
-            Money.parse(budget)
+        if budget is not None and Money.parse(budget).pico == 0:
+            raise ValueError("a budget of nothing can pay for nothing; write a sum, like `25 USD`")
         return budget
 
     def cap(self, job: Job) -> Money:
@@ -44,7 +45,14 @@ class RunRequest(BaseModel):
             "path": job.input.path,
             "id": job.input.id,
             "text": job.input.text,
-            "filter": [list(condition) for condition in job.input.filter or ()],
+            "filter": [[column, operator, _plain(value)] for column, operator, value in job.input.filter or ()],
             "partitions": sorted(self.partitions),
             "limit": self.limit,
         }
+
+
+def _plain(value: Any) -> Any:
+    """A value of a condition as JSON has it; a date becomes the text that means the same."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return value.isoformat() if isinstance(value, date) else value

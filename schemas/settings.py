@@ -14,7 +14,13 @@ from schemas.money import Currency
 class Settings(BaseSettings):
     """Farthing's environment. A setting that is empty counts as not set."""
 
-    model_config = SettingsConfigDict(env_prefix="FARTHING_", frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        env_prefix="FARTHING_",
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # an error of the whole would quote the key
+    )
 
     database_url: SecretStr | None = None
     home: Path = Path(".farthing")

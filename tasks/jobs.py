@@ -94,11 +94,19 @@ def _assemble(file: JobFile, folder: Path, prompt: str, answer: Answer) -> Job:
 def _find(name_or_path: str, root: Path) -> Path:
     """The job file that a user means by a name, a folder or a file."""
     for path in (root / FOLDER / name_or_path / FILE, root / name_or_path / FILE, root / name_or_path):
-        if path.is_file():
+        if _is_file(path):
             return path
     names = list_jobs(root)
     hint = suggest(name_or_path, names) if names else f"; start one with `farthing new {name_or_path}`"
     raise ConfigurationError(f"there is no job {name_or_path!r} in {FOLDER}/{hint}")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _check_name(draft: Draft, file: JobFile, folder: Path) -> None:
@@ -132,7 +140,7 @@ def _load_answer(draft: Draft, folder: Path, root: Path) -> Answer | None:
     where = _shown(path, root)
     if path.suffix not in (".json", ".py"):
         raise _problem(draft.place("answer"), f"answer: {named} is neither FILE.py:CLASS nor FILE.json")
-    if not path.is_file():
+    if not _is_file(path):
         raise _problem(draft.place("answer"), f"answer: there is no file {where}")
     try:
         if path.suffix == ".json":
@@ -151,6 +159,8 @@ def _read_schema(path: Path, where: str) -> object:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise _problem(f"{where}:{error.lineno}", f"not valid JSON: {error.msg}") from None
+    except RecursionError:
+        raise _problem(where, "is nested too deeply; no answer needs that") from None
     except (OSError, ValueError) as error:
         raise _problem(where, f"cannot be read: {_reason(error)}") from None
 
@@ -181,7 +191,7 @@ def import_file(path: Path, where: str) -> ModuleType:
     sys.modules[name] = module  # pydantic looks annotations up there
     try:
         loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # it may hold anything, an exit() too
         del sys.modules[name]
         raise ConfigurationError(_import_problem(error, path, where)) from error
     return module
@@ -194,7 +204,7 @@ class _FreshLoader(SourceFileLoader):
         return compile(self.get_data(self.path), self.path, "exec", dont_inherit=True)
 
 
-def _import_problem(error: Exception, path: Path, where: str) -> Problem:
+def _import_problem(error: BaseException, path: Path, where: str) -> Problem:
     if isinstance(error, SyntaxError):
         return Problem(f"{where}:{error.lineno or 1}", f"not valid Python: {error.msg}")
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
