@@ -125,7 +125,7 @@ class Lane:
         prefix_bytes = len(plan.job.prefix.encode())
         self._last_beat_s = loop.time()
         self.completions.offset = plan.clock_offset  # until the replies say otherwise
-        self._patience = Patience(draining=asyncio.Event())
+        self._patience = Patience(draining=asyncio.Event(), within_s=plan.times.answer_within_s)
         self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
         self.climber = Climber(
             job=plan.job,
@@ -134,8 +134,8 @@ class Lane:
             price_ids=plan.price_ids,
             completions=self.completions,
             grants=Grants(self.ledger, plan.run, self.lane_id, self._patience),
-            intents=Writer(self._commit_intents, linger_s=0.005),
-            records=Writer(self._commit_records, linger_s=0.02),
+            intents=Writer(self._commit_intents, linger_s=0.005, patience=self._endless_patience()),
+            records=Writer(self._commit_records, linger_s=0.02, patience=self._endless_patience()),
             limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
             primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
             waits=Waits(scale=plan.scale, random=plan.random),
@@ -255,6 +255,10 @@ class Lane:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.climber.draining.wait(), self.plan.times.beat_every_s / 4)
 
+    def _endless_patience(self) -> Patience:
+        """For what a lane that drains does not give up."""
+        return Patience(within_s=self.plan.times.answer_within_s)
+
     async def _commit_intents(self, intents: Sequence[Intent]) -> Sequence[Permit]:
         self._fence_if_silent()
         if self.is_draining:  # also when Postgres comes back after a drain began
@@ -269,7 +273,7 @@ class Lane:
         """Show that the lane lives, hear orders, bury the dead; fence oneself when Postgres is away too long."""
         while True:
             try:
-                async with leases.alive(self.ledger, self.lane_id) as session:
+                async with leases.alive(self.ledger, self.lane_id, self.plan.times.beat_within_s) as session:
                     await self._beat_on(session)
             except FarthingError as error:
                 log.warning("no heartbeat", lane=self.lane_id, silent_s=round(self._silent_s), error=str(error))
@@ -296,7 +300,8 @@ class Lane:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")
             elif state != "running":
                 self.drain(state)
-            await leases.bury_dead(self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s)
+            async with asyncio.timeout(times.beat_within_s):
+                await leases.bury_dead(self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s)
             await asyncio.sleep(times.beat_every_s)
 
     async def _give_back(self) -> None:

@@ -28,20 +28,21 @@ class _Waiting(Generic[Item, Answer]):
 class Writer(Generic[Item, Answer]):
     """Commits items together: `commit` gets up to `most` of them and returns an answer for each, in order.
 
-    `linger_s` is how long the first item waits for company. `trouble` says what keeps it from committing.
+    `linger_s` is how long the first item waits for company. `trouble` says what keeps it from committing; `patience`
+    is without a draining lane's: what waits here was sent, or must be refused in order.
     """
 
     commit: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]]
     linger_s: float
     most: int = 500
-    _patience: Patience = field(default_factory=Patience)
+    patience: Patience = field(default_factory=Patience)
     _queue: list[_Waiting[Item, Answer]] = field(default_factory=list)
     _batch: list[_Waiting[Item, Answer]] = field(default_factory=list)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def trouble(self) -> str | None:
-        return self._patience.trouble
+        return self.patience.trouble
 
     @property
     def pending(self) -> list[Item]:
@@ -73,7 +74,7 @@ class Writer(Generic[Item, Answer]):
 
     async def _settle(self, batch: list[_Waiting[Item, Answer]]) -> None:
         try:
-            answers = await self._patience.ask(self.commit, [waiting.item for waiting in batch])
+            answers = await self.patience.ask(self.commit, [waiting.item for waiting in batch])
         except PoisonValue as poison:
             if len(batch) == 1:
                 self._fail(batch, poison)

@@ -9,10 +9,11 @@ Row locks are always taken in this order, or Postgres would find deadlocks: lane
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, insert, select, text, update
@@ -44,13 +45,14 @@ class LeaseTimes:
     """How a lane shows that it lives, and when it counts as dead, in seconds.
 
     One that could not show its heartbeat for `fence_after_s` makes no more intents. A heartbeat that hangs is given
-    up after `beat_within_s`, for one on another connection.
+    up after `beat_within_s`, and what else a lane asks Postgres after `answer_within_s`, for another connection.
     """
 
     beat_every_s: float = 1.0
     fence_after_s: float = 20.0
     grace_s: float = GRACE_S
     dead_after_s: float = DEAD_AFTER_S
+    answer_within_s: float = 30.0
 
     @property
     def beat_within_s(self) -> float:
@@ -168,14 +170,21 @@ async def register(ledger: Ledger, run_id: RunId) -> LaneId:
 
 
 @asynccontextmanager
-async def alive(ledger: Ledger, lane_id: LaneId) -> AsyncIterator[Session]:
-    """A connection whose session holds the lane's lock for as long as it is open. Raises LedgerUnavailable."""
+async def alive(
+    ledger: Ledger, lane_id: LaneId, within_s: float = USUAL_TIMES.beat_within_s
+) -> AsyncIterator[Session]:
+    """A connection whose session holds the lane's lock for as long as it is open. Raises LedgerUnavailable.
+
+    `within_s` is how many seconds it may take to open.
+    """
     lock = {"space": _LOCK_SPACE, "lane_id": lane_id}
     with cancellation_kept():
         try:
-            async with ledger.engine.connect() as session:
-                await session.execute(text("SELECT pg_advisory_lock(:space, CAST(:lane_id AS integer))"), lock)
-                await session.commit()
+            async with AsyncExitStack() as opening:
+                async with asyncio.timeout(within_s):  # TimeoutError is an OSError
+                    session = await opening.enter_async_context(ledger.engine.connect())
+                    await session.execute(text("SELECT pg_advisory_lock(:space, CAST(:lane_id AS integer))"), lock)
+                    await session.commit()
                 try:
                     yield session
                 finally:

@@ -42,7 +42,8 @@ class Order:
     """What a child is to do. `run_id` skips the planning, as a lane on another machine does.
 
     `spoils` changes the input once the run is open, as a careless user would. `serve` is what the processes that
-    read do, forked; None: they are started, as for a user.
+    read do, forked; None: they are started, as for a user. `time_scale` is how fast the provider's world runs for the
+    lane: at 0 it waits for nothing.
     """
 
     root: Path
@@ -55,6 +56,7 @@ class Order:
     serve: Callable[[int, int], None] | None = orders.serve
     request: dict[str, Any] = field(default_factory=dict)
     times: LeaseTimes = USUAL_TIMES
+    time_scale: float = 0.0
 
 
 def obey(order: Order) -> None:
@@ -91,7 +93,7 @@ async def _enrich(order: Order) -> int:
         DEEPSEEK_BASE_URL=order.base_url,
         home=order.root / "farthing",
         sandbox=True,
-        time_scale=0.0,
+        time_scale=order.time_scale,
     )
     request = RunRequest(job="colours", root=order.root, **order.request)
     run = await _open(order, request, settings)

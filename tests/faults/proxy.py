@@ -142,7 +142,9 @@ class Proxy:
         except OSError:
             _end(writer, is_reset=True)
             return
-        with suppress(asyncio.CancelledError):  # the proxy closes: to be told to asyncio's streams it would be an error
+        with suppress(
+            asyncio.CancelledError
+        ):  # the proxy closes: to be told to asyncio's streams it would be an error
             await _Link(self, chance, (reader, writer), upstream).run()
 
 
@@ -265,4 +267,3 @@ def _end(writer: asyncio.StreamWriter, *, is_reset: bool) -> None:
         writer.transport.abort()
     else:
         writer.close()
-

@@ -9,8 +9,10 @@ import asyncio
 import json
 import multiprocessing
 import os
+import re
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -72,6 +74,7 @@ class Stage:
     times: LeaseTimes = USUAL_TIMES
     baseline: Mapping[str, Answered] | None = None
     starts: int = 1
+    in_flight: int = IN_FLIGHT
     _children: int = 0
     _scenes: int = 0
     _logs: list[Path] = field(default_factory=list)
@@ -136,8 +139,16 @@ class Stage:
     def snapshot(self) -> Snapshot:
         return snapshot(self.database_url)
 
-    def violations(self, earlier: Snapshot | None = None) -> list[str]:
-        """What the checker, but for `UNDECIDED`, and the product's own proof find in the scene's run: nothing."""
+    def change_job(self, **lines: object) -> None:
+        """Other values for keys of the job file, until it is changed again; without any, the usual job."""
+        job = JOB
+        for key, value in lines.items():
+            job = re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", job)
+        (self.root / "jobs" / "colours" / "job.yaml").write_text(job)
+        self.in_flight = int(str(lines.get("concurrency", IN_FLIGHT)))
+
+    def violations(self, earlier: Snapshot | None = None, *, undecided: frozenset[str] = UNDECIDED) -> list[str]:
+        """What the checker, but for `undecided`, and the product's own proof find in the scene's run: nothing."""
         run_id = self.run_id
         beside = Beside(
             root=self.root,
@@ -148,7 +159,7 @@ class Stage:
             canaries=[TEXT_CANARY, API_KEY, _password(self.database_url)],
         )
         found = check(self.database_url, bill_path(self.root), beside, run_id=run_id)
-        decided = [str(broken) for broken in found if broken.invariant not in UNDECIDED]
+        decided = [str(broken) for broken in found if broken.invariant not in undecided]
         return [*decided, *asyncio.run(_disproved(self.database_url, run_id))]
 
     def told(self) -> str:
@@ -164,14 +175,27 @@ class Stage:
         assert len(self.baseline) == self.documents
 
     def plan_mishaps(self, *rules: dict[str, Any]) -> None:
-        for method, body in (("DELETE", None), ("POST", json.dumps(rules).encode())):
-            asked = urllib.request.Request(f"{self.base_url}/sandbox/mishaps", body, method=method)
-            urllib.request.urlopen(asked).close()
+        """These rules and no others, from now on."""
+        self.ask_sandbox("DELETE", "mishaps")
+        self.ask_sandbox("POST", "mishaps", rules)
+
+    def struck(self) -> Counter[str]:
+        """How often each kind of the planned mishaps has struck."""
+        counts: Counter[str] = Counter()
+        for rule in self.ask_sandbox("GET", "mishaps"):
+            counts[rule["kind"]] += rule["struck"]
+        return counts
+
+    def ask_sandbox(self, method: str, page: str, body: object = None) -> Any:
+        """One of the emulator's own pages: `clock`, `limits`, `balance`, `mishaps`, `status`, `bill`."""
+        raw = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"{self.base_url}/sandbox/{page}", raw, method=method)
+        with urllib.request.urlopen(asked) as reply:
+            return json.load(reply)
 
     def _peaks(self) -> dict[str, tuple[int, int]]:
-        with urllib.request.urlopen(f"{self.base_url}/sandbox/status") as reply:
-            peaks = json.load(reply)["peak_in_flight"]
-        return {model: (peak, IN_FLIGHT * self.starts) for model, peak in peaks.items()}
+        peaks = self.ask_sandbox("GET", "status")["peak_in_flight"]
+        return {model: (peak, self.in_flight * self.starts) for model, peak in peaks.items()}
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
