@@ -2,7 +2,8 @@
 
 A rule names a kind and when it strikes: `share` of the requests (by seed and attempt key, so a retry has its own
 luck), the `first` n, or each n-th (`every`), among attempts whose key starts with `match` and, if given, of one
-`model`. The first rule that strikes wins. Without any of the three it strikes always.
+`model`, one `document` (by number), one `attempt` of each document; the first `after` of them are spared. The first
+rule that strikes wins. Without `share`, `first` and `every` it strikes always.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ class Rule:
     every: int | None = None
     match: str = ""
     model: str | None = None
+    document: int | None = None
+    attempt: int | None = None
+    after: int = 0
     seed: int = 0
     args: dict[str, Any] = field(default_factory=dict)
     met: int = 0
@@ -58,16 +62,23 @@ class Rule:
             raise SandboxError(f"{self.kind!r} is no mishap; choose from {', '.join(sorted(KINDS))}")
 
     def strikes(self, attempt: str, model: str) -> bool:
-        if not attempt.startswith(self.match) or self.model not in (None, model):
+        if not attempt.startswith(self.match) or self.model not in (None, model) or not self._is_about(attempt):
             return False
         self.met += 1
-        is_struck = self._is_struck(attempt)
+        is_struck = self.met > self.after and self._is_struck(attempt)
         self.struck += is_struck
         return is_struck
 
+    def _is_about(self, attempt: str) -> bool:
+        """Whether it is for attempts of this `run.document.attempt`."""
+        number, attempt_no = [*attempt.split("."), "", ""][1:3]
+        return (self.document is None or number == str(self.document)) and (
+            self.attempt is None or attempt_no == str(self.attempt)
+        )
+
     def _is_struck(self, attempt: str) -> bool:
         if self.first is not None:
-            return self.met <= self.first
+            return self.met - self.after <= self.first
         if self.every is not None:
             return self.met % self.every == 0
         return self.share is None or draw(self.seed, self.kind, attempt or self.met) < self.share
@@ -145,13 +156,16 @@ async def _hang(x: Exchange, args: Args, bills: bool) -> web.StreamResponse:
 
 
 async def _blank_lines(x: Exchange, args: Args, bills: bool) -> web.StreamResponse:
-    """Blank lines every `args.pause` seconds for `args.seconds` (default .05 and 600, real time), then the end."""
+    """Blank lines every `args.pause` seconds for `args.seconds` (default .05 and 600, real time), then the end; the
+    reply, with `args.answers`."""
     x.prepare()
     pause = float(args.get("pause", 0.05))
     try:
         for _ in range(int(float(args.get("seconds", 600)) / pause)):
             await (await x.open_stream()).write(b"\n")
             await asyncio.sleep(pause)
+        if args.get("answers"):
+            return await x.answer()
     finally:
         if bills:
             x.charge("aborted")
@@ -181,9 +195,13 @@ async def _eof_after_headers(x: Exchange, args: Args, bills: bool) -> web.Stream
 
 
 async def _cut(x: Exchange, args: Args, bills: bool) -> web.StreamResponse:
-    """The first `args.at` bytes of the whole reply, head included (default: half)."""
+    """The first `args.at` bytes of the whole reply, head included (default: half), and `args.per_document` more for
+    each document before this one."""
     raw = await _worked(x, bills)
-    return x.hang_up(raw[: int(args.get("at", len(raw) // 2))])
+    at = int(args.get("at", len(raw) // 2))
+    if "per_document" in args:
+        at += int(args["per_document"]) * int(x.attempt.split(".")[1])
+    return x.hang_up(raw[:at])
 
 
 async def _trickle(x: Exchange, args: Args, bills: bool) -> web.StreamResponse:

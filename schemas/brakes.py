@@ -27,6 +27,10 @@ _PROOF_OF_LIFE = frozenset(
 )
 
 
+#: The account, not the document, is refused: whatever is sent next will be, too.
+_REFUSALS = frozenset({Signal.UNAUTHORISED, Signal.NO_BALANCE})
+
+
 @dataclass
 class RetryBudget:
     """Retries may not drown first tries (G12): a bucket that successes fill and retries empty.
@@ -59,7 +63,8 @@ class Breaker:
     """Opens when the provider is plainly not there, lets one probe through now and then, closes on any reply.
 
     Rules (design, ledger.md): nothing but failures for 30 s; five malformed replies in a minute. Open for
-    `give_up_after_s`, or 20 rejected requests in a row, or over 1 % of at least 200: the run stops.
+    `give_up_after_s`, or 20 rejected requests in a row, or over 1 % of at least 200, or a refusal of the account: the
+    run stops.
     """
 
     open_after_s: float = 30.0
@@ -72,10 +77,13 @@ class Breaker:
     _rejected_in_row: int = 0
     _rejected: int = 0
     _replies: int = 0
+    _refusal: Signal | None = None
 
     def note(self, signal: Signal, now_s: float) -> None:
         """Take a finished attempt into account."""
         self._count_rejections(signal)
+        if signal in _REFUSALS:
+            self._refusal = signal
         if signal is Signal.MALFORMED:
             self._malformed.append(now_s)
         while self._malformed and self._malformed[0] < now_s - 60:
@@ -109,6 +117,8 @@ class Breaker:
 
     def verdict(self, now_s: float) -> str | None:
         """Why the run must stop, if it must."""
+        if self._refusal is not None:
+            return self._refusal.value
         if self._opened_s is not None and now_s - self._opened_s > self.give_up_after_s:
             return "provider_down"
         if self._rejected_in_row >= 20 or (self._replies >= 200 and self._rejected * 100 > self._replies):

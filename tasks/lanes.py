@@ -55,6 +55,9 @@ GOODBYE_S = 15.0
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
 BUILD_S = 2.0
+#: Nothing but failures for so long: the provider is down. Down for so long: the run stops. In its seconds, which for
+#: one that takes no time (a scale of 0) are ours.
+DARK_S, GIVE_UP_S = 30.0, 600.0
 #: How often one attempt may find out whether an absent provider is back, in its seconds.
 PROBE_EVERY_S = 5.0
 
@@ -142,7 +145,11 @@ class Lane:
             watch=Watch(self.ledger, plan.job, plan.run, plan.book, self.completions.now),
             now=self.completions.now,
             tick=loop.time,
-            breaker=Breaker(probe_every_s=PROBE_EVERY_S * plan.scale),
+            breaker=Breaker(
+                open_after_s=DARK_S * (plan.scale or 1.0),
+                probe_every_s=PROBE_EVERY_S * plan.scale,
+                give_up_after_s=GIVE_UP_S * (plan.scale or 1.0),
+            ),
             retry_budget=RetryBudget(trickle_per_s=1 / max(plan.scale, 0.001)),
             draining=self._patience.draining,
         )
