@@ -290,6 +290,8 @@ class Climber:
             await rest(self.draining, wait_s)
         if verdict := self.breaker.verdict(self.tick()):
             raise ProviderStopped(_stop_advice(verdict))
+        if self.unmetered >= UNMETERED_LIMIT:
+            raise ProviderStopped(_stop_advice("no_usage"))
 
     async def _back_off(self, reply: Reply, position: Position) -> None:
         """Wait before a retry: as long as the failure asks for, and as the run's retry budget demands."""

@@ -158,3 +158,13 @@ def test_more_than_one_rejection_in_a_hundred_of_at_least_two_hundred_stops_the_
         breaker.note(Signal.REJECTED if number < rejected else Signal.ANSWERED, 0)
         assert number == 199 or breaker.verdict(0) is None
     assert (breaker.verdict(0) == "requests_rejected") is stops
+
+
+@pytest.mark.parametrize("signal", [Signal.UNAUTHORISED, Signal.NO_BALANCE])
+def test_a_refusal_of_the_account_stops_the_run_at_once(signal: Signal) -> None:
+    breaker = Breaker()
+    breaker.note(Signal.ANSWERED, 0.0)
+    assert breaker.verdict(0.0) is None
+    breaker.note(signal, 1.0)
+    breaker.note(Signal.ANSWERED, 1.1)  # it was on its way before
+    assert breaker.verdict(1.2) == signal.value
