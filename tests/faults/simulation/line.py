@@ -115,11 +115,12 @@ def _refuse_poison(records: Sequence[Any]) -> None:
 
 
 @asynccontextmanager
-async def alive(line: Line, lane_id: LaneId) -> AsyncIterator[Line]:
+async def alive(line: Line, lane_id: LaneId, within_s: float) -> AsyncIterator[Line]:
     """The session that holds the lane's lock."""
     row = line.world.model.lanes[lane_id]
     try:
-        await line._arrive("session")
+        async with asyncio.timeout(within_s):
+            await line._arrive("session")
         row.has_session = True
         yield line
     except OSError:
