@@ -91,7 +91,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.model = Model()
         self.lanes: list[Laner] = []
         self.known_runs: list[Run] = []
-        self.last: Callable[[], None] = lambda: None
+        #: Calls that may be made again: their COMMIT went through, and its answer did not.
+        self.past: list[Callable[[], None]] = []
         self.turns = count()
         self.cap = CAP
         self.caps: list[int] = []
@@ -124,24 +125,31 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        """Two lanes at work: each has a shard and money."""
+        """Two lanes at work: each has a shard, money, a paid answer, a lost one, and attempts in flight."""
         self.open_run()
         for at in range(2):
             self.join()
             self.claim(at, hears=True, is_repeated=False)
+            self.open_grant(at, reservations=4, hears=False)
             self.open_grant(at, reservations=4, hears=True)
+            self.intend(at, which=[1, 2, 7], hears=True, is_same_text=False)
+            self.record(at, how_many=1, kind="result")
+            self.record(at, how_many=1, kind="lost")
 
     @rule(cap=st.sampled_from((CAP, CAP // 3, CAP // 2, 2 * CAP)))
     def open_run_again(self, cap: int) -> None:
         """The same command: it resumes the run, under another cap perhaps, or opens a second one once it is done."""
         self.cap = cap
         self.open_run()
+        if not self.lanes:
+            self.join()
 
     def open_run(self) -> None:
         manifest = make_manifest(DOCUMENTS, SHARD_ROWS, [Duplicate(5, 0, is_same_text=True)])
         run = self.both("open_run", opening(job=self.job, manifest=manifest, cap=self.cap), born=2)
         if self.known_runs and run.run_id != self.run_id:
             self.lanes.clear()
+            self.past.clear()
             self.caps.clear()
         self.known_runs.append(run)
         self.caps.append(self.cap)
@@ -206,7 +214,8 @@ class LedgerMachine(RuleBasedStateMachine):
         if not batch:
             return
         permits = self._intend(lane, batch)
-        self.last = lambda: self._repeat_intend(lane, batch, permits)
+        sent = [intent for intent, permit in zip(batch, permits, strict=True) if permit == Permitted()]
+        self.past.append(lambda: self._repeat_intend(lane, sent))
         if not hears:
             permits = self._intend(lane, batch)
         for intent, permit in zip(batch, permits, strict=True):
@@ -218,11 +227,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def _intend(self, lane: Laner, batch: list[Intent]) -> Any:
         return self.both("intend", self.run_id, lane.hand.lane_id, batch, self.reusable)
 
-    def _repeat_intend(self, lane: Laner, batch: list[Intent], permits: list[Any]) -> None:
-        """What was permitted stays permitted while the lease holds."""
-        again = self._intend(lane, batch)
-        for first, second, intent in zip(permits, again, batch, strict=True):
-            assert first != Permitted() or second == Permitted() or intent.lease not in self._held(lane)
+    def _repeat_intend(self, lane: Laner, sent: list[Intent]) -> None:
+        """What was permitted stays permitted while the lease holds, whatever was answered since."""
+        for permit, intent in zip(self._intend(lane, sent), sent, strict=True):
+            assert permit == Permitted() or intent.lease not in self._held(lane)
 
     def _held(self, lane: Laner) -> set[Lease]:
         return self.model._held(self.run_id, lane.hand.lane_id)
@@ -256,7 +264,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not records:
             return
         self._record(lane, records)
-        self.last = lambda: self._record(lane, records)
+        self.past.append(lambda: self._record(lane, records))
         for key, record in zip(keys, records, strict=True):
             assert record.outcome is not None
             grant = self.model.intents[self.run_id, *key][0].grant_id
@@ -293,12 +301,12 @@ class LedgerMachine(RuleBasedStateMachine):
         reason = "too_large" if of is None else None
         records = [Record(ending=lane.hand.ending(claimed.lease, number, state, of=of, reason=reason))]
         self._record(lane, records)
-        self.last = lambda: self._record(lane, records)
+        self.past.append(lambda: self._record(lane, records))
 
-    @rule()
-    def repeat_the_last_call(self) -> None:
-        """Its COMMIT went through and its answer did not; others may have come between."""
-        self.last()
+    @rule(which=WHICH)
+    def repeat_an_earlier_call(self, which: int) -> None:
+        if self.past:
+            self.past[-1 - which % len(self.past)]()
 
     @rule(at=AT)
     def close_spent_grants(self, at: int) -> None:
@@ -396,6 +404,20 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not self.sql(MISCOUNTED, self.run_id)
 
     def teardown(self) -> None:
+        """Every lane leaves, claims in vain, and only then hears what it had in flight."""
+        if not self.known_runs:
+            return
+        for at in range(len(self.lanes)):
+            self.leave(at)
+            self.claim(at, is_repeated=True, hears=False)
+            self.record(at, how_many=3, kind="result")
+            self.repeat_an_earlier_call(0)
+        for check in (
+            self.rows_and_views_are_the_models,
+            self.the_budget_holds,
+            self.lanes_counted_what_the_rows_say,
+        ):
+            check()
         self.ground.tally.count("state machine: examples")
 
 
