@@ -42,6 +42,7 @@ TEXT_CANARY = "canary-91c4"
 DEADLINE_S = 60.0
 KILLED = 137
 IN_FLIGHT = 16
+REPLY_WITHIN_S = 5
 #: Not decided here: a stage's provider has a second in no time, so the retry budget of a lane refills a thousand
 #: times as fast as the checker could count against it. Whether it binds is the brakes' unit tests' to say.
 UNDECIDED = frozenset({"I9"})
@@ -75,6 +76,7 @@ class Stage:
     baseline: Mapping[str, Answered] | None = None
     starts: int = 1
     in_flight: int = IN_FLIGHT
+    deadline_s: float = DEADLINE_S
     _children: int = 0
     _scenes: int = 0
     _logs: list[Path] = field(default_factory=list)
@@ -103,13 +105,14 @@ class Stage:
         return self.wait(self.start(**order))
 
     def wait(self, child: ForkServerProcess) -> int:
-        child.join(DEADLINE_S)
+        """Its exit code. One that is still there after the deadline is told to say where it is, and ended."""
+        child.join(self.deadline_s)
         if child.exitcode is None:
             for number in (STACKS, TASKS):
                 os.kill(child.pid or 0, number)
                 child.join(1.0)  # until it has said where it is
             child.kill()
-            raise AssertionError(f"a child was still there after {DEADLINE_S:.0f} s: {self.told_by(child)}")
+            raise AssertionError(f"a child was still there after {self.deadline_s:.0f} s: {self.told_by(child)}")
         return child.exitcode
 
     def resume(self, **order: Any) -> int:
@@ -203,14 +206,23 @@ CONTEXT.set_forkserver_preload(["tests.faults.child"])
 
 
 @contextmanager
-def staged(root: Path, database_url: str, *, documents: int, **options: service.Option) -> Iterator[Stage]:
-    """A stage over a migrated database. Options are the emulator's."""
+def staged(
+    root: Path,
+    database_url: str,
+    *,
+    documents: int,
+    in_flight: int = IN_FLIGHT,
+    reply_within_s: int = REPLY_WITHIN_S,
+    **options: service.Option,
+) -> Iterator[Stage]:
+    """A stage over a migrated database, for lanes with so much in flight. Options are the emulator's."""
     job = root / "jobs" / "colours"
     job.mkdir(parents=True)
-    (job / "job.yaml").write_text(JOB)
+    text = JOB.replace(f"concurrency: {IN_FLIGHT}", f"concurrency: {in_flight}")
+    (job / "job.yaml").write_text(text.replace(f"deadline_s: {REPLY_WITHIN_S}", f"deadline_s: {reply_within_s}"))
     (job / "answer.schema.json").write_text(SCHEMA)
     with service.running(root, **{"clock": CLOCK, "time_scale": 0, "cache_build": 0, **options}) as emulator:
-        yield Stage(root, database_url, emulator.url, documents)
+        yield Stage(root, database_url, emulator.url, documents, in_flight=in_flight)
 
 
 def write_documents(root: Path, documents: int) -> None:
