@@ -49,7 +49,8 @@ class Order:
 
     `spoils` changes the input once the run is open, as a careless user would. `serve` is what the processes that
     read do, forked; None: they are started, as for a user. `time_scale` is how fast the provider's world runs for the
-    lane: at 0 it waits for nothing.
+    lane: at 0 it waits for nothing. `limits` are the process's resources (`resource.RLIMIT_…`), for good;
+    `clock_jump_s` is by how much this machine's clock is set in mid-run.
     """
 
     root: Path
