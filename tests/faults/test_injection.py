@@ -26,6 +26,7 @@ from tasks.completions import Completions
 from tasks.jobs import load_job
 from tests.faults.checker import Beside, check
 from tests.faults.summary import Tally
+from tests.ledgers import JOB
 from tests.world import World, make_world
 
 #: In every hostile text: it must be seen nowhere but in the request and, if at all, in a stored answer.
@@ -168,15 +169,15 @@ def assert_told_nowhere(world: World) -> None:
 
 @pytest.mark.parametrize("name", TEXTS)
 @pytest.mark.parametrize("amends", [None, *Verdict], ids=str)
-async def test_a_text_is_one_message_whatever_it_says(world: World, name: str, amends: Verdict | None) -> None:
+def test_a_text_is_one_message_whatever_it_says(name: str, amends: Verdict | None) -> None:
     """On the wire it is one JSON string, and what is parsed there is what was composed here."""
-    job, text = load_job("colours", world.root), TEXTS[name]
+    job, text = JOB, TEXTS[name]
     rejected = RejectedAnswer("the answer before", ("it does not fit",)) if amends is Verdict.INVALID_ANSWER else None
     position = Position(amends=amends, attempts=1 if amends else 0)
     call = compose(job, text, position, rejected, "1.0.1")
     sent = json.loads(orjson.dumps({"messages": call.messages, **call.parameters}))
     assert sent["messages"][:2] == [{"role": "system", "content": job.prefix}, {"role": "user", "content": text}]
     assert CANARY not in json.dumps(sent["messages"][2:])
-    assert sent["max_tokens"] == max_tokens(job, position) <= 200
+    assert sent["max_tokens"] == max_tokens(job, position) <= 2 * job.ladder[0].max_tokens
     assert set(sent) == {"messages", *job.ladder[0].parameters(job.user_id)}
     assert input_bound(call) >= sum(len(message["content"].encode()) for message in sent["messages"])
