@@ -227,20 +227,19 @@ def test_a_run_over_everything_that_can_be_read_ends_each_row_with_its_reason(st
 
 
 @pytest.mark.parametrize(
-    ("size", "reason"),
+    ("text", "reason"),
     [
-        (9_000_000, "too_large"),
-        pytest.param(100_000_000, "too_large", marks=pytest.mark.long),
+        pytest.param("colour " * 1_300_000, "too_large", id="9 MB"),
+        pytest.param("colour " * 15_000_000, "too_large", marks=pytest.mark.long, id="100 MB"),
     ],
 )
 def test_a_document_beyond_any_context_costs_nothing_and_hinders_no_other(
-    stage: Stage, tally: Tally, size: int, reason: str
+    stage: Stage, tally: Tally, text: str, reason: str
 ) -> None:
     set_scene(stage, "a.parquet", "c.parquet")
-    text = (TEXT_CANARY + " colour ") * (size // 18)
     columns: dict[str, Any] = {"id": ["huge", "ordinary"], "text": [text, "a red one"], "colour": ["red", "red"]}
     pq.write_table(pa.table(columns), stage.root / "d/b.parquet")
-    assert stage.run() == 0, stage.told()
+    assert stage.run(request={"budget": "20 USD"}) == 0, stage.told()
     assert endings(stage)["b.parquet"] == Counter({reason: 1, "result": 1})
     assert stage.value(f"SELECT count(*) FROM result WHERE run_id = {stage.run_id}") == 2 * ROWS + 1
     assert stage.violations() == []
