@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable
+from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable, Unforeseen
 from schemas.inert import plain_lines
 
 if TYPE_CHECKING:
@@ -99,12 +99,9 @@ def main() -> NoReturn:
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
-    """One line and, on stderr, where it happened. A traceback quotes our code, never a document or a key."""
-    import traceback
-
-    for frame in traceback.extract_tb(error.__traceback__)[-3:]:
-        tell(f"  {Path(frame.filename).name}:{frame.lineno} {frame.name}")
-    _fail(f"{type(error).__name__}: please report this as a bug of Farthing; what was recorded is safe", CRASHED)
+    """One line that says what and where. An exception's own words may quote a document or a key, so they are not."""
+    bug = error if isinstance(error, Unforeseen) else Unforeseen.of(error)
+    _fail(f"{bug}: please report this as a bug of Farthing; what was recorded is safe", CRASHED)
 
 
 def _refuse(error: typer.TyperException) -> NoReturn:

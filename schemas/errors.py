@@ -18,7 +18,9 @@ document text (G15).
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
+from pathlib import PurePath
 
 
 class FarthingError(Exception):
@@ -101,3 +103,18 @@ class LedgerMismatch(FarthingError):
     """The ledger's rows do not add up to what they claim."""
 
     exit_code = 4
+
+
+class Unforeseen(Exception):
+    """A bug of ours or of a library, in the words that are safe to store: its kind and where it was (G15).
+
+    Whatever such an exception says itself may quote a document, a row or an address.
+    """
+
+    @classmethod
+    def of(cls, error: BaseException) -> Unforeseen:
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        frames = traceback.extract_tb(error.__traceback__)[-3:]
+        places = ", ".join(f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
+        return cls(f"{type(error).__name__} at {places}")

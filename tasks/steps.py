@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import structlog
@@ -16,6 +16,7 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner
 
+from schemas.errors import FarthingError, Unforeseen
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
@@ -28,10 +29,22 @@ log = structlog.get_logger("farthing.steps")
 LANE_DIED = "a lane's process died and nobody finished its shards: run the same command to go on"
 
 
+@contextmanager
+def fit_to_be_stored() -> Iterator[None]:
+    """Prefect logs and stores what ends a task, with all that led to it: no word of that is anybody else's (G15)."""
+    try:
+        yield
+    except (FarthingError, Unforeseen) as error:
+        raise error from None
+    except Exception as error:
+        raise Unforeseen.of(error) from None
+
+
 @task(name="open", cache_policy=NO_CACHE, persist_result=False)
 async def open_run(request: RunRequest) -> Run:
     """Check everything, then resume or open the run."""
-    return await enrichment.open_run(request, Settings())
+    with fit_to_be_stored():
+        return await enrichment.open_run(request, Settings())
 
 
 async def work_lanes(request: RunRequest, run: Run) -> list[Ended]:
@@ -79,13 +92,15 @@ async def work_lane(request: RunRequest, run: Run, lane_no: int) -> Ended:
     settings = Settings()
     configure(json_lines=settings.log_json)
     follow_in_prefect()
-    return await enrichment.work_lane(request, settings, run, show_as_task_run)
+    with fit_to_be_stored():
+        return await enrichment.work_lane(request, settings, run, show_as_task_run)
 
 
 @task(name="settle", cache_policy=NO_CACHE, persist_result=False)
 async def settle_run(run: Run, ended: list[Ended]) -> Run:
     """Finish the run if all its shards ended, else pause it."""
-    return await enrichment.settle_run(Settings(), run, ended)
+    with fit_to_be_stored():
+        return await enrichment.settle_run(Settings(), run, ended)
 
 
 def outcome(run: Run, ended: list[Ended]) -> dict[str, Any]:
@@ -104,6 +119,7 @@ async def show_as_task_run(name: str, work: Callable[[], Awaitable[None]]) -> No
 
     @task(name="shard", task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
     async def shard() -> None:
-        await work()
+        with fit_to_be_stored():
+            await work()
 
     await shard()
