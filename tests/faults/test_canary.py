@@ -242,6 +242,7 @@ def assert_silence(cage: Cage) -> None:
     assert leaks({"the ledger, answers apart": cage.rows(with_answers=False)}, TEXT) == []
 
 
+@pytest.mark.long
 def test_every_way_to_fail_keeps_its_secrets(cage: Cage, tally: Tally) -> None:
     wrong = cage.ledger_url.replace(PASSWORD, f"{PASSWORD}x")
     assert cage.farthing("run", "colours", FARTHING_DATABASE_URL=wrong) == 2
