@@ -23,7 +23,7 @@ import pytest
 from aiohttp import web
 from pydantic import SecretStr
 
-from sandbox.bill import bill_path
+from sandbox.bill import bill_path, read_lines
 from sandbox.deepseek import DeepSeek, build, read_options, start
 from schemas.attempts import RunId
 from schemas.money import Currency, Money
@@ -164,6 +164,20 @@ class Purses:
         """
         ((spent, granted),) = self.sql(query, run.budget_id)
         return Pause(cap, spent, granted)
+
+    def overrun(self, run: Run) -> dict[str, int]:
+        """The attempts that cost more than was reserved for them, and by how much."""
+        query = """
+            SELECT concat_ws('.', run_id, document_no, attempt_no), cost - reserved
+            FROM attempt_intent JOIN attempt_outcome USING (run_id, document_no, attempt_no)
+            WHERE run_id = %s AND cost > reserved
+        """
+        return dict(self.sql(query, run.run_id))
+
+    def billed(self, run: Run) -> int:
+        """What the provider billed for the run, by its own file."""
+        lines = read_lines(bill_path(self.root))
+        return sum(line["cost_pico"] for line in lines if line["attempt"].startswith(f"{run.run_id}."))
 
     def dearest(self, budget_id: int) -> int:
         """The greatest worst case that any attempt on this budget was reserved at."""

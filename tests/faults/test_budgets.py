@@ -1,20 +1,25 @@
 """Random budgets, by seed: whatever the cap, the lanes and the mishaps, no cap is passed and hardly any is left.
 
 Overshoot is the checker's to find (I7: by every instant, a budget's bill is within its cap). What is left unused when
-a run pauses is measured here: less than one reservation in all, however many lanes and runs drew on the budget,
-bounds of unknown attempts being spent. A raised cap then finishes the run, and nothing is paid twice.
+a run pauses is measured here, bounds of unknown attempts being spent: less than one reservation, the dearest, in all
+and not per lane. For whoever gave up last had looked once, and seen that its need does not fit and that no living
+lane of any run holds a grant; so all was spent but less than that need, and only a late reply, which makes a bound a
+cost, can give some back. A raised cap then finishes the run, and nothing is paid twice.
+
+What a provider bills beyond what it was asked for no reservation can bound: then the run stops, and says by how much.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from tasks.ledger.runs import Run
 from tests.faults.purses import Draw, Pause, Purses, draw, purses, say
 from tests.faults.summary import Tally
 
@@ -188,6 +193,35 @@ async def test_two_jobs_on_one_budget_pass_no_random_cap(table: Purses, seed: in
     await judge(table, played, seed)
     assert any(each.pauses for each in played)
     tell(tally, played)
+
+
+async def test_a_provider_that_breaks_its_own_limit_passes_a_cap_by_what_it_broke_and_no_more(
+    table: Purses, tally: Tally
+) -> None:
+    scale = await measure(table)
+    broken = {"kind": "usage_over_max_tokens", "every": 5, "args": {"by": 9000}}
+    plan = Draw("broken", 40 * scale.cost_of_one, 24, 2, 16, 6, (broken,), (0, 1.0))
+    table.write_job(plan)
+    run = await table.open(plan, plan.cap)
+    table.befall(run, plan)
+    reasons = await table.work(run, plan)
+    assert "provider" in reasons
+    assert (await table.settle(run, reasons)).state == "paused"
+    over, bill = table.overrun(run), table.billed(run)
+    assert plan.cap < bill <= plan.cap + sum(over.values())
+    assert 1 <= len(over) <= plan.concurrency
+    await assert_told(table, run, over)
+    assert await table.work(await table.open(plan, None), plan) == {"budget"}
+    assert table.billed(run) == bill
+    tally.count("replies beyond what was asked for", len(over))
+
+
+async def assert_told(table: Purses, run: Run, over: Mapping[str, int]) -> None:
+    """Both proofs name what passed the cap, and nothing else is wrong."""
+    found = await table.violations()
+    assert all(any(f"attempt_outcome {attempt}: cost" in what for what in found) for attempt in over), found
+    assert any(what.startswith("I7: budget") for what in found)
+    assert {what.split(":")[0] for what in found} == {"I7", f"run {run.run_id} G9"}, found
 
 
 @pytest.mark.long

@@ -11,9 +11,10 @@ import pytest
 from pydantic import SecretStr
 
 from schemas.attempts import Signal
-from schemas.errors import ConfigurationError
+from schemas.errors import BudgetExhausted, ConfigurationError
 from schemas.money import Currency, Money
 from schemas.records import Record
+from tasks.grants import Grants
 from tasks.ledger import budgets, leases, runs, spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.proof import prove
@@ -135,6 +136,33 @@ async def test_the_dead_of_another_run_give_back_what_they_held(ledger: Ledger, 
     await leases.bury_sharing(ledger, other.run_id)
     key = (ledger, other.run_id, alive, other.budget_id)
     assert await budgets.open_grant(*key, need=CAP, want=CAP) is not None
+
+
+async def test_a_lane_does_not_wait_for_ever_for_the_dead_of_another_run(ledger: Ledger, ledger_url: str) -> None:
+    run, other = await two_runs(ledger)
+    await Hand.join(ledger, run, amount=CAP)
+    sql(ledger_url, "UPDATE lane SET heartbeat_at = heartbeat_at - interval '1 hour'")
+    grants = Grants(ledger, other, await leases.register(ledger, other.run_id))
+    async with asyncio.timeout(20), grants.reserved(RESERVED, rung=0):
+        assert value(ledger_url, "SELECT ended_because FROM lane WHERE run_id = %s", run.run_id) == "died"
+
+
+async def test_two_runs_that_wait_for_each_other_are_both_told_when_nothing_is_left(ledger: Ledger) -> None:
+    """Neither fits, and each gives back what it holds before it gives up: whoever waits holds nothing."""
+    both = await two_runs(ledger)
+    lanes = [Grants(ledger, run, await leases.register(ledger, run.run_id)) for run in both]
+
+    async def ask_too_much(grants: Grants) -> str:
+        async with grants.reserved(RESERVED, rung=0):
+            await asyncio.sleep(0.1)  # until the other has a grant too
+        with pytest.raises(BudgetExhausted) as caught:
+            async with grants.reserved(CAP * 2, rung=0):
+                pass
+        return str(caught.value)
+
+    async with asyncio.timeout(20):
+        told = await asyncio.gather(*map(ask_too_much, lanes))
+    assert all(NAME in words and "for all who name it" in words for words in told)
 
 
 async def test_both_runs_are_shown_and_proven_over_the_sum_of_both(ledger: Ledger, ledger_url: str) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from schemas.money import PICO, Currency, Money
 from tasks import report
 from tasks.ledger.proof import Evidence, Proof
-from tasks.ledger.spend import Accuracy, Audit, Escalation, Progress, PurposeSpend, TierSpend, Waste
+from tasks.ledger.spend import Accuracy, Audit, Escalation, Progress, PurposeSpend, SharedBudget, TierSpend, Waste
 from tasks.live import Pace, duration, line, panel, project
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -92,6 +92,20 @@ def shown(*parts: RenderableType) -> str:
         console.print(part)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+SHARED = SharedBudget("tickets-2026-11", 25 * PICO, 3 * PICO, 4 * PICO, 2 * PICO, 16 * PICO)
+
+
+def test_a_shared_budget_says_who_used_how_much_of_it() -> None:
+    said = "$25.00 shared, $3.00 used here, $4.00 by other runs, $2.00 set aside, $16.00 left"
+    for text in (
+        shown(*report.audit_report(replace(AUDIT, shared_budget=SHARED))),
+        shown(report.progress_table(replace(PROGRESS, shared_budget=SHARED))),
+    ):
+        assert "budget tickets-2026-11" in text
+        assert said in text
+    assert "set aside" not in report.shared_use(replace(SHARED, held_pico=0), Currency.USD)
 
 
 def test_the_report_shows_the_audit_s_totals() -> None:
