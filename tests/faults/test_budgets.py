@@ -38,7 +38,7 @@ async def table(tmp_path: Path, ledger_url: str) -> AsyncIterator[Purses]:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Costs:
     """What an ordinary document costs, and the least that an attempt reserves, in pico units."""
 
     cost_of_one: int
@@ -58,13 +58,13 @@ class Played:
         return [(pause.cap - pause.spent) / self.dearest for pause in self.pauses]
 
 
-async def measure(table: Purses) -> Scale:
+async def measure(table: Purses) -> Costs:
     """One pass with plenty of money and no mishap."""
     plan = Draw("measure", 0, 24, 1, 16, 24, (), (0, 1.0))
     table.write_job(plan)
     run = await table.open(plan, None)
     assert (await table.settle(run, await table.work(run, plan))).state == "done"
-    return Scale(table.pause(run, 0).spent // 24, table.sql("SELECT min(reserved) FROM attempt_intent")[0][0])
+    return Costs(table.pause(run, 0).spent // 24, table.sql("SELECT min(reserved) FROM attempt_intent")[0][0])
 
 
 async def play(table: Purses, plan: Draw, dice: random.Random) -> Played:
@@ -81,6 +81,7 @@ async def play(table: Purses, plan: Draw, dice: random.Random) -> Played:
     while (run := await table.settle(run, reasons)).state != "done":
         pause = table.pause(run, low)
         assert pause.granted == pause.spent, (run, pause)
+        assert "provider" not in reasons, run  # a reply passed its worst case
         if reasons <= {"budget", "done"}:
             pauses.append(pause)
         low = cap = raised(cap, len(pauses), dice)
@@ -107,7 +108,7 @@ def raised(cap: int, pauses: int, dice: random.Random) -> int:
     return 10**12 if pauses >= PAUSES else int(cap * dice.uniform(1.05, 2.5)) + 10**6
 
 
-async def play_pair(table: Purses, plans: tuple[Draw, Draw], dice: random.Random) -> Played:
+async def play_pair(table: Purses, plans: Sequence[Draw], dice: random.Random) -> Played:
     """Two jobs on one budget, side by side; raised by one of them, for both, until both are done."""
     name, cap = plans[0].name, plans[0].cap
     budget = f"{{name: {name}, cap: {say(cap)}}}"
@@ -123,11 +124,11 @@ async def play_pair(table: Purses, plans: tuple[Draw, Draw], dice: random.Random
             return Played(pauses, table.dearest(runs[0].budget_id))
         pause = table.pause(runs[0], cap)
         assert pause.granted == pause.spent, (runs, pause)
+        assert "provider" not in set.union(*reasons), runs
         if set.union(*reasons) <= {"budget", "done"}:
             pauses.append(pause)
         cap = raised(cap, len(pauses), dice)
-        left = [(run, plan) for run, plan in zip(runs, plans, strict=True) if run.state != "done"]
-        plans = tuple(plan for _, plan in left)
+        plans = [plan for run, plan in zip(runs, plans, strict=True) if run.state != "done"]
         runs = [await table.open(plan, None if number else cap) for number, plan in enumerate(plans)]
 
 
@@ -143,24 +144,25 @@ async def play_all(table: Purses, plays: Sequence[Callable[[], Awaitable[Played]
 
 
 async def play_caps(table: Purses, seed: int, numbers: Sequence[int]) -> list[Played]:
-    scale = await measure(table)
+    costs = await measure(table)
 
     def one(number: int) -> Callable[[], Awaitable[Played]]:
         dice = random.Random(f"{seed} budget {number}")
-        plan = draw(dice, f"b{number}", least=scale.least, cost_of_one=scale.cost_of_one)
+        plan = draw(dice, f"b{number}", least=costs.least, cost_of_one=costs.cost_of_one)
         return lambda: play(table, plan, dice)
 
     return await play_all(table, [one(number) for number in numbers])
 
 
 async def play_pairs(table: Purses, seed: int, numbers: Sequence[int]) -> list[Played]:
-    scale = await measure(table)
+    costs = await measure(table)
 
     def one(number: int) -> Callable[[], Awaitable[Played]]:
         dice = random.Random(f"{seed} pair {number}")
-        costs = {"least": scale.least, "cost_of_one": 2 * scale.cost_of_one}
-        first, second = (replace(draw(dice, f"p{number}{which}", **costs), lanes=2) for which in "ab")
-        return lambda: play_pair(table, (first, second), dice)
+        both = [
+            draw(dice, f"p{number}{which}", least=costs.least, cost_of_one=2 * costs.cost_of_one) for which in "ab"
+        ]
+        return lambda: play_pair(table, [replace(plan, lanes=2) for plan in both], dice)
 
     return await play_all(table, [one(number) for number in numbers])
 
@@ -198,9 +200,9 @@ async def test_two_jobs_on_one_budget_pass_no_random_cap(table: Purses, seed: in
 async def test_a_provider_that_breaks_its_own_limit_passes_a_cap_by_what_it_broke_and_no_more(
     table: Purses, tally: Tally
 ) -> None:
-    scale = await measure(table)
+    costs = await measure(table)
     broken = {"kind": "usage_over_max_tokens", "every": 5, "args": {"by": 9000}}
-    plan = Draw("broken", 40 * scale.cost_of_one, 24, 2, 16, 6, (broken,), (0, 1.0))
+    plan = Draw("broken", 40 * costs.cost_of_one, 24, 2, 16, 6, (broken,), (0, 1.0))
     table.write_job(plan)
     run = await table.open(plan, plan.cap)
     table.befall(run, plan)
