@@ -37,6 +37,7 @@ from tasks.ledger.leases import LeaseTimes
 from tasks.ledger.proof import prove
 from tasks.ledger.runs import Run
 from tests.faults.checker import Beside, Violation, check
+from tests.forked_readers import forked_readers
 from tests.world import CLOCK, SCHEMA
 
 JOB = """\
@@ -228,7 +229,7 @@ async def purses(root: Path, database_url: str) -> AsyncIterator[Purses]:
     )
     try:
         async with opened(SecretStr(database_url), Role.LANE, pool_size=CONNECTIONS) as ledger:
-            with pytest.MonkeyPatch.context() as patch:
+            with pytest.MonkeyPatch.context() as patch, forked_readers():
                 patch.setattr(enrichment, "opened", partial(_reopened, ledger))
                 yield Purses(root, database_url, server, settings, ledger)
     finally:
