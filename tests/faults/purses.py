@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,14 +32,14 @@ from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
 from schemas.requests import RunRequest
 from schemas.settings import Settings
-from tasks import enrichment
+from tasks import bulkhead, enrichment
+from tasks.documents import orders
 from tasks.lanes import Ended
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import LeaseTimes
 from tasks.ledger.proof import prove
 from tasks.ledger.runs import Run
 from tests.faults.checker import Beside, Violation, check
-from tests.forked_readers import forked_readers
 from tests.world import CLOCK, SCHEMA
 
 JOB = """\
@@ -229,12 +231,35 @@ async def purses(root: Path, database_url: str) -> AsyncIterator[Purses]:
     )
     try:
         async with opened(SecretStr(database_url), Role.LANE, pool_size=CONNECTIONS) as ledger:
-            with pytest.MonkeyPatch.context() as patch, forked_readers():
+            with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(enrichment, "opened", partial(_reopened, ledger))
+                patch.setattr(bulkhead, "start", _Reader)
                 yield Purses(root, database_url, server, settings, ledger)
     finally:
         await runner.cleanup()
         server.house.bill.close()
+
+
+class _Reader:
+    """What reads documents, in a thread: a thousand small runs would start several thousand processes."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._line = line.dup()
+        self._thread = threading.Thread(target=self._obey, daemon=True)
+        self._thread.start()
+
+    def _obey(self) -> None:
+        with suppress(EOFError, OSError), self._line.makefile("rb") as given, self._line.makefile("wb") as replies:
+            orders.obey(given, replies)
+
+    def kill(self) -> None:
+        with suppress(OSError):  # the other end is closed already
+            self._line.shutdown(socket.SHUT_RDWR)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._thread.join(timeout)
+        self._line.close()
+        return 0
 
 
 @asynccontextmanager
