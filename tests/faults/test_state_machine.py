@@ -48,6 +48,8 @@ SHORT, LONG = (20, 20), (500, 50)
 MODULES = (attempts, budgets, leases, runs)
 #: Which lane, and which of its shards, documents and grants: counted on, and round again.
 AT, WHICH = st.integers(0, 2), st.integers(0, 20)
+#: What replies come to. A shaky result would not be reused.
+KINDS = ("result", "shaky", "unsure", "lost", "free")
 #: Whether the answer to a COMMIT arrives.
 HEARS = st.sampled_from((True, True, True, False))
 
@@ -133,7 +135,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.open_grant(at, reservations=4, hears=False)
             self.open_grant(at, reservations=4, hears=True)
             self.intend(at, which=[1, 2, 7], hears=True, is_same_text=False)
-            self.record(at, how_many=1, kind="result")
+            self.record(at, how_many=1, kind=("result", "shaky")[at])
             self.record(at, how_many=1, kind="lost")
 
     @rule(cap=st.sampled_from((CAP, CAP // 3, CAP // 2, 2 * CAP)))
@@ -255,7 +257,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def reusable(self) -> Reusable:
         return Reusable(self.job.prompt_version, "pro", self.job.escalate.below)
 
-    @rule(at=AT, how_many=st.integers(1, 3), kind=st.sampled_from(("result", "unsure", "lost", "free")))
+    @rule(at=AT, how_many=st.integers(1, 3), kind=st.sampled_from(KINDS))
     def record(self, at: int, how_many: int, kind: str) -> None:
         """Replies to what a lane sent, whoever owns the shard by now; and then the same once more."""
         lane = self._lane(at)
@@ -278,9 +280,10 @@ class LedgerMachine(RuleBasedStateMachine):
         hand, key = lane.hand, (intent.document_no, intent.attempt_no)
         ending = None
         match kind:
-            case "result":
+            case "result" | "shaky":
                 outcome = hand.outcome(*key, tier=intent.tier)
-                ending = hand.result(intent.lease, *key, tier=intent.tier, text_digest=intent.text_digest)
+                sure: dict[str, Any] = {"text_digest": intent.text_digest, "confidence": 0.9 if kind == "result" else 0.5}
+                ending = hand.result(intent.lease, *key, tier=intent.tier, **sure)
             case "unsure":
                 unsure = StoredAnswer('{"colour":"red"}', {"colour": "red"}, 0.4, "logprobs")
                 outcome = hand.outcome(*key, verdict=Verdict.LOW_CONFIDENCE, answer=unsure, tier=intent.tier)
@@ -375,8 +378,8 @@ class LedgerMachine(RuleBasedStateMachine):
         run_id = self.run_id
         model = self.model
         rows = self.sql(ATTEMPTS, run_id)
-        assert {(run_id, *row[:2]): (row[2:6], row[6]) for row in rows} == {
-            key: ((lane_id, i.lease.epoch, i.grant_id, i.reserved), model.takes(key))
+        assert {(run_id, *row[:2]): (row[2:6], *row[6:]) for row in rows} == {
+            key: ((lane_id, i.lease.epoch, i.grant_id, i.reserved), model.takes(key), model.billing(key))
             for key, (i, lane_id) in model.intents.items()
             if key[0] == run_id
         }
@@ -412,6 +415,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.claim(at, is_repeated=True, hears=False)
             self.record(at, how_many=3, kind="result")
             self.repeat_an_earlier_call(0)
+        for number in range(DOCUMENTS):
+            self.both("find_paid_answer", self.run_id, number, Verdict.ACCEPTED)
         for check in (
             self.rows_and_views_are_the_models,
             self.the_budget_holds,
@@ -423,7 +428,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 ATTEMPTS = """
     SELECT document_no, attempt_no, lane_id, epoch, grant_id, reserved,
-           coalesce(cost_pico, unknown_pico) AS takes FROM attempt WHERE run_id = %s
+           coalesce(cost_pico, unknown_pico) AS takes, billing FROM attempt WHERE run_id = %s
 """
 TOTALS = """
     SELECT attempts, cost_pico, unknown_pico, unknown_attempts, results, reused, duplicates, dead_letters

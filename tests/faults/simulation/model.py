@@ -416,6 +416,13 @@ class Model:
             return outcome.cost
         return self.unknowns.get(key, self.intents[key][0].reserved)
 
+    def billing(self, key: Key) -> str:
+        """What the view `attempt` calls it."""
+        outcome = self.outcomes.get(key)
+        if outcome is not None and outcome.cost is not None:
+            return "known"
+        return "unknown" if outcome is not None or key in self.unknowns else "open"
+
     def _settle_grants(self, run_id: int, lanes: Sequence[int], grants: Sequence[int]) -> None:
         for number, grant in self.grants.items():
             if grant.run_id == run_id and (grant.lane_id in lanes or number in grants):
