@@ -282,7 +282,10 @@ class LedgerMachine(RuleBasedStateMachine):
         match kind:
             case "result" | "shaky":
                 outcome = hand.outcome(*key, tier=intent.tier)
-                sure: dict[str, Any] = {"text_digest": intent.text_digest, "confidence": 0.9 if kind == "result" else 0.5}
+                sure: dict[str, Any] = {
+                    "text_digest": intent.text_digest,
+                    "confidence": 0.9 if kind == "result" else 0.5,
+                }
                 ending = hand.result(intent.lease, *key, tier=intent.tier, **sure)
             case "unsure":
                 unsure = StoredAnswer('{"colour":"red"}', {"colour": "red"}, 0.4, "logprobs")
