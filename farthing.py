@@ -71,11 +71,18 @@ Partitions = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N documents.")]
 Budget = Annotated[
-    str | None, typer.Option("--budget", metavar="SUM", help='A hard cap, like "5 USD"; a shared one: for all.')
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="SUM",
+        help='A hard cap, like "5 USD" or "30 CNY"; a bare number is USD. A shared one: for all. Default: '
+        "the job's, and for a run that is resumed the one it had.",
+    ),
 ]
 Lanes = Annotated[int, typer.Option("--lanes", min=1, max=64, metavar="N", help="Processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
+Force = Annotated[bool, typer.Option("--force", help="Also while a run uses them.")]
 InSandbox = Annotated[bool, typer.Option("--sandbox", help="Use the DeepSeek and the Postgres of this machine.")]
 
 
@@ -243,11 +250,14 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
     wait_for(_check(request, job, settings))
     view.phase("starting Prefect")
     _prepare_prefect(settings)
-    from flows.enrich import enrich
     from tasks.prefect_server import start_temporary_server
 
-    start_temporary_server()
-    view.follow(_database(settings))
+    server = start_temporary_server()
+    from flows.enrich import enrich  # meanwhile: both take seconds
+
+    if server is not None:
+        server.wait()
+    view.follow(_database(settings), budget=job.budget)
 
     async def flow() -> dict[str, Any]:
         return dict(
@@ -288,7 +298,7 @@ def _prepare_prefect(settings: Settings) -> None:
     wanted = {
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "60",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",  # one that dies is noticed at once
         # The live view has the terminal; Prefect's own pages still get every line.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }
@@ -329,7 +339,8 @@ def _exit_code(audit: Audit, proof: Proof, job: Job) -> int:
     if not proof.proved:
         return LedgerMismatch.exit_code
     if audit.state != "done":
-        return PAUSED
+        is_unpaid = audit.reason == "key" and not audit.cost_pico and not audit.unknown_pico
+        return ConfigurationError.exit_code if is_unpaid else PAUSED
     return int(audit.dead_letters > job.tolerance * audit.documents)
 
 
@@ -443,7 +454,7 @@ def status(
     run_id, job = _parse_target(target)
 
     async def read(ledger: Ledger) -> Progress:
-        return await spend.progress(ledger, run_id or await _find_newest(ledger, job))
+        return await spend.progress(ledger, run_id or await _find_newest(ledger, job), counts_open=True)
 
     progress = _ask(read, in_sandbox)
     if watch and progress.state == "running":
@@ -466,8 +477,15 @@ def _watch(seen: Progress, in_sandbox: bool) -> Progress:
 def verify(run: RunNumber = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
     """Prove what the ledger claims about a run, from its rows."""
     from tasks import report
+    from tasks.ledger.connection import PermissionRefused
 
-    proof = _ask(lambda ledger: _prove(ledger, run), in_sandbox, is_proof=True)
+    try:
+        proof = _ask(lambda ledger: _prove(ledger, run), in_sandbox, is_proof=True)
+    except PermissionRefused:
+        raise ConfigurationError(
+            "verify reads the rows themselves, and this login may only read the views: use a login that is a member "
+            "of farthing_lane, or GRANT farthing_lane TO this one; `farthing audit` needs no more than it has"
+        ) from None
     if as_json:
         print_json(proof.to_json())
     else:
@@ -531,7 +549,9 @@ def _find_prices(
                 found.append(book.at(name, card, at))
     if kept := [price for price in found if everything or not price.is_what_if_only]:
         return kept
-    raise UnknownPrice(f"no price is known at {at:%Y-%m-%d %H:%M} UTC; name a --model to learn from when on one is")
+    first = min(price.valid_from for price in book.rows() if price.model in models and price.currency in cards)
+    why = f"the first one is from {first:%Y-%m-%d}" if at < first else "the peak hours of that year are not known yet"
+    raise UnknownPrice(f"no price is known at {at:%Y-%m-%d %H:%M} UTC: {why}")
 
 
 def _parse_currency(given: str | None) -> list[Currency]:
@@ -594,13 +614,14 @@ def sandbox_up(as_json: AsJson = False) -> None:
 
 
 @sandbox.command("down")
-def sandbox_down(as_json: AsJson = False) -> None:
+def sandbox_down(force: Force = False, as_json: AsJson = False) -> None:
     """Stop both. What they hold stays."""
     from sandbox import postgres, service
 
     home = _settings().home
-    service.down(home)
-    postgres.down(home)
+    _require_unused(home, "down", force)
+    postgres.down(home, force=force)  # first: whoever uses the DeepSeek uses this, too, and for longer
+    service.down(home, force=force)
     if as_json:
         print_json({"running": False})
     else:
@@ -609,7 +630,9 @@ def sandbox_down(as_json: AsJson = False) -> None:
 
 @sandbox.command("reset")
 def sandbox_reset(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False, as_json: AsJson = False
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Stop both and delete all they hold: every sandbox run, and the bill."""
     import shutil
@@ -617,17 +640,40 @@ def sandbox_reset(
     from sandbox import postgres, service
 
     home = _settings().home
+    _require_unused(home, "reset", force)
     if not yes:
         if not sys.stdin.isatty():
             raise ConfigurationError("this deletes every sandbox run and its bill: say --yes if you mean it")
         typer.confirm(f"Delete every sandbox run and its bill in {home}?", abort=True, err=True)
-    service.reset(home)
-    postgres.reset(home)
+    postgres.reset(home, force=force)
+    service.reset(home, force=force)
     shutil.rmtree(home / "prefect", ignore_errors=True)
     if as_json:
         print_json({"reset": True})
     else:
         show("the sandbox is empty")
+
+
+def _require_unused(home: Path, command: str, is_forced: bool) -> None:
+    """Raises ConfigurationError that names the processes which use the sandbox, and their runs."""
+    from sandbox import postgres
+    from tasks.ledger.spend import list_living_lanes
+
+    users = [] if is_forced else postgres.users(home)
+    if not users:
+        return
+    lanes: Sequence[tuple[int, int]] = []
+    if (server := postgres.status(home)) is not None:
+        from pydantic import SecretStr
+
+        with suppress(FarthingError):  # a ledger that cannot be read has no runs to tell of
+            lanes = wait_for(_ask_at(SecretStr(server.url), list_living_lanes))
+    told = [f"run {run} (its lane is process {pid})" for run, pid in lanes]
+    told += [f"process {pid}" for pid in users if pid not in {lane for _, lane in lanes}]
+    raise ConfigurationError(
+        f"the sandbox is in use by {', '.join(told)}: end that first, with Ctrl-C where it runs or `kill -INT PID`; "
+        f"`farthing sandbox {command} --force` cuts it off in mid-run"
+    )
 
 
 @sandbox.command("status")

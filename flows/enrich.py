@@ -13,6 +13,7 @@ from prefect import flow
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks.artifacts import show_report, shown_progress
+from tasks.enrichment import paused_if_cut_short
 from tasks.logs import configure, follow_in_prefect
 from tasks.prefect_server import guard_temporary_server
 from tasks.steps import open_run, outcome, settle_run, work_lanes
@@ -40,8 +41,9 @@ async def enrich(
     follow_in_prefect()
     guard_temporary_server()
     run = await open_run(request)
-    async with shown_progress(run, settings):
-        ended = await work_lanes(request, run)
-    settled = await settle_run(run, ended)
+    async with paused_if_cut_short(settings, run):
+        async with shown_progress(run, settings):
+            ended = await work_lanes(request, run)
+        settled = await settle_run(run, ended)
     await show_report(settled, settings)
     return outcome(settled, ended)

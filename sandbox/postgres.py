@@ -84,21 +84,43 @@ def up(home: Path) -> Server:
     return server
 
 
-def down(home: Path) -> None:
-    """Stop the Postgres of `home`, even under a user's feet. Fine if it is not running."""
+def down(home: Path, *, force: bool = True) -> None:
+    """Stop the Postgres of `home`, by `force` even under a user's feet. Fine if it is not running.
+
+    Raises:
+        SandboxError: somebody uses it.
+    """
     folder = _folder(home)
     with _transition(folder):
+        _refuse_if_used(folder, force)
         (folder / "keep").unlink(missing_ok=True)
         if cluster := _existing(folder):
             cluster.stop()
 
 
-def reset(home: Path) -> None:
-    """Stop the Postgres of `home` and delete its data, even under a user's feet. Fine if there is none."""
+def reset(home: Path, *, force: bool = True) -> None:
+    """Stop the Postgres of `home` and delete its data, by `force` even under a user's feet. Fine if there is none.
+
+    Raises:
+        SandboxError: somebody uses it.
+    """
     folder = _folder(home)
     with _transition(folder):
+        _refuse_if_used(folder, force)
         (folder / "keep").unlink(missing_ok=True)
         _delete(folder)
+
+
+def users(home: Path) -> list[int]:
+    """The processes that use the Postgres of `home` right now. Changes nothing; empty where the system cannot say."""
+    path = home.resolve() / "postgres" / "users"
+    try:
+        file, locks = path.stat(), Path("/proc/locks").read_text()
+    except OSError:
+        return []
+    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    fields = (line.split() for line in locks.splitlines())
+    return sorted({int(pid) for _, _, _, _, pid, where, *_ in fields if where == place and pid.isdecimal()})
 
 
 def status(home: Path) -> Server | None:
@@ -198,6 +220,14 @@ def _make(folder: Path) -> None:
         scratch.rmdir()
         if not folder.exists():
             raise
+
+
+def _refuse_if_used(folder: Path, force: bool) -> None:
+    if force:
+        return
+    with closing(_Lock(folder / "users")) as users:
+        if not users.is_last():
+            raise SandboxError(f"the Postgres of {folder.parent} is in use; end what uses it first")
 
 
 def _started(folder: Path) -> Server:

@@ -80,18 +80,18 @@ def up(home: Path, **options: Option) -> Endpoint:
         return endpoint
 
 
-def down(home: Path) -> None:
-    """Stop it, whoever uses it."""
+def down(home: Path, *, force: bool = True) -> None:
+    """Stop it, by `force` whoever uses it. Raises SandboxError while somebody does."""
     with _turn(home):
+        _refuse_if_used(home, force)
         _kept(home).unlink(missing_ok=True)
         _stop(home)
 
 
-def reset(home: Path) -> None:
+def reset(home: Path, *, force: bool = False) -> None:
     """Stop it and forget everything, the bill too. Raises SandboxError while somebody uses it."""
     with _turn(home):
-        if not _is_unused(home):
-            raise SandboxError(f"the sandbox of {home} is in use; end the runs that use it first")
+        _refuse_if_used(home, force)
         _stop(home)
         for path in (home / FOLDER).iterdir():
             if path.name not in ("turn", "users", LOCK):
@@ -171,6 +171,11 @@ def _stop(home: Path) -> None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.2)
     _children[:] = [child for child in _children if child.returncode is None]
+
+
+def _refuse_if_used(home: Path, force: bool) -> None:
+    if not force and not _is_unused(home):
+        raise SandboxError(f"the sandbox of {home} is in use; end the runs that use it first")
 
 
 def _is_unused(home: Path) -> bool:

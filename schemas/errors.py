@@ -4,8 +4,10 @@
     ├── ConfigurationError   a wrong job, setting or argument           exit 2, nothing was spent
     ├── UnknownPrice         no price row for this model and instant    exit 2, nothing was spent
     ├── LedgerUnavailable    Postgres cannot be reached or is too old   exit 2
+    │   └── RunUnsettled     … when a run ended                         exit 3, resumable
     ├── BudgetExhausted      the next reservation does not fit          exit 3, resumable
-    ├── ProviderStopped      key, balance or breaker stopped the run    exit 3, resumable
+    ├── ProviderStopped      balance or breaker stopped the run         exit 3, resumable
+    │   └── KeyRefused       … or the key; exit 2 if nothing was spent  exit 3, resumable
     ├── InputUnavailable     the store of the documents does not reply  exit 3, resumable
     ├── InputChanged         a file is not what the run was planned on  (inside a lane: the shard fails)
     │   └── InputUnreadable  it is, and its rows cannot be had          (inside a lane: the shard fails)
@@ -62,6 +64,12 @@ class LedgerUnavailable(FarthingError):
     exit_code = 2
 
 
+class RunUnsettled(LedgerUnavailable):
+    """A run ended while Postgres was away; whoever resumes it tells the ledger."""
+
+    exit_code = 3
+
+
 class BudgetExhausted(FarthingError):
     """The next reservation does not fit under the run's cap."""
 
@@ -69,9 +77,13 @@ class BudgetExhausted(FarthingError):
 
 
 class ProviderStopped(FarthingError):
-    """The provider said stop: a bad key, no balance, or too many failures in a row."""
+    """The provider said stop: no balance, or too many failures in a row."""
 
     exit_code = 3
+
+
+class KeyRefused(ProviderStopped):
+    """The provider refuses the key, or the model for this key, in the middle of a run."""
 
 
 class InputUnavailable(FarthingError):

@@ -16,7 +16,8 @@ class RunRequest(BaseModel):
     """A run as it is asked for. Prefect shows and stores it, so it holds no secret.
 
     `job` is a name under `jobs/` or a path; `partitions` names slices of the input (none: all of it); `limit`
-    takes the first so many documents; `budget` overrides the job's ("25 USD"); `lanes` is how many processes work.
+    takes the first so many documents; `budget` overrides the job's ("25 USD"), and a resumed run without one keeps
+    what it had; `lanes` is how many processes work.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,7 +37,7 @@ class RunRequest(BaseModel):
         return budget
 
     def cap(self, job: Job) -> Money:
-        """The run's budget: what was asked for, else the job's own."""
+        """The budget of a new run: what was asked for, else the job's own."""
         return Money.parse(self.budget) if self.budget else job.budget
 
     def selection(self, job: Job) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from schemas.booking import Booking, Reserved, book_reply
 from schemas.brakes import Breaker, RetryBudget
 from schemas.calls import RejectedAnswer, attempt_key, compose, input_bound, is_too_large, max_tokens
 from schemas.documents import Document
-from schemas.errors import LeaseLost, ProviderStopped
+from schemas.errors import KeyRefused, LeaseLost, ProviderStopped
 from schemas.jobs import Job
 from schemas.judgement import Judgement, judge
 from schemas.ladder import Accept, Again, DeadLetter, Position, Step, Stop, Verdict, advance
@@ -103,7 +103,7 @@ class Climber:
         while True:
             step, work = await self._attempt(work)
             if isinstance(step, Stop):
-                raise ProviderStopped(_stop_advice(step.reason))
+                raise _stopped(step.reason)
             if not isinstance(step, Again):
                 return
             work = replace(work, position=step.position)
@@ -139,7 +139,7 @@ class Climber:
         if booking.alarm:
             raise ProviderStopped(f"{booking.alarm}: the run stops so that nobody pays for a surprise")
         if self.unmetered >= UNMETERED_LIMIT:
-            raise ProviderStopped(_stop_advice("no_usage"))
+            raise _stopped("no_usage")
         if isinstance(step, Again) and step.position.purpose is Purpose.RETRY:
             await self._back_off(reply, step.position)
         return step, work
@@ -289,9 +289,9 @@ class Climber:
         while (wait_s := self.breaker.wait_s(self.tick())) > 0:
             await rest(self.draining, wait_s)
         if verdict := self.breaker.verdict(self.tick()):
-            raise ProviderStopped(_stop_advice(verdict))
+            raise _stopped(verdict)
         if self.unmetered >= UNMETERED_LIMIT:
-            raise ProviderStopped(_stop_advice("no_usage"))
+            raise _stopped("no_usage")
 
     async def _back_off(self, reply: Reply, position: Position) -> None:
         """Wait before a retry: as long as the failure asks for, and as the run's retry budget demands."""
@@ -342,5 +342,7 @@ _ADVICE = {
 }
 
 
-def _stop_advice(reason: str) -> str:
-    return _ADVICE.get(reason, reason)
+def _stopped(reason: str) -> ProviderStopped:
+    """The error that ends the lane's work, with what to do next."""
+    advice = _ADVICE.get(reason, reason)
+    return KeyRefused(advice) if reason == "unauthorised" else ProviderStopped(advice)

@@ -31,6 +31,9 @@ _CLOCK_TOLERANCE = timedelta(seconds=2)
 #: A question about the account or the models, not an attempt: small, so short.
 _QUESTION_DEADLINE_S = 30.0
 
+#: Statuses of a question that say that the key or the address is wrong. Asked before any money, so nothing is spent.
+_OUR_MISTAKES = (401, 403, 404, 405)
+
 #: No compression, so that a size is a size; and without what openai tells about this machine, which costs a
 #: tenth of a request to build and is nobody's business.
 _HEADERS: dict[str, str | openai.Omit] = {
@@ -130,21 +133,21 @@ class Completions:
         return self._now() + self.offset
 
     async def balance(self) -> Balance:
-        """What is left on the account, in its funded currency. Raises ProviderStopped."""
+        """What is left on the account, in its funded currency. Raises ProviderStopped or ConfigurationError."""
         balance = read_balance(await self._ask("/user/balance"))
         if balance is None:
             raise ProviderStopped("the provider's balance reply names neither USD nor CNY; check DEEPSEEK_BASE_URL")
         return balance
 
     async def models(self) -> tuple[str, ...]:
-        """The model ids that the provider offers this account. Raises ProviderStopped."""
+        """The model ids that the provider offers this account. Raises ProviderStopped or ConfigurationError."""
         value = await self._ask("/models")
         rows = value.get("data") if isinstance(value, dict) else None
         ids = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         return tuple(name for name in ids if isinstance(name, str))
 
     async def clock_offset(self) -> timedelta:
-        """The provider's clock minus this machine's, in whole seconds. Raises ProviderStopped.
+        """The provider's clock minus this machine's, in whole seconds. Raises ProviderStopped or ConfigurationError.
 
         Zero where the provider sends no sane Date: then this machine's clock is the only one there is.
         """
@@ -198,7 +201,10 @@ class Completions:
         try:
             return await client.get(path, cast_to=httpx2.Response, options={"timeout": _QUESTION_DEADLINE_S})
         except openai.APIStatusError as error:
-            raise ProviderStopped(_refusal_advice(error.status_code, path)) from None
+            is_ours = error.status_code in _OUR_MISTAKES
+            raise (ConfigurationError if is_ours else ProviderStopped)(
+                _refusal_advice(error.status_code, path)
+            ) from None
         except Exception as error:
             _, detail = signal_of(error)
             host = urlsplit(self._base_url).hostname

@@ -6,11 +6,12 @@ Whatever can be wrong with a job, a setting, a price or the input is found in `o
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -19,7 +20,14 @@ import structlog
 from pydantic import SecretStr
 
 from schemas.documents import Manifest
-from schemas.errors import ConfigurationError, InputChanged, ProviderStopped
+from schemas.errors import (
+    ConfigurationError,
+    InputChanged,
+    LedgerUnavailable,
+    ProviderStopped,
+    RunUnsettled,
+    UnknownPrice,
+)
 from schemas.jobs import Job
 from schemas.money import Currency
 from schemas.pricing import Price, PriceBook, load_price_book
@@ -28,8 +36,8 @@ from schemas.settings import Settings
 from tasks import spill
 from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
-from tasks.jobs import load_job
-from tasks.lanes import Ended, Lane, LanePlan, Show, show_nothing
+from tasks.jobs import find_place, load_job
+from tasks.lanes import GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
 from tasks.ledger import leases, runs
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
@@ -42,7 +50,6 @@ log = structlog.get_logger("farthing.runs")
 #: registered gets so long to open its own.
 GONE_AFTER_S = 2.0
 SPARE_DESCRIPTORS = 256
-INTERRUPTED = "run the same command to go on"
 #: Connections of one lane: its heartbeat, two writers, and what shards and grants look up.
 LANE_CONNECTIONS = 6
 
@@ -140,15 +147,33 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
     """Finish the run if all its shards ended; else pause it, with the first reason that a lane gave.
 
     A run that another start still works on goes on: this one's lanes may have been taken for dead, or interrupted.
+    Raises RunUnsettled where Postgres is away.
     """
     reasons = [end for end in ended if not end.is_done]
-    async with opened(require_database(settings), Role.LANE) as ledger:
-        await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
-        is_over = await runs.settle(ledger, run.run_id) is not None
-        if not is_over and not await leases.has_living(ledger, run.run_id):
-            reason = reasons[0].reason if reasons else "unfinished"
-            await runs.change_state(ledger, run.run_id, "paused", reason)
-        return await runs.find_run(ledger, run.run_id)
+    try:
+        async with opened(require_database(settings), Role.LANE) as ledger:
+            await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
+            is_over = await runs.settle(ledger, run.run_id) is not None
+            if not is_over and not await leases.has_living(ledger, run.run_id):
+                reason = reasons[0].reason if reasons else "unfinished"
+                await runs.change_state(ledger, run.run_id, "paused", reason)
+            return await runs.find_run(ledger, run.run_id)
+    except LedgerUnavailable as error:
+        advice = next((end.advice for end in reasons if end.advice), INTERRUPTED)
+        raise RunUnsettled(f"run {run.run_id} ended and its end is not on the ledger: {error}\n{advice}") from None
+
+
+@asynccontextmanager
+async def paused_if_cut_short(settings: Settings, run: Run) -> AsyncIterator[None]:
+    """What ends the block early leaves the run paused, not `running` with nobody at work."""
+    try:
+        yield
+    except BaseException as error:
+        is_interrupted = isinstance(error, asyncio.CancelledError | KeyboardInterrupt)
+        with suppress(LedgerUnavailable, TimeoutError):  # whoever resumes it finds out all the same
+            async with asyncio.timeout(GOODBYE_S):
+                await settle_run(settings, run, [Ended("interrupted" if is_interrupted else "failed")])
+        raise
 
 
 def spill_of(settings: Settings) -> Path:
@@ -204,7 +229,10 @@ async def ask_provider(completions: Completions, job: Job, request: RunRequest, 
 def check_prices(job: Job, book: PriceBook, currency: Currency, now: datetime) -> None:
     """Raises UnknownPrice where a tier cannot be priced from now until its deadline."""
     for tier in job.ladder:
-        book.dearest(tier.model, currency, now, now + timedelta(seconds=tier.deadline_s))
+        try:
+            book.dearest(tier.model, currency, now, now + timedelta(seconds=tier.deadline_s))
+        except UnknownPrice as error:
+            raise UnknownPrice(f"{find_place(job, tier.model)}: {tier.name}: {error}") from None
 
 
 def usable_prices(job: Job, book: PriceBook, currency: Currency) -> Iterator[Price]:
@@ -228,29 +256,39 @@ def allow_descriptors(plan: LanePlan) -> None:
 @contextmanager
 def draining_on_signals(lane: Lane) -> Iterator[None]:
     """SIGINT and SIGTERM drain the lane; a second one gives up on what is in flight (it becomes unknown)."""
-    working = asyncio.current_task()
-    assert working is not None
-
-    def stop() -> None:
-        if lane.is_draining:
-            working.cancel()
-        lane.drain("interrupted", INTERRUPTED)
-
-    with on_signals(stop):
+    with on_signals(lane.interrupt):
         yield
 
 
 @contextmanager
 def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM pause the run; its lanes, in other processes, see it within a heartbeat and drain."""
-    pausing: set[asyncio.Task[None]] = set()
+    """SIGINT and SIGTERM pause the run; its lanes, in other processes, see it within a heartbeat and drain.
+
+    A second one is handed on to them, and so is the first where Postgres is away.
+    """
+    pausing: list[asyncio.Task[None]] = []
 
     async def pause() -> None:
-        async with opened(require_database(settings), Role.LANE) as ledger:
-            await runs.change_state(ledger, run.run_id, "paused", "interrupted")
+        try:
+            async with opened(require_database(settings), Role.LANE) as ledger:
+                await runs.change_state(ledger, run.run_id, "paused", "interrupted")
+        except LedgerUnavailable:
+            terminate_lanes()
 
-    with on_signals(lambda: pausing.add(asyncio.get_running_loop().create_task(pause()))):
+    def stop() -> None:
+        if pausing:
+            terminate_lanes()
+        else:
+            pausing.append(asyncio.get_running_loop().create_task(pause()))
+
+    with on_signals(stop):
         yield
+
+
+def terminate_lanes() -> None:
+    """SIGTERM to the lanes that this process started, which answer as in `draining_on_signals`."""
+    for lane in multiprocessing.active_children():
+        lane.terminate()
 
 
 @contextmanager

@@ -49,13 +49,14 @@ class Reservation:
 
 @dataclass
 class Grants:
-    """The open grants of one lane. `is_tight` says that the cap has refused and reservations wait."""
+    """The open grants of one lane. `tight_because` says why reservations wait where the cap has refused; None: no."""
 
     ledger: Ledger
     run: Run
     lane_id: LaneId
     patience: Patience = field(default_factory=Patience)
-    is_tight: bool = False
+    tight_because: str | None = None
+    _explained_at: float = 0.0
     _open: dict[int, _Open] = field(default_factory=dict)
     _reserved_since: float = 0.0
     _reserved: int = 0
@@ -108,11 +109,31 @@ class Grants:
                 )
                 if opened is not None:
                     self._open[opened.grant_id] = _Open(opened.amount)
-                    self.is_tight = False
+                    self.tight_because = None
                     await self._close_spent()
                     continue
-                self.is_tight = True
+                await self._note_tightness(worst)
                 await self._wait_for_money(worst)
+
+    async def _note_tightness(self, worst: int) -> None:
+        """Say why it waits; not anew with each reply, of which there may be hundreds in a second."""
+        now = asyncio.get_running_loop().time()
+        if self.tight_because is None or now - self._explained_at > ASK_AGAIN_S:
+            self._explained_at = now
+            self.tight_because = await self._explain("is nearly used", worst) + "; raise it with --budget"
+
+    async def _explain(self, how: str, worst: int) -> str:
+        """How the budget stands, in sums that add up to its cap, and what the next attempt needs of it."""
+        room = await self.patience.ask(budgets.find_room, self.ledger, self.run.budget_id)
+        shared = self.run.budget_name
+        whose = f"{shared}, the budget that this run shares," if shared else "the budget"
+        cap, spent, held, left, most = (
+            str(Money(pico, self.run.currency)) for pico in (room.cap, room.spent, room.held, room.left, worst)
+        )
+        return (
+            f"{whose} of {cap} {how}: {spent} spent, {held} held for what is in flight, {left} left, and the next "
+            f"attempt may cost up to {most}"
+        )
 
     async def _wait_for_money(self, worst: int) -> None:
         """Until something is given back here, or may have been elsewhere. Raises BudgetExhausted or Draining."""
@@ -121,18 +142,17 @@ class Grants:
         elif self._open:
             await self._close(list(self._open))  # scraps that are too small for anyone, together, may be enough
         elif await self.patience.ask(budgets.is_exhausted, self.ledger, self.run.budget_id, worst):
-            raise BudgetExhausted(self._advice())
+            raise BudgetExhausted(await self._advice(worst))
         else:
             if self.run.budget_name:  # the own run's dead are buried at every heartbeat
                 await self.patience.ask(leases.bury_sharing, self.ledger, self.run.run_id)
             await rest(self.patience.draining, ASK_AGAIN_S)
 
-    def _advice(self) -> str:
-        shared = self.run.budget_name
-        whose = f"{shared}, the budget that this run shares," if shared else "the budget"
+    async def _advice(self, worst: int) -> str:
+        for_all = ", which raises it for all who name it" if self.run.budget_name else ""
         return (
-            f"{whose} of {Money(self.run.cap, self.run.currency)} does not cover one more attempt: run the same "
-            f"command with a larger --budget to go on{', which raises it for all who name it' if shared else ''}"
+            f"{await self._explain('does not cover one more attempt', worst)}; run the same command with a larger "
+            f"--budget to go on{for_all}"
         )
 
     async def give_back(self) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import sys
 import traceback
+from contextlib import suppress
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -107,6 +108,16 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except OSError:
         return False
+
+
+def find_place(job: Job, word: str) -> str:
+    """Where a job's file first says `word`, as `jobs/x/job.yaml:7`; just the file where it does not."""
+    path = job.folder / FILE
+    with suppress(OSError, ValueError):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+            if word in line.partition("#")[0]:
+                return f"{path}:{number}"
+    return str(path)
 
 
 def _check_name(draft: Draft, file: JobFile, folder: Path) -> None:

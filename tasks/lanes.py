@@ -6,7 +6,8 @@
 
 Shards overlap, so that a slow last reply idles nothing. What stops a lane (the budget, the provider, a signal, an
 order from another terminal) makes it drain: no new attempt, every reply in flight recorded, then it leaves. A lane
-that cannot show its heartbeat for long drains by itself before others take its shards.
+that cannot show its heartbeat for long drains by itself before others take its shards. Whoever interrupts it twice,
+or once while Postgres is away, does not wait: what is in flight becomes unknown, and what came is on disk.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ log = structlog.get_logger("farthing.lanes")
 
 #: How long a lane tries to say goodbye; Postgres may be away, or busy with what a cancelled lane left it.
 GOODBYE_S = 15.0
+#: How long the work of a lane that gave up may take to end: it only has to let go of what it awaits.
+LET_GO_S = 5.0
+#: How long an interrupted lane that has nothing in flight waits for a Postgres that is away to come back.
+INTERRUPTED_WAIT_S = 5.0
+INTERRUPTED = "run the same command to go on"
 #: Documents in progress per place in flight: some wait for a retry, some for their turn.
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
@@ -121,6 +127,8 @@ class Lane:
     _patience: Patience = field(init=False)
     #: Numbers of the shards under way.
     _working: set[int] = field(default_factory=set)
+    _work: asyncio.Task[None] | None = None
+    _is_interrupted: bool = False
 
     def __post_init__(self) -> None:
         plan, loop = self.plan, asyncio.get_running_loop()
@@ -155,7 +163,7 @@ class Lane:
         )
 
     async def run_shards(self) -> Ended:
-        """Work until no shard is left, or something makes the lane drain. Leaves nothing in flight."""
+        """Work until no shard is left, or something makes the lane drain or give up. Leaves nothing in flight."""
         helpers = [
             asyncio.create_task(helper)
             for helper in (
@@ -166,22 +174,20 @@ class Lane:
                 self._give_back(),
             )
         ]
-        work = asyncio.create_task(self._work_shards())
+        work = self._work = asyncio.create_task(self._work_shards())
         try:
             await asyncio.wait({work, *helpers}, return_when=asyncio.FIRST_COMPLETED)
             for helper in helpers:
                 if helper.done():
                     helper.result()  # they never return: this raises what ended one
-            await work
+            if not work.cancelled():  # it is where the lane gave up
+                work.result()
         except BaseExceptionGroup as group:
             raise _first_error(group) from group
         finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            await _let_go(work)
             await self.climber.watch.close()
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
+            await _let_go(*helpers)
             self._keep(self.climber.records.pending)
             await self._leave()
             if self.spill is not None:
@@ -194,6 +200,24 @@ class Lane:
             log.info("lane draining", lane=self.lane_id, reason=reason)
             self._ended = Ended(reason, advice)
         self.climber.draining.set()
+
+    def interrupt(self) -> None:
+        """Drain; asked again, or after the operator paused the run, give up on what is in flight.
+
+        A lane that drains for another reason has not been asked yet.
+        """
+        if self._is_interrupted or (self._ended is not None and self._ended.reason == "paused"):
+            self.give_up(INTERRUPTED)
+        self._is_interrupted = True
+        self.drain("interrupted", INTERRUPTED)
+
+    def give_up(self, advice: str) -> None:
+        """Leave without waiting for replies or for Postgres: what is in flight becomes unknown."""
+        log.warning("lane gives up", lane=self.lane_id, in_flight=self.in_flight)
+        self._ended = Ended(self._ended.reason if self._ended else "interrupted", advice)
+        self.climber.draining.set()
+        if self._work is not None:
+            self._work.cancel()
 
     @property
     def is_draining(self) -> bool:
@@ -213,8 +237,8 @@ class Lane:
             return f"draining ({self._ended.reason.replace('_', ' ')})"
         if reason := climber.breaker.reason(climber.tick()):
             return reason
-        if climber.grants.is_tight:
-            return "the budget is nearly used: attempts in flight may give back what they do not need"
+        if climber.grants.tight_because:
+            return climber.grants.tight_because
         cold = [name for name, primer in climber.primers.items() if primer.is_priming]
         if cold:
             return f"priming the prompt cache of {' and '.join(cold)}"
@@ -324,7 +348,17 @@ class Lane:
         while True:
             records = self.climber.records
             self._keep(records.pending if records.trouble else [])
+            if self._is_interrupted and self._waits_only_for_postgres:
+                self.give_up(
+                    f"Postgres is away, so what {len(records.pending)} documents came to waits on disk until the run "
+                    "goes on: start Postgres, then run the same command"
+                )
+                await asyncio.Event().wait()  # a helper does not return
             await asyncio.sleep(self.plan.times.beat_every_s / 4)
+
+    @property
+    def _waits_only_for_postgres(self) -> bool:
+        return bool(self.climber.records.pending) and not self.in_flight and self._silent_s > INTERRUPTED_WAIT_S
 
     def _keep(self, records: Sequence[Record]) -> None:
         if self.spill is not None:
@@ -343,6 +377,16 @@ class Lane:
     def _reusable(self) -> Reusable:
         job = self.plan.job
         return Reusable(job.prompt_version, job.ladder[-1].name, job.escalate.below, self.plan.run.is_simulated)
+
+
+async def _let_go(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel these tasks and give them a moment to end, whatever they end in."""
+    for task in tasks:
+        task.cancel()
+    ended, _ = await asyncio.wait(tasks, timeout=LET_GO_S)
+    for task in ended:
+        if not task.cancelled():
+            task.exception()  # else asyncio complains that nobody asked
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -12,7 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Self
 
@@ -27,15 +29,21 @@ from rich.text import Text
 from schemas.errors import FarthingError
 from schemas.inert import plain
 from schemas.money import Currency, Money
+from tasks import report
 from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.spend import Progress
 from tasks.report import share
 
+SETTLING = "settling the run"
 POLL_EVERY_S = 0.5
 LINE_EVERY_S = 5.0
 #: A rate is that of the last so many seconds.
 WINDOW_S = 10.0
+#: From fewer seconds and fewer documents than this nobody can tell how long the rest takes.
+ENOUGH_S, ENOUGH_DOCUMENTS = 5.0, 10
+#: A look at the ledger takes milliseconds; one that takes longer than this says that Postgres is away.
+AWAY_S = 3.0
 
 
 @dataclass
@@ -58,8 +66,13 @@ class Pace:
         return (now - before) / (until - since) if until > since else None
 
     def remaining_s(self, documents: int) -> float | None:
-        """Seconds until all have ended at this rate; None where nothing moves."""
-        return (documents - self._seen[-1][1]) / self.rate if self.rate else None
+        """Seconds until all have ended at this rate; None where nothing moves, or too little was seen."""
+        if not self.rate:
+            return None
+        (since, before), (until, now) = self._seen[0], self._seen[-1]
+        if until - since < ENOUGH_S or now - before < ENOUGH_DOCUMENTS:
+            return None
+        return (documents - now) / self.rate
 
 
 def project(progress: Progress) -> Money | None:
@@ -77,7 +90,7 @@ def line(progress: Progress, pace: Pace) -> str:
     parts = [
         f"{progress.done:,}/{progress.documents:,} documents",
         f"{pace.rate:,.0f}/s" if pace.rate is not None else None,
-        f"{duration(pace.remaining_s(progress.documents))} left" if pace.rate else None,
+        f"{left} left" if (left := _left(progress, pace)) else None,
         f"{cost} of {_money(progress, progress.budget_pico)}",
         f"projected {projected}" if projected else None,
         f"cache {share(progress.hit_tokens, progress.hit_tokens + progress.miss_tokens)}",
@@ -94,9 +107,9 @@ def panel(progress: Progress, pace: Pace) -> RenderableType:
     head = Table.grid(padding=(0, 2))
     bar = ProgressBar(total=max(1, progress.documents), completed=progress.done, width=40)
     rate = "" if pace.rate is None else f"{pace.rate:,.0f}/s"
-    left = duration(pace.remaining_s(progress.documents)) if pace.rate else "—"
+    left = _left(progress, pace)
     name = Text(plain(f"{progress.job} · run {progress.run}"), "bold")
-    head.add_row(name, bar, f"{progress.done:,}/{progress.documents:,}", rate, f"{left} left")
+    head.add_row(name, bar, f"{progress.done:,}/{progress.documents:,}", rate, f"{left} left" if left else "")
     parts: list[RenderableType] = [head, _figures(progress)]
     if progress.is_simulated:
         parts.append(Text("sandbox: prices are real, the answers are simulated", "dim"))
@@ -142,6 +155,12 @@ def _wait(progress: Progress) -> str | None:
     return progress.waiting_because if progress.done < progress.documents else None
 
 
+def _left(progress: Progress, pace: Pace) -> str | None:
+    """How long the rest takes; None where that is not known, and where a run that drains will not do the rest."""
+    seconds = None if (_wait(progress) or "").startswith("draining") else pace.remaining_s(progress.documents)
+    return None if seconds is None else duration(seconds)
+
+
 def _money(progress: Progress, pico: int) -> Money:
     return Money(pico, Currency(progress.currency))
 
@@ -155,6 +174,8 @@ class View:
         self._url: SecretStr | None = None
         self._run_id: int | None = None
         self._progress: Progress | None = None
+        self._budget: Money | None = None
+        self._looked_at = tick()
         self._pace = Pace()
         self._closing, self._ended = threading.Event(), threading.Event()
         self._poller = threading.Thread(target=self._poll, name="farthing-view", daemon=True)
@@ -187,9 +208,12 @@ class View:
         if self._live is None:
             self._print(f"{plain(text)} …")
 
-    def follow(self, url: SecretStr, run_id: int | None = None) -> None:
-        """Show the progress of this run, or of the job's run that has a lane at work, as soon as there is one."""
-        self._run_id, self._url = run_id, url
+    def follow(self, url: SecretStr, run_id: int | None = None, *, budget: Money | None = None) -> None:
+        """Show the progress of this run, or of the job's run that has a lane at work, as soon as there is one.
+
+        `budget` is the job's, which a run that is resumed need not have.
+        """
+        self._run_id, self._budget, self._looked_at, self._url = run_id, budget, self._tick(), url
 
     @property
     def has_seen_run(self) -> bool:
@@ -204,11 +228,24 @@ class View:
 
     def _draw(self) -> RenderableType:
         parts = [] if self._progress is None else [panel(self._progress, self._pace)]
-        if self._phase and not (self._progress and self._progress.lanes):
+        if away := self._away():
+            parts.append(Text(away, "yellow"))
+        elif self._phase and not (self._progress and self._progress.lanes):
             waited = self._tick() - self._phase_since
             self._spinner.update(text=Text(f"{plain(self._phase)} …" + (f" {waited:.0f} s" if waited >= 1 else "")))
             parts.append(self._spinner)
         return Group(*parts)
+
+    def _away(self) -> str | None:
+        """Since when Postgres has not answered, if it does not."""
+        silent = self._tick() - self._looked_at
+        if self._progress is None or silent < AWAY_S:
+            return None
+        since = datetime.now(UTC) - timedelta(seconds=silent)
+        return (
+            f"waiting: Postgres has not answered since {since:%H:%M:%S} UTC ({duration(silent)}); nothing more is "
+            "sent until it does. Ctrl-C leaves, and the same command goes on later"
+        )
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -217,33 +254,49 @@ class View:
         asyncio.run(self._poll_until_closed())
 
     async def _poll_until_closed(self) -> None:
+        printing = asyncio.create_task(self._print_often())
         while not self._closing.is_set():
             if self._url is not None:
-                try:
+                with suppress(FarthingError):  # what is shown says so, and the run goes on once Postgres is back
                     async with opened(self._url, Role.AUDITOR, pool_size=1) as ledger:
                         await self._look_often(ledger)
-                except FarthingError:
-                    pass  # the run itself says so, and goes on once Postgres is back
             await asyncio.sleep(POLL_EVERY_S / 2)
+        printing.cancel()
 
     async def _look_often(self, ledger: Ledger) -> None:
-        printed_at = -LINE_EVERY_S
         while not self._closing.is_set():
             await self._look(ledger)
-            if self._live is None and self._progress and self._tick() - printed_at >= LINE_EVERY_S:
-                printed_at = self._tick()
-                self._print(line(self._progress, self._pace))
+            self._looked_at = self._tick()
             await asyncio.sleep(POLL_EVERY_S)
+
+    async def _print_often(self) -> None:
+        """Where there is no terminal to draw on: a line every few seconds, the first as soon as there is one."""
+        while self._live is None:
+            if self._progress is not None:
+                self._print(self._away() or line(self._progress, self._pace))
+            await asyncio.sleep(LINE_EVERY_S if self._progress else POLL_EVERY_S)
 
     async def _look(self, ledger: Ledger) -> None:
         progress = await self._find(ledger) if self._run_id is None else await spend.progress(ledger, self._run_id)
         if progress is None:
             return
+        if self._progress is None and (said := report.resumed_line(progress, self._budget)):
+            self._print(said)
+        if self._is_settling(progress):
+            progress = replace(progress, waiting_because=None)
         self._run_id = progress.run
         self._pace.see(self._tick(), progress.done)
         self._progress = progress
         if progress.state != "running":
             self._ended.set()
+
+    def _is_settling(self, progress: Progress) -> bool:
+        """Whether the lanes of this command have left. A run that is only watched has none and waits for a start."""
+        if self._budget is None or progress.lanes:
+            return False
+        if self._phase != SETTLING:
+            self._phase, self._phase_since = SETTLING, self._tick()
+        return True
 
     async def _find(self, ledger: Ledger) -> Progress | None:
         """The job's run that is under way: a run that was killed has no lane and may be another selection's."""

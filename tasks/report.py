@@ -249,7 +249,7 @@ def title(audit: Audit) -> str:
 def _totals(audit: Audit) -> Section:
     unknown = f"at most {_money(audit, audit.unknown_pico)}, {audit.unknown_attempts:,} attempts"
     rows = [
-        ("documents", f"{audit.documents:,}", True),
+        ("documents", _documents(audit), True),
         ("results", f"{audit.results:,}" + (f" ({audit.reused:,} reused)" if audit.reused else ""), True),
         ("dead letters", f"{audit.dead_letters:,}", True),
         ("duplicates", f"{audit.duplicates:,}", audit.duplicates),
@@ -281,6 +281,13 @@ def shared_use(budget: SharedBudget, currency: Currency) -> str:
         f"{Money(budget.left_pico, currency)} left",
     ]
     return ", ".join(part for part in parts if part)
+
+
+def _documents(audit: Audit) -> str:
+    """How many there are; where several runs had the same ones, how many ended in any."""
+    if len(audit.runs) < 2:
+        return f"{audit.documents:,}"
+    return f"{audit.documents:,} in {len(audit.runs)} runs ({audit.distinct_documents:,} different ones ended)"
 
 
 def _tiers(audit: Audit) -> Section:
@@ -412,6 +419,27 @@ def run_table(runs: Sequence[RunSummary]) -> Table:
     return table("Runs", ("run", "job", "state", "documents", "cost", "opened (UTC)", ""), rows, texts=(1, 2, 6))
 
 
+def resumed_line(progress: Progress, job_budget: Money | None) -> str | None:
+    """What a run that goes on goes on from, and under which budget; None where it has just been opened.
+
+    A budget that was set for an earlier start holds until another is asked for; the job's is for new runs.
+    """
+    starts = [event for event in progress.events if event.kind in ("opened", "resumed", "cap_changed")]
+    last = next((event for event in starts if event.kind != "cap_changed"), None)
+    if last is None or last.kind == "opened":
+        return None
+    budget = Money(progress.budget_pico, Currency(progress.currency))
+    ended = int(last.detail.get("documents", progress.done))
+    change = starts[0] if starts[0].kind == "cap_changed" else None
+    if change is not None and "was" in change.detail:
+        told = f"{budget}, was {Money(int(change.detail['was']), Currency(progress.currency))}"
+    elif job_budget is None or job_budget == budget:
+        told = f"{budget}, as before"
+    else:
+        told = f"{budget}, as before, and not the {job_budget} of the job; --budget changes it"
+    return f"resuming run {progress.run}: {ended:,} of {progress.documents:,} documents are done; budget: {told}"
+
+
 def progress_table(progress: Progress) -> Table:
     """How far a run is, and what happened to it of late."""
     currency = Currency(progress.currency)
@@ -464,7 +492,14 @@ def proof_table(proof: Proof) -> Table:
 
 
 def next_commands(audit: Audit) -> str:
-    """What to try after the demo."""
+    """What to try after the demo, or where it was ended early."""
+    if audit.state != "done":
+        return (
+            "Try next:\n"
+            "  the same command                  goes on where this one ended; nothing is paid twice\n"
+            f"  farthing status {audit.run or audit.job}                 how far it is, and why it does not go on\n"
+            "  farthing sandbox reset            forget it, and start anew"
+        )
     return (
         "Try next:\n"
         "  farthing demo                     again: every answer is reused, 0 attempts, costs 0\n"

@@ -12,7 +12,15 @@ import structlog
 
 from schemas.calls import RejectedAnswer
 from schemas.documents import Document, UnfitDocument
-from schemas.errors import BudgetExhausted, InputChanged, InputUnavailable, LeaseLost, ProviderStopped, UnknownPrice
+from schemas.errors import (
+    BudgetExhausted,
+    InputChanged,
+    InputUnavailable,
+    KeyRefused,
+    LeaseLost,
+    ProviderStopped,
+    UnknownPrice,
+)
 from schemas.ladder import Accept, Again, DeadLetter, PastAttempt, Stop, Verdict, stand
 from schemas.records import DocumentState, Ending, Record, ResultKey
 from tasks.bulkhead import Bulkhead
@@ -163,6 +171,8 @@ class ShardWork:
             self._lose()
         except BudgetExhausted as error:
             self.drain("budget", str(error))
+        except KeyRefused as error:
+            self.drain("key", str(error))
         except ProviderStopped as error:
             self.drain("provider", str(error))
         except UnknownPrice as error:

@@ -43,6 +43,19 @@ class Grant:
     amount: int
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A budget in pico units: `spent`, bounds of unknowns included, and `held` by lanes for what they send."""
+
+    cap: int
+    spent: int
+    held: int
+
+    @property
+    def left(self) -> int:
+        return self.cap - self.spent - self.held
+
+
 _MAKE = text("""
     INSERT INTO budget (currency, cap, is_simulated, name, declared)
     VALUES (:currency, :cap, :is_simulated, :name, :declared) ON CONFLICT (name, is_simulated) DO NOTHING
@@ -83,6 +96,14 @@ _IS_EXHAUSTED = text("""
         WHERE g.budget_id = b.budget_id AND l.ended_at IS NULL
           AND NOT EXISTS (SELECT FROM grant_close c WHERE c.grant_id = g.grant_id))
     FROM budget b WHERE b.budget_id = :budget_id
+""")
+
+_ROOM = text("""
+    SELECT b.cap, s.spent, greatest(b.granted - s.spent, 0) AS held
+    FROM budget b CROSS JOIN LATERAL (
+        SELECT coalesce(sum(l.cost + l.bounds), 0) AS spent
+        FROM lane l JOIN run r USING (run_id) WHERE r.budget_id = b.budget_id) s
+    WHERE b.budget_id = :budget_id
 """)
 
 #: One settlement of a budget at a time: two would both write the next close of a grant.
@@ -196,6 +217,13 @@ async def is_exhausted(ledger: Ledger, budget_id: int, need: int) -> bool:
     """Whether it is in vain to ask again: `need` does not fit, and no living lane of any run can give some back."""
     async with ledger.transaction() as connection:
         return bool((await connection.execute(_IS_EXHAUSTED, {"budget_id": budget_id, "need": need})).scalar_one())
+
+
+async def find_room(ledger: Ledger, budget_id: int) -> Room:
+    """What was spent of a budget, what lanes hold of it, and so what is left. Costs one row per lane."""
+    async with ledger.transaction() as connection:
+        row = (await connection.execute(_ROOM, {"budget_id": budget_id})).one()
+        return Room(*(int(sum_) for sum_ in row))
 
 
 async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:

@@ -115,6 +115,10 @@ class PassingFailure(LedgerUnavailable):
     """The server is away or lost a race; the same statement may succeed later."""
 
 
+class PermissionRefused(LedgerUnavailable):
+    """This login lacks a right that the question needs."""
+
+
 class PoisonValue(FarthingError):
     """Postgres refuses a value in these rows; the others can be saved."""
 
@@ -194,7 +198,7 @@ def explain(error: Exception, url: URL) -> FarthingError:
         case str() if code.startswith(_PASSING):
             return PassingFailure(f"Postgres at {place} interrupted us ({code}): check that it is up")
         case "42501":
-            return LedgerUnavailable(_explain_permission(place))
+            return PermissionRefused(_explain_permission(place))
         case None if (refusal := _read_refusal(original)) is not None:
             return LedgerUnavailable(refusal.format(place=place, database=url.database))
         case None if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | OSError):

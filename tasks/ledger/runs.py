@@ -7,7 +7,7 @@ from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, insert, select, text, update
+from sqlalchemy import ColumnElement, func, insert, select, text, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -305,7 +305,10 @@ def _wanted_budget(opening: Opening) -> WantedBudget:
 
 
 async def _resume(connection: AsyncConnection, run_id: int, opening: Opening) -> None:
-    await _change_state(connection, run_id, "running", None, kind="resumed")
+    """Let it run again, with another cap if one is asked for. The event says how far it was."""
+    done = select(func.coalesce(func.sum(tables.lane.c.done), 0)).where(tables.lane.c.run_id == run_id)
+    ended = int((await connection.execute(done)).scalar_one())
+    await _change_state(connection, run_id, "running", None, kind="resumed", detail={"documents": ended})
     budget_id, was = (await connection.execute(_CAP, {"run_id": run_id})).one()
     cap = was if opening.keeps_cap else opening.cap
     if opening.job.budget_name is not None:
@@ -316,7 +319,13 @@ async def _resume(connection: AsyncConnection, run_id: int, opening: Opening) ->
 
 
 async def _change_state(
-    connection: AsyncConnection, run_id: int, state: str, reason: str | None, *, kind: str | None = None
+    connection: AsyncConnection,
+    run_id: int,
+    state: str,
+    reason: str | None,
+    *,
+    kind: str | None = None,
+    detail: Mapping[str, Any] | None = None,
 ) -> bool:
     """In one statement, so that whoever reads, decides and writes at the same moment changes nothing twice."""
     run = tables.run.c
@@ -327,7 +336,7 @@ async def _change_state(
         update(tables.run).where(run.run_id == run_id, *moves).values(state=state, reason=reason)
     )
     if changed.rowcount:
-        await _note(connection, run_id, kind or state, {"reason": reason} if reason else {})
+        await _note(connection, run_id, kind or state, {**({"reason": reason} if reason else {}), **(detail or {})})
     return bool(changed.rowcount)
 
 

@@ -107,6 +107,8 @@ class SharedBudget:
 class Audit:
     """The spend of a run, of a job's runs, or of the whole ledger.
 
+    `documents` is a sum over runs. `distinct_documents` is how many ended: over several runs, each id counts once.
+
     `run`, `job`, `state` and the like are filled in where the scope has exactly one. `results` counts reused ones
     too, so results + dead_letters + duplicates == documents once every run of the scope is done. Total cost is in
     [cost_pico, cost_pico + unknown_pico]; corrections (`adjusted_pico`) are apart. `lost_pico` is what misses of
@@ -149,6 +151,7 @@ class Audit:
     accuracy: tuple[Accuracy, ...]
     waste: tuple[Waste, ...]
     dead_letters_by_reason: dict[str, int]
+    distinct_documents: int
     shared_budget: SharedBudget | None = None
 
     @property
@@ -158,8 +161,12 @@ class Audit:
 
     @property
     def pico_per_1000_documents(self) -> int | None:
-        """Known cost of a thousand documents that ended, rounded to the nearest pico unit. None before the first."""
-        return (2 * 1000 * self.cost_pico + self.done) // (2 * self.done) if self.done else None
+        """Known cost of a thousand documents that ended, rounded to the nearest pico unit. None before the first.
+
+        Several runs of the same documents cost what they cost together, over documents that are still the same.
+        """
+        ended = self.distinct_documents
+        return (2 * 1000 * self.cost_pico + ended) // (2 * ended) if ended else None
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object: money as integers, rates as plain numbers, instants in ISO 8601, None where unknown."""
@@ -257,6 +264,16 @@ _TOTALS = text("""
     FROM run_cost WHERE run_id = ANY(:runs)
 """)
 
+#: Of documents that never were read, in a shard whose file changed, only the number is known. A duplicate has the
+#: id of another document.
+_DISTINCT = text("""
+    SELECT count(*) FROM (
+        SELECT DISTINCT r.job, coalesce(nullif(d.document_id, ''), 'number ' || d.document_no)
+        FROM (SELECT run_id, document_no, document_id FROM result
+              UNION ALL SELECT run_id, document_no, document_id FROM dead_letter) d
+        JOIN run_overview r USING (run_id) WHERE d.run_id = ANY(:runs)) distinct_document
+""")
+
 _OVERVIEW = text("""
     SELECT state, reason, is_simulated, prompt_version, opened_at, finished_at, budget_pico, budget_name
     FROM run_overview WHERE run_id = ANY(:runs)
@@ -347,6 +364,16 @@ _PROGRESS = text(f"""
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
+_LIVING_LANES = text("""
+    SELECT run_id, pid FROM lane_progress
+    WHERE ended_at IS NULL AND heartbeat_at > clock_timestamp() - make_interval(secs => :dead_after) ORDER BY lane_id
+""")
+
+_LEFT_OPEN = text("""
+    SELECT count(*) AS attempts, coalesce(sum(unknown_pico), 0) AS bounds
+    FROM attempt WHERE run_id = :run AND billing = 'open'
+""")
+
 _RUNS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, s.done, s.cost_pico, s.unknown_pico,
            o.budget_pico, o.currency, o.is_simulated, o.opened_at, o.finished_at
@@ -381,18 +408,32 @@ async def audit(ledger: Ledger, *, run: int | None = None, job: str | None = Non
         )
 
 
-async def progress(ledger: Ledger, run_id: int) -> Progress:
-    """How far the run is. Costs one row per lane. Raises ConfigurationError where there is no such run."""
+async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) -> Progress:
+    """How far the run is. Costs one row per lane. Raises ConfigurationError where there is no such run.
+
+    With `counts_open`, attempts that dead lanes left open count as unknown, as in an audit: that reads the attempts.
+    """
     async with ledger.transaction() as connection:
         key = {"run": run_id, "dead_after": DEAD_AFTER_S}
         found = (await connection.execute(_PROGRESS, key)).mappings().one_or_none()
         if found is None:
             raise ConfigurationError(await _explain_nothing(connection, run_id, None))
         row = _plain(found)
+        if counts_open and not row["lanes"]:
+            left = _plain((await connection.execute(_LEFT_OPEN, {"run": run_id})).mappings().one())
+            row["attempts"] += left["attempts"]
+            row["unknown_pico"] += left["bounds"]
         row["waiting_because"] = _waiting_because(row["state"], row["reason"], row["lanes"], row.pop("lanes_wait"))
         events = await _read_rows(connection, _EVENTS, Event, {"run": run_id, "most": RECENT_EVENTS})
         shared = await _read_shared(connection, row.pop("budget_name"), row["is_simulated"], [run_id])
         return Progress(events=events, shared_budget=shared, **row)
+
+
+async def list_living_lanes(ledger: Ledger) -> list[tuple[int, int]]:
+    """Run and process id of every lane that works, on whichever machine."""
+    async with ledger.transaction() as connection:
+        rows = await connection.execute(_LIVING_LANES, {"dead_after": DEAD_AFTER_S})
+        return [(run, pid) for run, pid in rows]
 
 
 async def list_runs(ledger: Ledger, job: str | None = None) -> list[RunSummary]:
@@ -409,9 +450,11 @@ async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str
     overview = (await connection.execute(_OVERVIEW, key)).mappings().all()
     names = ("state", "reason", "is_simulated", "prompt_version", "opened_at", "finished_at", "budget_pico")
     name, is_simulated = (_only([row[name] for row in overview]) for name in ("budget_name", "is_simulated"))
+    ended = totals["results"] + totals["dead_letters"] + totals["duplicates"]
     return {
         **totals,
         "shared_budget": await _read_shared(connection, name, is_simulated, runs),
+        "distinct_documents": ended if len(runs) < 2 else (await connection.execute(_DISTINCT, key)).scalar_one(),
         "prefix_hit_rate": cache["hit_rate"],
         "lost_pico": cache["lost_pico"],
         "saved_pico": cache["saved_pico"],

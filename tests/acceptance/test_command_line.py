@@ -98,6 +98,11 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_help_says_what_a_budget_without_a_currency_means(farthing: Terminal) -> None:
+    words = " ".join(farthing("run", "--help").stdout.split())
+    assert "a bare number is USD" in words
+
+
 def test_version_is_the_package_s(farthing: Terminal) -> None:
     left = farthing("--version")
     assert (left.exit_code, left.stdout) == (0, "farthing 0.1.0\n")
@@ -139,6 +144,8 @@ def test_prices_are_shown_per_million_tokens_with_the_next_peak(farthing: Termin
         (("--at", "2026-11-25T02:00:00"), "write 2026-11-25T02:00:00Z for UTC"),
         (("--at", "noon"), "is not a time"),
         (("--model", "gpt-9"), "no price for model 'gpt-9'"),
+        (("--at", "1999-01-01T00:00:00Z"), "the first one is from 20"),
+        (("--at", "2099-01-01T00:00:00Z"), "not known yet"),
         (("--model", "deepseek-flash", "--at", "2020-01-01T00:00:00Z"), "its first row is from"),
         (("--currency", "EUR"), "USD or CNY"),
     ],
@@ -218,6 +225,7 @@ def test_a_model_without_a_price_is_refused(farthing: Terminal, tickets: Path) -
     left = farthing("run", "tickets", FARTHING_DATABASE_URL=url, DEEPSEEK_API_KEY=SECRET)
     assert left.exit_code == 2
     assert "no price for model 'deepseek-v9'" in left.stderr
+    assert f"job.yaml:{len(text.splitlines()) + 1}: pro: " in left.stderr
 
 
 def test_a_missing_column_is_refused(farthing: Terminal, tickets: Path) -> None:

@@ -1,48 +1,69 @@
-"""kill -9 in the middle of a run, then the same command: the promise that nothing is lost and little is paid again.
+"""A run that is ended from outside, then the same command: nothing is lost and little or nothing is paid again.
 
-Runs the real command line in a process of its own, with its own sandbox; prints both figures.
+Runs the real command line in a process of its own, with its own sandbox: kill -9, and Ctrl-C as a terminal sends
+it, to every process of the group. Prints what was paid twice.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from sandbox import postgres
+from sandbox import postgres, service
 from sandbox.bill import bill_path, read_lines
+from schemas.attempts import RunId
+from schemas.pricing import load_price_book
+from tasks.ledger import spend
+from tasks.ledger.connection import Role, opened
+from tasks.ledger.proof import Proof, prove
+from tasks.ledger.spend import Audit, Progress
 
 ROOT = Path(__file__).parents[2]
 #: At half of real time these take several seconds on the fastest machine, so that half of them is seen to have ended.
 DOCUMENTS = 600
+#: A run that was interrupted drains for some seconds and says goodbye for 15 at most.
+LEAVES_S = 60.0
 
 
 class Farthing:
-    """The command line with a home of its own; the sandbox runs at half of real time."""
+    """The command line with a home of its own; the sandbox runs at half of real time.
 
-    def __init__(self, home: Path) -> None:
+    Prefect's database is made once for all: that takes seconds, and is not what is tested here.
+    """
+
+    def __init__(self, home: Path, prefect: Path) -> None:
         self.home = home
+        self.started: list[subprocess.Popen[bytes]] = []
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("FARTHING_", "PREFECT_"))
         }
         self.environment = inherited | {"FARTHING_HOME": str(home), "FARTHING_TIME_SCALE": "0.5"}
+        self.environment["PREFECT_HOME"] = str(prefect)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+        """A process group of its own, as a shell makes one for each command."""
+        child = subprocess.Popen(
             [sys.executable, "-m", "farthing", *arguments],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
+        self.started.append(child)
+        return child
 
     def ask(self, *arguments: str) -> tuple[int, dict[str, Any]]:
         done = subprocess.run(
@@ -54,12 +75,30 @@ class Farthing:
         assert done.stdout, done.stderr.decode()
         return done.returncode, json.loads(done.stdout)
 
+    def processes(self) -> list[str]:
+        """Every process that knows of this home: the command, its servers, their guards."""
+        mine = f"FARTHING_HOME={self.home}".encode()
+        return [
+            found.name for found in Path("/proc").iterdir() if found.name.isdecimal() and mine in environ_of(found)
+        ]
+
+
+def environ_of(process: Path) -> list[bytes]:
+    try:
+        return (process / "environ").read_bytes().split(b"\0")
+    except OSError:  # gone, or another user's
+        return []
+
 
 @pytest.fixture
-def farthing(tmp_path: Path) -> Iterator[Farthing]:
-    made = Farthing(tmp_path / "home")
+def farthing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Farthing]:
+    made = Farthing(tmp_path / "home", tmp_path_factory.getbasetemp() / "prefect")
     yield made
-    subprocess.run([sys.executable, "-m", "farthing", "sandbox", "down"], cwd=ROOT, env=made.environment, check=True)
+    for left in made.started:
+        left.kill()  # a test that failed must not leave anything behind
+        left.wait()
+    stop = [sys.executable, "-m", "farthing", "sandbox", "down", "--force"]
+    subprocess.run(stop, cwd=ROOT, env=made.environment, check=True)
 
 
 def test_after_kill_9_the_same_command_finishes_and_only_what_was_in_flight_is_paid_again(
@@ -101,14 +140,104 @@ def kill_at_half(farthing: Farthing, running: subprocess.Popen[bytes]) -> int:
     return look(farthing, "SELECT count(*) FROM farthing.attempt WHERE billing = 'open'")
 
 
+def test_ctrl_c_in_a_terminal_pauses_a_second_one_gives_up_and_the_same_command_finishes(farthing: Farthing) -> None:
+    """Ctrl-C reaches the whole group: the command drains, and neither it nor what it started may die of it."""
+    command = ("run", "licences", "--sandbox", "--limit", str(DOCUMENTS))
+    running = farthing.start(*command)
+    await_documents(farthing, running, 20)
+    interrupt(running)
+    assert running.wait(LEAVES_S) == 3
+    assert_left_nothing(farthing)
+    assert farthing.ask("status", "1")[1]["state"] == "paused"
+    with postgres.running(farthing.home) as server:
+        drained = look_after(server.url)
+        assert drained.unknown_attempts == 0
+
+        running = farthing.start(*command)
+        await_documents(farthing, running, drained.done + 20)
+        hang_some(farthing)
+        code, refused = farthing.ask("sandbox", "down")  # and meanwhile some hang
+        assert (code, refused["exit_code"]) == (2, 2)
+        assert f"run 1 (its lane is process {running.pid})" in refused["error"]
+        interrupt(running)
+        time.sleep(1)
+        assert running.poll() is None, "it did not wait for what was in flight"
+        interrupt(running)
+        assert running.wait(LEAVES_S) == 3
+        given_up = look_after(server.url)
+        assert given_up.unknown_attempts > 0
+
+        code, audit = farthing.ask(*command)
+        assert (code, audit["run"], audit["proved"]) == (0, 1, True)
+    assert audit["results"] + audit["dead_letters"] == audit["documents"] == DOCUMENTS
+    again = sum(line["cost_pico"] for line in read_lines(bill_path(farthing.home))) - audit["cost_pico"]
+    assert audit["unknown_attempts"] == given_up.unknown_attempts
+    assert 0 <= again <= audit["unknown_pico"]
+    assert_left_nothing(farthing)
+
+
+def await_documents(farthing: Farthing, running: subprocess.Popen[bytes], many: int) -> None:
+    """Return when so many documents of the run that goes on have ended and more are in flight."""
+    query = "SELECT (SELECT count(*) FROM farthing.document), (SELECT sum(in_flight) FROM farthing.lane)"
+    ended, in_flight = 0, 0
+    while ended < many or not in_flight:
+        assert running.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.1)
+        ended, in_flight = look_at(farthing, query) or (0, 0)
+    assert ended < DOCUMENTS
+
+
+def interrupt(running: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C: SIGINT to the foreground process group."""
+    os.killpg(running.pid, signal.SIGINT)
+
+
+def hang_some(farthing: Farthing) -> None:
+    """From now on a third of the requests get no reply."""
+    endpoint = service.status(farthing.home).endpoint
+    assert endpoint is not None
+    rules = json.dumps([{"kind": "hang", "share": 0.3}]).encode()
+    urllib.request.urlopen(f"{endpoint.url}/sandbox/mishaps", rules).close()
+
+
+def look_after(url: str) -> Audit:
+    """The run says that it was interrupted, in one voice, and proves. Returns its audit."""
+
+    async def ask() -> tuple[Progress, Audit, Proof]:
+        async with opened(SecretStr(url), Role.LANE, pool_size=1) as ledger:
+            progress, audit = await spend.progress(ledger, 1, counts_open=True), await spend.audit(ledger, run=1)
+            return progress, audit, await prove(ledger, RunId(1), load_price_book())
+
+    status, audit, proof = asyncio.run(ask())
+    assert proof.proved, proof.evidence
+    assert (audit.state, audit.reason) == ("paused", "interrupted")
+    same = ("state", "cost_pico", "unknown_pico", "attempts", "results", "dead_letters")
+    assert [getattr(status, name) for name in same] == [getattr(audit, name) for name in same]
+    return audit
+
+
+def assert_left_nothing(farthing: Farthing) -> None:
+    """Guards take a moment to see that their command is gone."""
+    deadline = time.monotonic() + LEAVES_S
+    while farthing.processes():
+        assert time.monotonic() < deadline, farthing.processes()
+        time.sleep(0.1)
+
+
 def look(farthing: Farthing, query: str) -> int:
+    row = look_at(farthing, query)
+    return int(row[0]) if row else 0
+
+
+def look_at(farthing: Farthing, query: str) -> tuple[Any, ...] | None:
+    """One row of the sandbox's ledger; None while there is none."""
     import psycopg
 
     server = postgres.status(farthing.home)
-    assert server is not None
+    if server is None:
+        return None
     try:
         with psycopg.connect(server.url) as connection:
-            row = connection.execute(query).fetchone()
-    except psycopg.errors.UndefinedTable:
-        return 0
-    return int(row[0]) if row else 0
+            return connection.execute(query).fetchone()
+    except (psycopg.errors.UndefinedTable, psycopg.OperationalError):
+        return None

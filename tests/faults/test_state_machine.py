@@ -368,6 +368,7 @@ class LedgerMachine(RuleBasedStateMachine):
             ("find_results_now", {text_digest(n) for n in range(DOCUMENTS)}, self.reusable),
             ("find_paid_answer", run_id, 1, Verdict.ACCEPTED),
             ("is_exhausted", self.run.budget_id, RESERVED),
+            ("find_room", self.run.budget_id),
             ("has_unfinished", run_id),
             ("has_living", run_id),
         )

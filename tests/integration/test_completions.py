@@ -666,10 +666,20 @@ async def test_an_empty_or_overdrawn_account_has_an_exact_balance() -> None:
 )
 async def test_a_balance_that_cannot_be_had_stops_with_advice(raw: bytes) -> None:
     async with wire(say(raw)) as provider, door(provider.url) as completions:
-        with pytest.raises(ProviderStopped) as caught:
+        with pytest.raises((ProviderStopped, ConfigurationError)) as caught:
             await completions.balance()
     assert CANARY not in str(caught.value)
     assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [(401, 2), (403, 2), (404, 2), (402, 3), (503, 3)])
+async def test_a_wrong_key_or_address_is_a_wrong_setting_and_a_provider_in_trouble_is_not(
+    status: int, exit_code: int
+) -> None:
+    async with wire(say(http(status, json.dumps(OWN)))) as provider, door(provider.url) as completions:
+        with pytest.raises((ProviderStopped, ConfigurationError)) as caught:
+            await completions.clock_offset()
+    assert caught.value.exit_code == exit_code
 
 
 async def test_an_unreachable_provider_stops_with_advice() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from sandbox.mishaps import KINDS
 from schemas.errors import ConfigurationError
+from schemas.money import Currency, Money
 from tasks import enrichment
 from tasks.lanes import Ended
 from tasks.ledger import leases, runs
@@ -94,7 +96,13 @@ async def test_the_budget_is_never_passed_and_a_larger_one_resumes(world: World)
     run, ended = await world.run(budget="0.002 USD")
     assert (run.state, ended.reason) == ("paused", "budget")
     assert 0 < sum(world.bill().values()) <= 2_000_000_000
+    spent = Money(sum(world.bill().values()), Currency.USD)
+    assert (
+        f"$0.00200 does not cover one more attempt: {spent} spent, $0.00 held for what is in flight" in ended.advice
+    )
     assert "--budget" in ended.advice
+    again, _ = await world.run()
+    assert (again.run_id, again.state, again.cap) == (run.run_id, "paused", 2_000_000_000)
     resumed, _ = await world.run(budget="1 USD")
     assert (resumed.run_id, resumed.state) == (run.run_id, "done")
     assert_kept(world, run.run_id)
@@ -153,11 +161,15 @@ async def test_a_storm_of_429_is_weathered_without_a_dead_letter(world: World) -
     assert_kept(world, run.run_id)
 
 
-@pytest.mark.parametrize(("kind", "says"), [("401", "DEEPSEEK_API_KEY"), ("402", "top it up")])
-async def test_a_refused_account_pauses_the_run_and_says_what_to_do(world: World, kind: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason", "says"), [("401", "key", "DEEPSEEK_API_KEY"), ("402", "provider", "top it up")]
+)
+async def test_a_refused_account_pauses_the_run_and_says_what_to_do(
+    world: World, kind: str, reason: str, says: str
+) -> None:
     world.plan_mishaps({"kind": kind, "every": 1, "match": "1."})
     run, ended = await world.run()
-    assert (run.state, ended.reason) == ("paused", "provider")
+    assert (run.state, ended.reason) == ("paused", reason)
     assert says in ended.advice
     assert world.value("SELECT count(*) FROM document") == 0
     world.plan_mishaps()
@@ -220,6 +232,51 @@ async def test_a_lane_that_is_cancelled_leaves_unknowns_and_the_next_one_finishe
     assert (resumed.run_id, resumed.state) == (run.run_id, "done")
     assert done < 60
     assert_kept(world, run.run_id)
+
+
+async def test_a_lane_that_is_interrupted_twice_does_not_wait_for_replies_and_settles_as_paused(world: World) -> None:
+    world.plan_mishaps({"kind": "hang", "share": 0.5, "seed": 3})
+    run = await world.open()
+    lane = asyncio.create_task(world.work(run))
+    hangs = "SELECT count(*) FROM attempt WHERE billing = 'open' AND intended_at < clock_timestamp() - interval '1 s'"
+    while not world.value(hangs):
+        await asyncio.sleep(0.02)
+    signal.raise_signal(signal.SIGINT)
+    await asyncio.sleep(0.2)
+    assert not lane.done()
+    signal.raise_signal(signal.SIGTERM)
+    ended = await asyncio.wait_for(lane, 20)
+    settled = await enrichment.settle_run(world.settings, run, [ended])
+    assert (settled.state, settled.reason) == ("paused", "interrupted")
+    assert world.value("SELECT count(*) FROM attempt WHERE billing = 'unknown'") > 0
+    assert world.value("SELECT count(*) FROM attempt WHERE billing = 'open'") == 0
+    world.plan_mishaps()
+    resumed, _ = await world.run()
+    assert (resumed.run_id, resumed.state) == (run.run_id, "done")
+    assert_kept(world, run.run_id)
+
+
+async def test_the_first_interruption_of_a_lane_that_drains_by_itself_gives_nothing_up(world: World) -> None:
+    """It may drain for want of money or by an order: whoever presses Ctrl-C once asks for a good end."""
+    world.plan_mishaps({"kind": "trickle", "every": 1})
+    run = await world.open()
+    lane = asyncio.create_task(world.work(run))
+    while not world.value("SELECT coalesce(sum(in_flight), 0) FROM lane"):
+        await asyncio.sleep(0.02)
+    await set_state(world, run.run_id, "superseded")
+    await asyncio.sleep(1.2)
+    signal.raise_signal(signal.SIGINT)
+    ended = await asyncio.wait_for(lane, 20)
+    assert ended.reason == "superseded"
+    assert world.value("SELECT count(*) FROM attempt WHERE billing = 'unknown'") == 0
+
+
+async def test_what_ends_a_run_outside_of_its_lane_leaves_it_paused(world: World) -> None:
+    run = await world.open()
+    with pytest.raises(asyncio.CancelledError):
+        async with enrichment.paused_if_cut_short(world.settings, run):
+            raise asyncio.CancelledError
+    assert world.sql("SELECT state, reason FROM run") == [("paused", "interrupted")]
 
 
 async def test_a_run_paused_from_elsewhere_drains_and_resumes(world: World) -> None:

@@ -63,6 +63,15 @@ async def test_resuming_with_another_budget_changes_the_cap_and_says_so(
     assert sql(ledger_url, "SELECT detail FROM run_event WHERE kind = 'cap_changed'") == [({"cap": cap, "was": CAP},)]
 
 
+async def test_a_resume_says_how_many_documents_had_ended(ledger: Ledger, ledger_url: str) -> None:
+    first = await runs.open_run(ledger, opening())
+    hand = await Hand.join(ledger, first)
+    await hand.answer_shard()
+    await hand.leave()
+    await runs.open_run(ledger, opening())
+    assert sql(ledger_url, "SELECT detail FROM run_event WHERE kind = 'resumed'") == [({"documents": 3},)]
+
+
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "its prompt": lambda: {"job": replace(JOB, prompt="Which colour, in JSON?")},
     "its policy": lambda: {"job": replace(JOB, escalate=Escalate(below=Decimal("0.9")))},

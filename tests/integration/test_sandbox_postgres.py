@@ -21,7 +21,18 @@ import pytest
 
 from sandbox import cluster
 from sandbox.errors import SandboxError
-from sandbox.postgres import ELSEWHERE, Server, create_database, down, drop_database, reset, running, status, up
+from sandbox.postgres import (
+    ELSEWHERE,
+    Server,
+    create_database,
+    down,
+    drop_database,
+    reset,
+    running,
+    status,
+    up,
+    users,
+)
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -133,6 +144,22 @@ def test_users_in_other_processes_count(used_home: Path) -> None:
         other.communicate()
     assert other.returncode == 0
     assert status(used_home) is None
+
+
+def test_a_server_in_use_is_stopped_and_deleted_only_by_force_and_its_users_are_named(
+    used_home: Path,
+) -> None:
+    with start(USER_PROCESS, used_home) as other, running(used_home) as server:
+        assert other.stdout
+        other.stdout.readline()
+        assert users(used_home) == sorted([os.getpid(), other.pid])
+        for stop in (down, reset):
+            with pytest.raises(SandboxError, match="is in use"):
+                stop(used_home, force=False)
+            assert status(used_home) == server
+        other.communicate()
+    assert users(used_home) == []
+    down(used_home, force=False)
 
 
 def test_up_keeps_it_until_down(used_home: Path) -> None:

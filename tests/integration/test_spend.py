@@ -99,9 +99,26 @@ async def test_a_job_is_the_sum_of_its_runs_and_the_ledger_the_sum_of_its_jobs(
     job = await audit(ledger_url, job="colours")
     assert (job.run, job.job, job.runs, job.state) == (None, "colours", (1, 2), None)
     assert (job.documents, job.results, job.reused, job.cost_pico) == (12, 5, 1, 5 * COST + PRO_COST)
+    assert job.distinct_documents == 5  # that of the second run is one of the first, and so is the duplicate
+    assert job.pico_per_1000_documents == round(1000 * job.cost_pico / 5)
     everything = await audit(ledger_url)
     assert (everything.run, everything.job, everything.runs) == (None, None, (1, 2, 3))
     assert (everything.documents, everything.cost_pico) == (18, job.cost_pico)
+
+
+async def test_progress_and_audit_agree_about_attempts_that_a_dead_lane_left_open(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    run = await runs.open_run(ledger, opening())
+    hand = await Hand.join(ledger, run)
+    lease = (await hand.claim()).lease
+    await hand.answer(lease, 0)
+    await hand.intend(hand.intent(lease, 1))
+    sql(ledger_url, "UPDATE lane SET heartbeat_at = clock_timestamp() - interval '1 hour'")
+    told, found = await spend.progress(ledger, run.run_id, counts_open=True), await audit(ledger_url, run=run.run_id)
+    assert (told.attempts, told.cost_pico, told.unknown_pico) == (2, COST, RESERVED)
+    assert (found.attempts, found.cost_pico, found.unknown_pico) == (2, COST, RESERVED)
+    assert await spend.list_living_lanes(ledger) == []
 
 
 async def test_an_empty_ledger_has_an_empty_audit(ledger_url: str) -> None:

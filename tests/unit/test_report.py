@@ -9,11 +9,23 @@ from datetime import UTC, datetime
 import pytest
 from rich.console import Console, RenderableType
 
+from farthing import _exit_code
 from schemas.money import PICO, Currency, Money
 from tasks import report
 from tasks.ledger.proof import Evidence, Proof
-from tasks.ledger.spend import Accuracy, Audit, Escalation, Progress, PurposeSpend, SharedBudget, TierSpend, Waste
+from tasks.ledger.spend import (
+    Accuracy,
+    Audit,
+    Escalation,
+    Event,
+    Progress,
+    PurposeSpend,
+    SharedBudget,
+    TierSpend,
+    Waste,
+)
 from tasks.live import Pace, duration, line, panel, project
+from tests.ledgers import JOB
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 AUDIT = Audit(
@@ -56,6 +68,7 @@ AUDIT = Audit(
     accuracy=(Accuracy("flash", 800, 780), Accuracy("pro", 190, 171)),
     waste=(Waste("flash", "answer", "lost", None, "unknown", 1, 0, 12_000_000_000),),
     dead_letters_by_reason={"invalid_answer": 14, "too_large": 1},
+    distinct_documents=1_000,
 )
 PROGRESS = Progress(
     run=7,
@@ -205,6 +218,67 @@ def test_the_live_view_shows_rate_money_and_why_it_waits() -> None:
         for figure in ("250/1,000", "40/s", "19 s left", "$1.00", "$4.00", "$5.00", "90.00 %", "10.00 %", "42"):
             assert figure in text
         assert "priming the prompt cache of pro" in text
+
+
+def test_how_long_it_takes_is_not_guessed_from_a_moment_or_a_handful_nor_while_it_drains() -> None:
+    moment, handful, enough = Pace(), Pace(), Pace()
+    for pace, seconds, done in ((moment, 4.0, 900), (handful, 9.0, 9), (enough, 9.0, 90)):
+        pace.see(0.0, 0)
+        pace.see(seconds, done)
+    assert [pace.remaining_s(1_000) for pace in (moment, handful)] == [None, None]
+    assert enough.remaining_s(1_000) == pytest.approx(91)
+    draining = replace(PROGRESS, waiting_because="draining (interrupted)")
+    assert " left" in line(PROGRESS, enough)
+    assert " left" not in line(draining, enough) + shown(panel(draining, enough))
+
+
+RESUMED = Event(NOW, "resumed", {"documents": 120})
+
+
+@pytest.mark.parametrize(
+    ("events", "job_budget", "says"),
+    [
+        ((RESUMED,), Money(5 * PICO, Currency.USD), "budget: $5.00, as before"),
+        (
+            (RESUMED,),
+            Money(9 * PICO, Currency.USD),
+            "budget: $5.00, as before, and not the $9.00 of the job; --budget",
+        ),
+        ((Event(NOW, "cap_changed", {"cap": 5 * PICO, "was": PICO}), RESUMED), None, "budget: $5.00, was $1.00"),
+    ],
+)
+def test_a_resumed_run_says_how_far_it_is_and_under_which_budget_it_goes_on(
+    events: tuple[Event, ...], job_budget: Money | None, says: str
+) -> None:
+    opened = Event(NOW, "opened", {"documents": 1_000, "cap": 5 * PICO})
+    said = report.resumed_line(replace(PROGRESS, events=(*events, opened)), job_budget)
+    assert said is not None
+    assert said.startswith("resuming run 7: 120 of 1,000 documents are done; ")
+    assert says in said
+    assert report.resumed_line(replace(PROGRESS, events=(opened,)), job_budget) is None
+
+
+def test_over_several_runs_a_document_counts_once_in_the_price_of_a_thousand() -> None:
+    twice = replace(AUDIT, run=None, runs=(7, 8), documents=2_000, results=1_960, reused=1_000)
+    assert twice.pico_per_1000_documents == AUDIT.pico_per_1000_documents
+    assert "2,000 in 2 runs (1,000 different ones ended)" in shown(*report.audit_report(twice))
+
+
+def test_what_to_try_next_depends_on_how_the_demo_ended() -> None:
+    assert "every answer is reused" in report.next_commands(AUDIT)
+    paused = report.next_commands(replace(AUDIT, state="paused", reason="interrupted"))
+    assert "every answer is reused" not in paused
+    assert "goes on where this one ended" in paused
+
+
+@pytest.mark.parametrize(
+    ("reason", "spent", "code"), [("key", 0, 2), ("key", 1, 3), ("interrupted", 0, 3), ("budget", 0, 3)]
+)
+def test_a_key_that_never_worked_is_a_wrong_setting_and_one_that_stopped_working_a_pause(
+    reason: str, spent: int, code: int
+) -> None:
+    paused = replace(AUDIT, state="paused", reason=reason, cost_pico=spent, unknown_pico=0)
+    assert _exit_code(paused, Proof(7, "tickets", "paused", {}), JOB) == code
 
 
 def test_a_run_whose_documents_have_all_ended_waits_for_nothing() -> None:

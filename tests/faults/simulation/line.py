@@ -132,7 +132,7 @@ async def alive(line: Line, lane_id: LaneId, within_s: float) -> AsyncIterator[L
 #: Every function of tasks.ledger that lanes and the settling of a run call with a Ledger.
 SEAM = {
     attempts: ("intend", "record", "find_results_now", "find_endings", "find_past_attempts", "find_paid_answer"),
-    budgets: ("open_grant", "is_exhausted", "close_grants"),
+    budgets: ("open_grant", "is_exhausted", "find_room", "close_grants"),
     leases: ("register", "beat", "claim", "finish", "fail", "leave", "bury_dead", "has_unfinished", "has_living"),
     runs: ("open_run", "find_run", "change_state", "note", "settle"),
 }

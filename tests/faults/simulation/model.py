@@ -18,7 +18,7 @@ from schemas.documents import Shard
 from schemas.ladder import PastAttempt, Verdict
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.ledger.attempts import Fenced, PaidAnswer, Permit, Permitted, Reusable
-from tasks.ledger.budgets import Grant
+from tasks.ledger.budgets import Grant, Room
 from tasks.ledger.leases import DEAD_AFTER_S, GRACE_S, ClaimedShard
 from tasks.ledger.runs import Opening, Run, policy
 
@@ -402,6 +402,16 @@ class Model:
             grant.budget_id == budget_id and not grant.closes and self.lanes[grant.lane_id].ended_because is None
             for grant in self.grants.values()
         )
+
+    def find_room(self, budget_id: int) -> Room:
+        """Open attempts are not spent yet: what was reserved for them is held."""
+        budget, spent = self.budgets[budget_id], 0
+        for key, (intent, _) in self.intents.items():
+            outcome = self.outcomes.get(key)
+            is_known = outcome is not None and outcome.cost is not None
+            if self.grants[intent.grant_id].budget_id == budget_id and (is_known or key in self.unknowns):
+                spent += self.takes(key)
+        return Room(budget.cap, spent, budget.granted - spent)
 
     def close_grants(self, run_id: RunId, grants: Sequence[int]) -> None:
         self._settle_grants(run_id, [], grants)
