@@ -7,6 +7,7 @@ pool and the transactions; COPY goes to the psycopg connection underneath, which
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -59,6 +60,14 @@ _SESSION = (
 _DURABLE = """
     SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
 """
+
+
+#: What SQLAlchemy calls our engines in its log, where DEBUG quotes each row that comes back: answers, too.
+_LOGGED_AS = "farthing"
+
+
+def _quotes_no_row(record: logging.LogRecord) -> bool:
+    return record.levelno > logging.DEBUG
 
 
 class Role(StrEnum):
@@ -132,8 +141,14 @@ async def opened(database_url: SecretStr, role: Role, *, pool_size: int = 4) -> 
     """A ledger in `role`. Raises LedgerUnavailable where it is away, not migrated, or newer than this code."""
     url = parse_url(database_url)
     engine = create_async_engine(
-        url, pool_size=pool_size, max_overflow=0, hide_parameters=True, connect_args=_CONNECT
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        hide_parameters=True,
+        logging_name=_LOGGED_AS,
+        connect_args=_CONNECT,
     )
+    logging.getLogger(f"sqlalchemy.engine.Engine.{_LOGGED_AS}").addFilter(_quotes_no_row)
     event.listen(engine.sync_engine, "connect", _work_as(role))
     ledger = Ledger(engine, url)
     try:

@@ -220,3 +220,16 @@ async def test_a_time_limit_around_a_transaction_still_ends_in_its_own_error(led
                 await connection.execute(text("SELECT pg_sleep(60)"))
         async with ledger.transaction() as connection:
             assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
+
+
+async def test_not_even_at_debug_does_a_log_quote_a_row_or_a_parameter(
+    ledger_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("DEBUG", "sqlalchemy"):
+        async with opened(SecretStr(ledger_url), Role.LANE) as ledger, ledger.transaction() as connection:
+            assert (await connection.execute(text("SELECT 'ro' || 'w'"))).scalar() == "row"
+            await connection.execute(text("SELECT CAST(:given AS text)"), {"given": "canary"})
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "SELECT 'ro' || 'w'" in said
+    assert "('row',)" not in said
+    assert "canary" not in said
