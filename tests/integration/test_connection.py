@@ -12,7 +12,17 @@ from sqlalchemy import make_url, text
 
 from schemas import tables
 from schemas.errors import ConfigurationError, FarthingError, LedgerUnavailable
-from tasks.ledger.connection import Ledger, LedgerFull, PassingFailure, PoisonValue, Role, explain, opened, upgrade
+from tasks.ledger.connection import (
+    Ledger,
+    LedgerFull,
+    PassingFailure,
+    PermissionRefused,
+    PoisonValue,
+    Role,
+    explain,
+    opened,
+    upgrade,
+)
 from tasks.ledger.rows import append, driver
 from tests.ledgers import lane_ledger, sql, value
 
@@ -164,7 +174,7 @@ async def test_a_lanes_session_waits_for_the_disk_and_blocks_nobody_when_it_stop
         ("23514", PoisonValue),
         ("54000", PoisonValue),
         ("22023", LedgerUnavailable),
-        ("42501", LedgerUnavailable),
+        ("42501", PermissionRefused),
         ("XX000", LedgerUnavailable),
     ],
 )
