@@ -271,7 +271,24 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
             )
         )
 
-    return wait_for(flow())
+    return _despite_prefect(flow, settings, view)
+
+
+def _despite_prefect(
+    flow: Callable[[], Coroutine[Any, Any, dict[str, Any]]], settings: Settings, view: View
+) -> dict[str, Any]:
+    """The flow's outcome. Prefect only shows: a run that outlives its server is what the ledger says."""
+    from httpx import TransportError  # Prefect's client; ours is httpx2
+
+    from tasks.steps import PREFECT_GONE, settle_unseen
+
+    try:
+        return wait_for(flow())
+    except TransportError:
+        if view.run_id is None:
+            _fail(PREFECT_GONE, PAUSED)
+        tell("Prefect's server went away: its page of this run stays incomplete, the ledger does not")
+        return wait_for(settle_unseen(view.run_id, settings))
 
 
 async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
@@ -299,6 +316,7 @@ def _prepare_prefect(settings: Settings) -> None:
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "240",  # one that dies is noticed at once
+        "PREFECT_CLIENT_MAX_RETRIES": "3",  # a server that is gone is waited for 2 + 4 + 8 s by each question, not 62
         # The live view has the terminal; Prefect's own pages still get every line.
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     }

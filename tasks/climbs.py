@@ -81,6 +81,8 @@ class Climber:
     breaker: Breaker = field(default_factory=Breaker)
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     backing_off: int = 0
+    #: Attempts on their way now. A place in flight is taken earlier: its holder may wait for money or the breaker.
+    in_flight: int = 0
     last_failure: str = ""
     #: Replies in a row that should have reported their usage and did not.
     unmetered: int = 0
@@ -181,7 +183,11 @@ class Climber:
 
     async def _send(self, call: Call) -> Reply:
         reach("send.before")
-        reply = await self.completions.complete(call)
+        self.in_flight += 1
+        try:
+            reply = await self.completions.complete(call)
+        finally:
+            self.in_flight -= 1
         reach("send.after")
         return reply
 

@@ -226,7 +226,7 @@ class Lane:
     @property
     def in_flight(self) -> int:
         """Attempts on their way now, over all tiers."""
-        return sum(limiter.in_flight for limiter in self.climber.limiters.values())
+        return self.climber.in_flight
 
     def waiting_because(self) -> str | None:
         """Why the lane is not as fast as it could be, in words for people; None when it is."""

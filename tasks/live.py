@@ -220,6 +220,11 @@ class View:
         """Whether the run that is followed has shown progress: money may have been spent by then."""
         return self._progress is not None
 
+    @property
+    def run_id(self) -> int | None:
+        """The run that is followed, once it has shown progress."""
+        return None if self._progress is None else self._progress.run
+
     def wait(self) -> Progress | None:
         """Block until the run that is followed no longer runs; returns how it was left."""
         while not self._ended.wait(0.2):

@@ -16,17 +16,21 @@ from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner
 
+from schemas.attempts import RunId
 from schemas.errors import FarthingError, Unforeseen
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
 from tasks.lanes import Ended
+from tasks.ledger import runs
+from tasks.ledger.connection import Role, opened
 from tasks.ledger.runs import Run
 from tasks.logs import configure, follow_in_prefect
 
 log = structlog.get_logger("farthing.steps")
 
 LANE_DIED = "a lane's process died and nobody finished its shards: run the same command to go on"
+PREFECT_GONE = "Prefect's server went away: look after it, and run the same command to go on"
 
 
 @contextmanager
@@ -103,9 +107,18 @@ async def settle_run(run: Run, ended: list[Ended]) -> Run:
         return await enrichment.settle_run(Settings(), run, ended)
 
 
+async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:
+    """The outcome of a run whose Prefect server went away before it was told of one: what the ledger says."""
+    ended = [Ended("prefect", PREFECT_GONE)]
+    async with opened(enrichment.require_database(settings), Role.LANE, pool_size=1) as ledger:
+        run = await runs.find_run(ledger, RunId(run_id))
+    settled = await enrichment.settle_run(settings, run, ended)
+    return outcome(settled, ended)
+
+
 def outcome(run: Run, ended: list[Ended]) -> dict[str, Any]:
     """What the flow returns: plain values, since Prefect hands them on."""
-    advice = [end.advice for end in ended if end.advice]
+    advice = [end.advice for end in ended if end.advice and run.state != "done"]
     return {
         "run_id": run.run_id,
         "state": run.state,

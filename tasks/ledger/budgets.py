@@ -174,8 +174,8 @@ def _explain_currency(wanted: WantedBudget, currency: str) -> str:
 def _explain_cap(wanted: WantedBudget, declared: int) -> str:
     here, there = (_exact(pico, wanted.currency) for pico in (wanted.declared, declared))
     return (
-        f"budget: this job caps {wanted.name} at {here}, the others that name it at {there}: write the same cap in "
-        "each, or say with --budget which one holds from now on, for all of them"
+        f"budget: this job caps {wanted.name} at {here}, and it was declared as {there} before: write that cap in "
+        "every job that names it, or say once with --budget which one holds from now on, for all of them"
     )
 
 

@@ -23,7 +23,8 @@ _HASHED = """
     SELECT 'sha256:' || encode(sha256(coalesce(string_agg(digest, '' ORDER BY kind, bucket), '')), 'hex') FROM bucket
 """
 
-#: Everything that does not change once it is written, answers apart. An answer is written with its outcome.
+#: The run as it was opened, its attempts, its documents and their shards; answers have a digest of their own. Grants,
+#: prices and the manifest are proven by sums, by the price book and by the manifest's digest.
 _ROWS = text(
     """
     WITH line AS (

@@ -201,6 +201,8 @@ async def add_labels(ledger: Ledger, run_id: RunId, blocks: AsyncIterable[Sequen
     """Keep what experts say about the run's documents, to measure results against. Safe to repeat."""
     columns = ("run_id", "document_no", "label")
     async with ledger.transaction("add_labels") as connection:
+        # Between two blocks it waits for files, which may be far away; nobody waits for what it holds.
+        await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         async for block in blocks:
             await bring(connection, tables.label, columns, ((run_id, number, label) for number, label in block))
         await append(connection, tables.label, columns, ())

@@ -182,6 +182,7 @@ def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succ
     audit = json.loads(stdout)
     assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 1500)
     assert left == [("died",), ("done",)]
+    assert audit["advice"] == ""  # the run is done: there is nothing to go on with
 
 
 def find_working_lane(url: str, running: subprocess.Popen[str]) -> int:

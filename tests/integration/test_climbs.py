@@ -359,5 +359,6 @@ async def test_documents_that_wait_for_their_turn_do_not_pass_a_breaker_that_ope
     await working.wait_until("the provider has not answered")
     await asyncio.sleep(0.3)  # long enough for dozens of attempts, and shorter than until the first probe
     assert world.value("SELECT count(*) FROM attempt_intent") == 5
+    assert working.lane.in_flight == 0
     working.lane.drain("interrupted", "")
     assert (await working.ended()).reason == "interrupted"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -13,7 +14,7 @@ from schemas.documents import Duplicate, InputFile, Manifest
 from schemas.errors import ConfigurationError
 from schemas.jobs import Escalate
 from schemas.money import Currency
-from tasks.ledger import leases, runs
+from tasks.ledger import connection, leases, runs
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_digest
 from tests.ledgers import (
@@ -23,6 +24,7 @@ from tests.ledgers import (
     RESERVED,
     Hand,
     in_blocks,
+    lane_ledger,
     make_manifest,
     opening,
     run_everything,
@@ -209,6 +211,21 @@ async def test_labels_may_be_added_again(ledger: Ledger, ledger_url: str) -> Non
         await runs.add_labels(ledger, run.run_id, in_blocks([(0, "red")], [(1, "blue")]))
     assert await runs.has_labels(ledger, run.run_id)
     assert sql(ledger_url, "SELECT document_no, label FROM label ORDER BY 1") == [(0, "red"), (1, "blue")]
+
+
+async def test_labels_may_be_long_in_coming(ledger_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may be far away, and a transaction that waits for them is not one that a lane forgot."""
+
+    async def slow_blocks() -> AsyncIterator[list[tuple[int, str]]]:
+        yield [(0, "red")]
+        await asyncio.sleep(0.5)
+        yield [(1, "blue")]
+
+    monkeypatch.setattr(connection, "_SESSION", ("idle_in_transaction_session_timeout TO '100ms'",))
+    async with lane_ledger(ledger_url) as ledger:
+        run = await runs.open_run(ledger, opening())
+        await runs.add_labels(ledger, run.run_id, slow_blocks())
+        assert await runs.has_labels(ledger, run.run_id)
 
 
 async def test_a_run_that_is_not_there_is_a_mistake_of_the_caller(ledger: Ledger) -> None:

@@ -59,7 +59,7 @@ async def test_simulated_money_and_real_money_never_share_a_budget(ledger: Ledge
 
 
 WRONG: dict[str, tuple[Callable[[], Opening], str]] = {
-    "another cap": (lambda: sharing("second", CAP * 2), f"caps {NAME} at 2 USD, the others that name it at 1 USD"),
+    "another cap": (lambda: sharing("second", CAP * 2), f"caps {NAME} at 2 USD, and it was declared as 1 USD before"),
     "another currency": (lambda: sharing("second", currency=Currency.CNY), f"{NAME} is in USD, .* billed in CNY"),
 }
 
@@ -78,7 +78,7 @@ async def test_a_job_that_does_not_agree_is_refused_and_nothing_is_opened(
 
 async def test_a_run_whose_file_changed_its_mind_about_the_cap_is_not_resumed(ledger: Ledger) -> None:
     await two_runs(ledger)
-    with pytest.raises(ConfigurationError, match="at 2 USD, the others that name it at 1 USD"):
+    with pytest.raises(ConfigurationError, match="at 2 USD, and it was declared as 1 USD before"):
         await runs.open_run(ledger, sharing("second", CAP * 2))
 
 
