@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from schemas.errors import FarthingError
+from schemas.errors import FarthingError, Unforeseen
 
 #: Documents looked up and started together.
 BLOCK = 200
@@ -51,7 +51,7 @@ class Block:
 class Raised:
     """What stopped the reading."""
 
-    error: FarthingError
+    error: FarthingError | Unforeseen
 
 
 Reply: TypeAlias = Opened | Block | Raised

@@ -4,8 +4,11 @@ Arrow is C++: a corrupt file can make it end the process (a wild pointer, an abo
 sees that. So a lane, and whoever plans, has a process that reads for it (tasks/documents/orders.py) and hands over
 blocks when asked: what is in memory is a block, on either side. Nothing here imports Arrow.
 
-When that process dies, another begins the reading again, once, and goes on after the last row that was handed over:
-some deaths are an accident. A file that kills both is told of with its name. One that hangs can be left at any time.
+When that process dies, another begins the reading again and goes on after the last row that was handed over: some
+deaths are an accident, and a machine short of memory has many. A file that kills two at the same row is told of with
+its name. One that hangs can be left at any time.
+
+This keeps crashes out, not code: whoever takes that process over through a file speaks to this one in pickles.
 """
 
 from __future__ import annotations
@@ -34,15 +37,17 @@ log = structlog.get_logger("farthing.bulkhead")
 
 #: What reads, as the arguments of a Python.
 PROGRAM = ("-P", "-m", "tasks.documents")
-#: How often one reading may end its process.
+#: How many processes in a row may die without a further row.
 _DEATHS = 2
+#: Waiting for a block is worth a word after so long.
+SLOW_AFTER_S = 10.0
 #: So many labels travel together; they are short.
 _LABELS = 5000
 #: How long a killed process may take to go. One that waits for a dead disk does not even hear that.
 _GONE_WITHIN_S = 1.0
 _BUFFER = 1024 * 1024
-#: Not for the process that reads: it has no use for a key, and files are written by others.
-_SECRETS = ("FARTHING_", "DEEPSEEK_", "PREFECT_")
+#: Not for the process that reads. What object stores want (AWS_, GOOGLE_) it needs.
+_SECRETS = ("FARTHING_", "DEEPSEEK_", "PREFECT_", "OPENAI_", "PG")
 
 
 class Running(Protocol):
@@ -85,6 +90,11 @@ class ReaderDied(Exception):
         self.how = how
         self.opened = opened
 
+    @property
+    def is_killed(self) -> bool:
+        """By the kernel for want of memory, or by somebody: no corrupt file does that by itself."""
+        return self.how == "SIGKILL"
+
 
 @dataclass
 class Bulkhead:
@@ -92,6 +102,8 @@ class Bulkhead:
 
     _reader: _Reader | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    #: Since when the process has owed a block, on the loop's clock; None: it owes none.
+    _asked_at: float | None = None
 
     async def __aenter__(self) -> Self:
         with suppress(OSError):  # there is another chance when it is needed
@@ -100,6 +112,17 @@ class Bulkhead:
 
     async def __aexit__(self, *_: object) -> None:
         self._give_up()
+
+    @property
+    def trouble(self) -> str | None:
+        """What has been read for long, for people; None: nothing has."""
+        if self._asked_at is None:
+            return None
+        seconds = asyncio.get_running_loop().time() - self._asked_at
+        if seconds < SLOW_AFTER_S:
+            return None
+        opened = self._reader.opened if self._reader is not None else ""
+        return f"reading {opened or 'the input'} for {seconds:.0f} s"
 
     async def plan(
         self,
@@ -126,7 +149,7 @@ class Bulkhead:
     ) -> AsyncGenerator[Sequence[Document | UnfitDocument], None]:
         """What `tasks.documents.read_shard` yields and raises, in blocks of at most so many `rows`.
 
-        Raises InputUnreadable, too, where the shard ends whoever reads it.
+        Raises InputUnreadable, too, where the shard ends whoever reads it, and InputUnavailable where it was killed.
         """
         order = Order("read_shard", {"input": input, "file": file, "shard": shard, "root": root}, rows)
         try:
@@ -135,6 +158,8 @@ class Bulkhead:
                     yield block
         except ReaderDied as died:
             place = f"{file.path}: rows {shard.first_row} to {shard.first_row + shard.row_count - 1}"
+            if died.is_killed:
+                raise _lacks_memory(place) from None
             raise InputUnreadable(f"{place}: {_explain(died)}, and start a new run") from None
 
     async def read_labels(
@@ -147,7 +172,7 @@ class Bulkhead:
                 async for block in blocks:
                     yield block
         except ReaderDied as died:
-            raise InputUnreadable(f"{died.opened}: {_explain(died)}, and start a new run") from None
+            raise InputUnreadable(f"{died.opened or 'input.path'}: {_explain(died)}, and start a new run") from None
 
     async def _read(self, order: Order) -> AsyncGenerator[Sequence[Any], None]:
         """The order's blocks, from as many processes as it takes. Raises ReaderDied where that is too many."""
@@ -169,12 +194,13 @@ class Bulkhead:
                 fresh = rows[max(0, given - seen) :]
                 seen += len(rows)
                 if fresh:
-                    given = seen
+                    given, deaths = seen, 0  # a file that kills does so at the same row
                     yield fresh
                 message = More()
 
     async def _ask(self, message: Order | More) -> Sequence[Any]:
         """The next block. Whoever gives up waiting for it gives up the process as well."""
+        self._asked_at = asyncio.get_running_loop().time()
         try:
             if self._reader is None:
                 self._reader = await _Reader.start()
@@ -191,6 +217,8 @@ class Bulkhead:
         except asyncio.CancelledError:
             self._give_up()
             raise
+        finally:
+            self._asked_at = None
 
     def _give_up(self) -> None:
         if self._reader is not None:
@@ -205,7 +233,8 @@ class _Reader:
         self._process = process
         self._receiver = receiver
         self._sender = sender
-        self._opened = ""
+        #: The file that the order under way opened last, by its name in the manifest; "": none yet.
+        self.opened = ""
         #: Whether it came so far that it could be asked.
         self.is_started = False
 
@@ -223,12 +252,14 @@ class _Reader:
 
     async def ask(self, message: Order | More) -> Sequence[Any]:
         """What it answers. Raises ReaderDied, and what it raised itself."""
+        if isinstance(message, Order):
+            self.opened = ""
         try:
             self._sender.write(pickle.dumps(message))
             while True:
                 match await self._receive():
                     case Opened(name):
-                        self._opened, self.is_started = name, True
+                        self.opened, self.is_started = name, True
                     case Block(rows):
                         return rows
                     case Raised(error):
@@ -236,11 +267,12 @@ class _Reader:
         except (asyncio.IncompleteReadError, ConnectionError):
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_GONE_WITHIN_S)  # its line is closed before it has its exit code
-            raise ReaderDied(self.end(), self._opened) from None
+            raise ReaderDied(self.end(), self.opened) from None
 
     async def _receive(self) -> Reply:
         size = int.from_bytes(await self._receiver.readexactly(8), "big")
-        reply: Reply = pickle.loads(await self._receiver.readexactly(size))  # noqa: S301 (from the process we started)
+        content = await self._receiver.readexactly(size)
+        reply: Reply = pickle.loads(content)  # noqa: S301 (as trusted as our own Arrow was: see above)
         return reply
 
     def end(self) -> str:
@@ -259,8 +291,16 @@ def _word(code: int) -> str:
 
 
 def _explain(died: ReaderDied) -> str:
-    why = "there was not enough memory, or " if died.how == "SIGKILL" else ""
+    why = "there was not enough memory, or " if died.is_killed else ""
     return f"reading it ended the reading process ({died.how}): {why}it is corrupt; write the file anew"
+
+
+def _lacks_memory(place: str) -> InputUnavailable:
+    return InputUnavailable(
+        f"{place}: reading it ended the reading process (SIGKILL): there was not enough memory, or somebody killed "
+        "it; free memory or use fewer lanes, then resume the run; if it happens again, write the file anew with "
+        "smaller row groups, and start a new run"
+    )
 
 
 def _does_not_start(how: str) -> InputUnavailable:

@@ -237,8 +237,8 @@ class Lane:
             return f"draining ({self._ended.reason.replace('_', ' ')})"
         if reason := climber.breaker.reason(climber.tick()):
             return reason
-        if climber.grants.tight_because:
-            return climber.grants.tight_because
+        if because := climber.grants.tight_because or self.bulkhead.trouble:
+            return because
         cold = [name for name, primer in climber.primers.items() if primer.is_priming]
         if cold:
             return f"priming the prompt cache of {' and '.join(cold)}"

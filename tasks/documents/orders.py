@@ -1,7 +1,8 @@
 """Orders: alone responsible for reading in a process of its own, for whoever is at the other end of a socket.
 
 Arrow is C++, and a corrupt file can end the process that reads it. This one holds nothing that would be missed: it
-keeps no ledger, has no key, writes no core dump, and is gone as soon as its owner is.
+keeps no ledger, writes no core dump, and is gone as soon as its owner is. That is for crashes, not against an attack
+by a file: it has the user's rights, what object stores want, and its owner's ear.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import resource
 import signal
 import socket
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from schemas.errors import FarthingError, InputUnreadable
+from schemas.errors import FarthingError, Unforeseen
 from schemas.readings import BLOCK_CHARACTERS, Block, More, Opened, Order, Raised, Reply
 from tasks.documents import trail
 from tasks.documents.planning import plan
@@ -90,10 +90,8 @@ def _answer(rows: Iterator[Any], most: int) -> Reply:
         return Block(take(rows, most))
     except FarthingError as error:
         return Raised(error)
-    except Exception as error:  # what nobody foresaw is told by its place alone: its words may hold a document's
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__} in {os.path.basename(place.filename)}:{place.lineno}"
-        return Raised(InputUnreadable(f"reading failed with {what}; please report this"))
+    except Exception as error:  # a bug: it stops whoever asked, and condemns no file
+        return Raised(Unforeseen.of(error))
 
 
 def _send(replies: BinaryIO, reply: Reply) -> None:

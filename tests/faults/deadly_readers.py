@@ -35,6 +35,11 @@ def leave(_file: Path) -> None:
     os._exit(7)
 
 
+def bug(_file: Path) -> None:
+    """Ours, not the file's."""
+    raise ZeroDivisionError("what a document says")
+
+
 def hang(_file: Path) -> None:
     """A file on a mount that is gone."""
     time.sleep(3600)
@@ -75,12 +80,12 @@ def become_folder(file: Path) -> None:
     file.mkdir(exist_ok=True)
 
 
-#: What can befall a reading process, and what can befall a file under it.
-DEATHS: dict[str, Callable[[Path], None]] = {"segv": segv, "abort": abort, "kill": kill, "leave": leave}
+#: What a file can do to a reading process, and what can befall a file under it.
+DEATHS: dict[str, Callable[[Path], None]] = {"segv": segv, "abort": abort, "leave": leave}
 CHANGES: dict[str, Callable[[Path], None]] = {
     each.__name__: each for each in (remove, truncate, replace, rewrite, become_folder)
 }
-_ACTS = {**DEATHS, **CHANGES, "hang": hang, "accident": accident}
+_ACTS = {**DEATHS, **CHANGES, "kill": kill, "bug": bug, "hang": hang, "accident": accident}
 
 
 def serve(root: Path, descriptor: int, owner: int) -> None:

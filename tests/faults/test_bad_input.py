@@ -23,11 +23,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from schemas.documents import Document, UnfitDocument
-from schemas.errors import ConfigurationError, InputUnavailable, InputUnreadable
+from schemas.errors import ConfigurationError, InputUnavailable, InputUnreadable, Unforeseen
 from schemas.jobs import Input
 from schemas.readings import BLOCK
 from tasks import bulkhead
 from tasks.bulkhead import Bulkhead
+from tasks.documents import orders
 from tasks.ledger.leases import LeaseTimes
 from tests.faults import deadly_readers, parquet_faults
 from tests.faults.parquet_faults import Case
@@ -112,9 +113,7 @@ def started_readers() -> list[int]:
 
 
 def test_a_file_that_kills_its_reader_costs_its_own_documents_and_no_others(stage: Stage, tally: Tally) -> None:
-    deadly = [
-        f"{letter}-{death}-reading.parquet" for letter, death in zip("bdfh", deadly_readers.DEATHS, strict=True)
-    ]
+    deadly = [f"{letter}-{death}-reading.parquet" for letter, death in zip("bdf", deadly_readers.DEATHS, strict=True)]
     good = ["a.parquet", "c.parquet", "e-accident-reading.parquet", "i.parquet"]
     set_scene(stage, *good, *deadly)
     assert stage.run(serve=partial(deadly_readers.serve, stage.root)) == 0, stage.told()
@@ -124,12 +123,39 @@ def test_a_file_that_kills_its_reader_costs_its_own_documents_and_no_others(stag
     why = stage.value(
         f"SELECT string_agg(detail ->> 'why', ' ' ORDER BY event_id) FROM run_event WHERE run_id = {stage.run_id}"
     )
-    for name, how in zip(deadly, ("SIGSEGV", "SIGABRT", "SIGKILL", "exit code 7"), strict=True):
+    for name, how in zip(deadly, ("SIGSEGV", "SIGABRT", "exit code 7"), strict=True):
         assert f"d/{name}: rows 0 to 4: reading it ended the reading process ({how})" in why
         assert f"d/{name}: rows 5 to 9: reading it ended" in why
     assert stage.value(f"SELECT count(*) FROM lane WHERE run_id = {stage.run_id}") == 1
     assert stage.violations() == []
     tally.count("deaths of a reading process", 2 * 2 * len(deadly) + 1)
+
+
+def test_want_of_memory_pauses_a_run_and_condemns_no_document(stage: Stage, tally: Tally) -> None:
+    set_scene(stage, "a.parquet", "b-kill-reading.parquet", "c.parquet")
+    assert stage.run(serve=partial(deadly_readers.serve, stage.root)) == 3, stage.told()
+    told = stage.told()
+    assert "lane ended: input d/b-kill-reading.parquet: rows 0 to 4: reading it ended the reading process" in told
+    assert "not enough memory" in told
+    assert "then resume the run" in told
+    assert set(sum(endings(stage).values(), Counter())) <= {"result"}
+    assert stage.resume() == 1
+    assert sum(endings(stage).values(), Counter()) == Counter(result=3 * ROWS)
+    assert stage.violations() == []
+    tally.count("deaths of a reading process", 2)
+
+
+def test_a_bug_in_a_reading_process_stops_the_run_and_condemns_no_document(stage: Stage) -> None:
+    """The flow pauses a run that a bug stops, and the command ends with 70 (tests/faults/test_canary.py)."""
+    set_scene(stage, "a.parquet", "b-bug-reading.parquet", "c.parquet")
+    assert stage.run(serve=partial(deadly_readers.serve, stage.root)) == 1, stage.told()
+    assert "Unforeseen: ZeroDivisionError at " in stage.told()
+    assert "deadly_readers.py:" in stage.told()
+    assert "what a document says" not in stage.told()
+    assert set(sum(endings(stage).values(), Counter())) <= {"result"}
+    assert stage.resume() == 1
+    assert sum(endings(stage).values(), Counter())["input_unreadable"] == 0
+    assert stage.violations() == []
 
 
 @pytest.mark.parametrize("phase", ["planning", "labelling"])
@@ -263,11 +289,16 @@ async def test_the_reading_process_has_no_secret_no_core_dump_and_goes_first_whe
 ) -> None:
     monkeypatch.setenv("DEEPSEEK_API_KEY", "sk-canary")
     monkeypatch.setenv("FARTHING_DATABASE_URL", "postgresql://canary")
+    monkeypatch.setenv("PGPASSWORD", "canary")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-canary")
+    monkeypatch.setenv("AWS_PROFILE", "the store's")
     write(tmp_path / "d/a.parquet", "a")
     async with Bulkhead() as made:
         await made.plan(BASIC, shard_rows=5, root=tmp_path)
         (pid,) = started_readers()
-        assert "canary" not in Path(f"/proc/{pid}/environ").read_text()
+        environment = Path(f"/proc/{pid}/environ").read_text()
+        assert "canary" not in environment
+        assert "AWS_PROFILE=the store's" in environment
         assert "Max core file size        0                    0" in Path(f"/proc/{pid}/limits").read_text()
         assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
     assert not Path(f"/proc/{pid}").exists()
@@ -313,6 +344,50 @@ async def test_a_reader_that_dies_in_mid_shard_is_followed_by_one_that_goes_on_t
     assert numbers == list(range(20, 20 + 3 * BLOCK))
 
 
+async def test_readers_killed_again_and_again_in_one_shard_lose_none_of_it(tmp_path: Path, reading: Bulkhead) -> None:
+    """A machine short of memory: each gets a block further."""
+    write(tmp_path / "d/c.parquet", "c", rows=4 * BLOCK)
+    manifest = await reading.plan(BASIC, shard_rows=5000, root=tmp_path)
+    numbers = []
+    async for block in reading.read_shard(BASIC, manifest.files[2], manifest.shards[-1], root=tmp_path):
+        numbers += [row.document_no for row in block]
+        os.kill(started_readers()[0], signal.SIGKILL)
+    assert numbers == list(range(20, 20 + 4 * BLOCK))
+
+
+async def test_a_reader_that_dies_before_it_opens_a_file_accuses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "d/a.parquet", "a")
+    monkeypatch.setattr(bulkhead, "_DEATHS", 1)
+    monkeypatch.setattr(orders, "_READINGS", {**orders._READINGS, "read_labels": lambda **_: os.abort()})
+    with forked_readers():
+        async with Bulkhead() as made:
+            manifest = await made.plan(BASIC, shard_rows=5, root=tmp_path)
+            with pytest.raises(InputUnreadable, match=r"^input.path: reading it ended .*SIGABRT"):
+                await anext(made.read_labels(BASIC, manifest, root=tmp_path))
+
+
+async def test_a_read_that_takes_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "d/b-hang-reading.parquet"
+    write(tmp_path / name, "b")
+    with forked_readers(partial(deadly_readers.serve, tmp_path)):
+        async with Bulkhead() as made:
+            manifest = await made.plan(BASIC, shard_rows=5, root=tmp_path)
+            asked = asyncio.ensure_future(
+                anext(made.read_shard(BASIC, manifest.files[0], manifest.shards[0], root=tmp_path))
+            )
+            await asyncio.sleep(0.01)
+            assert made.trouble is None
+            monkeypatch.setattr(bulkhead, "SLOW_AFTER_S", 0.0)
+            async with asyncio.timeout(20):
+                while f"reading {name} for " not in (made.trouble or ""):
+                    await asyncio.sleep(0.01)
+            asked.cancel()
+            await asyncio.wait([asked])
+            assert made.trouble is None
+
+
 async def test_a_reader_that_does_not_start_pauses_a_run_and_condemns_no_file(
     tmp_path: Path, reading: Bulkhead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,7 +411,7 @@ async def test_what_nobody_foresaw_is_told_without_a_document(
     with forked_readers():
         async with Bulkhead() as made:
             manifest = await made.plan(BASIC, shard_rows=5, root=tmp_path)
-            with pytest.raises(InputUnreadable, match=r"ZeroDivisionError in test_bad_input.py:\d+; please") as told:
+            with pytest.raises(Unforeseen, match=r"^ZeroDivisionError at .*test_bad_input.py:\d+ fail$") as told:
                 await anext(made.read_shard(BASIC, manifest.files[0], manifest.shards[0], root=tmp_path))
     assert TEXT_CANARY not in str(told.value)
 
@@ -380,7 +455,6 @@ def require_clear(told: str, root: Path) -> None:
     assert all("input." in line or ".parquet: " in line for line in told.splitlines()), told
     assert "Traceback" not in told
     assert TEXT_CANARY not in told
-    assert "please report" not in told, told
     assert len(told) < 3000
 
 

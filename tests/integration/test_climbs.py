@@ -15,7 +15,7 @@ import pytest
 from schemas.attempts import Call, Reply
 from schemas.errors import InputChanged, InputUnavailable
 from schemas.readings import Order
-from tasks import enrichment
+from tasks import bulkhead, enrichment
 from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions
 from tasks.lanes import Ended, Lane
@@ -333,6 +333,23 @@ async def test_trouble_with_the_input_lets_what_was_paid_arrive(
     await working.ended()
     assert billing(world) == {"known": held.count}
     assert sum(world.bill().values()) == world.value("SELECT sum(cost_pico) FROM attempt")
+
+
+async def test_a_read_that_hangs_is_what_a_lane_waits_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = bulkhead._Reader.ask
+
+    async def hang(self: bulkhead._Reader, message: Any) -> Any:
+        if isinstance(message, Order) and message.what == "read_shard":
+            self.opened = "part-0.parquet"
+            await asyncio.Event().wait()
+        return await ask(self, message)
+
+    monkeypatch.setattr(bulkhead._Reader, "ask", hang)
+    monkeypatch.setattr(bulkhead, "SLOW_AFTER_S", 0.0)
+    working = await Working.start(world, monkeypatch)
+    await working.wait_until("reading part-0.parquet for 0 s")
+    working.lane.drain("interrupted")
+    assert (await working.ended()).reason == "interrupted"
 
 
 async def test_a_start_buries_no_lane_that_has_just_registered(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,8 @@ class Pages:
     """What a lane reads, in place of `Bulkhead`: blocks of a shard's documents, or a reason why not."""
 
     world: World
+    #: Nothing is ever read for long.
+    trouble: None = None
 
     async def read_shard(
         self, _input: object, file: InputFile, shard: Shard, *, root: Path
