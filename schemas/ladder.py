@@ -1,18 +1,18 @@
 """The ladder: where a document stands on it, and what one reply makes of that.
 
 `advance` is the only rule. A lane applies it to each reply as it comes; a resumed lane applies it to the ledger's
-rows in order and so stands where the killed one stood, without paying again for what was answered. The table
+rows (`stand`) and so stands where the killed one stood, without paying again for what was answered. The table
 of signals is the design's (`ledger.md`, "What a reply means").
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import assert_never
 
-from schemas.attempts import Purpose, Signal
+from schemas.attempts import UNKNOWN_BILLING, Purpose, Signal
 
 #: After a reply that may have been billed and was lost, a document is tried this many times more (G6).
 UNKNOWN_RETRIES = 2
@@ -86,24 +86,32 @@ Step = Accept | Again | DeadLetter | Stop
 
 def advance(position: Position, signal: Signal, verdict: Verdict | None, rungs: int) -> Step:
     """What one finished attempt makes of a document on a ladder of `rungs` tiers."""
-    now = replace(position, attempts=position.attempts + 1, amends=None)
+    now = replace(_count(position, signal), amends=None)
     match signal:
         case Signal.ANSWERED | Signal.BLANK | Signal.TRUNCATED:
             return _weigh(now, verdict or Verdict(signal.value), rungs)
         case Signal.INTERRUPTED:
-            now = replace(now, interruptions=now.interruptions + 1)
             spent = now.interruptions >= INTERRUPTIONS
             return _climb(now, signal.value, rungs) if spent else _retry(position, now, signal)
         case Signal.RATE_LIMITED | Signal.UNAVAILABLE | Signal.NOT_SENT:
             return _retry(position, now, signal)
         case Signal.FAILED | Signal.LOST | Signal.MALFORMED:
-            now = replace(now, unknowns=now.unknowns + 1)
             return DeadLetter(signal.value) if now.unknowns > UNKNOWN_RETRIES else _retry(position, now, signal)
         case Signal.REFUSED | Signal.REJECTED:
             return DeadLetter(signal.value)
         case Signal.UNAUTHORISED | Signal.NO_BALANCE:
             return Stop(signal.value)
     assert_never(signal)
+
+
+def _count(position: Position, signal: Signal) -> Position:
+    """The same position with one attempt more that came to this."""
+    return replace(
+        position,
+        attempts=position.attempts + 1,
+        unknowns=position.unknowns + (signal in UNKNOWN_BILLING),
+        interruptions=position.interruptions + (signal is Signal.INTERRUPTED),
+    )
 
 
 def _retry(before: Position, now: Position, signal: Signal) -> Again:
@@ -154,28 +162,63 @@ def _climb(now: Position, reason: str, rungs: int) -> Step:
 
 @dataclass(frozen=True, slots=True)
 class PastAttempt:
-    """One attempt of an unfinished document as the ledger has it; an unknown one without outcome is `lost`."""
+    """One attempt of an unfinished document as the ledger has it; an unknown one without outcome is `lost`.
+
+    `tier`, `purpose` and `reason` are its intent's: what it was made as. `signal` and `verdict` are what it came to.
+    """
 
     attempt_no: int
+    tier: str
+    purpose: Purpose
+    reason: str | None
     signal: Signal
     verdict: Verdict | None
 
 
-def stand(history: Iterable[PastAttempt], rungs: int) -> Step:
-    """Where a document stands after its past attempts, in their order.
+def stand(history: Iterable[PastAttempt], ladder: Sequence[str]) -> Step:
+    """Where a document stands after its past attempts, in their order, on a ladder of tiers of these names.
 
-    A reply that came late, when another lane had already made the next attempt, counts as any other: what it ended
-    is over, whatever came after it, and an accepted answer is not paid for again (G5).
+    A reply may come late, when another lane, for which it was lost, has already made the next attempts: these were
+    not made from where that reply leads. So each attempt is weighed from the position that it *was* made from, and
+    the document stands where the furthest of them leads, of equals the latest. One that is overtaken only counts
+    (attempts, unknowns, interruptions on its tier): it takes no tier and no amendment away. What a reply ended is
+    over, whatever came after it, and an accepted answer is not paid for again (G5).
+
+    Raises ValueError for a row that no lane makes: a tier off the ladder, a repair of no verdict.
     """
     past = list(history)
     if any(attempt.verdict is Verdict.ACCEPTED for attempt in past):
         return Accept()
-    step: Step = Again(Position())
+    made = furthest = Position()
     for attempt in past:
-        if not isinstance(step, Again):
-            break
-        position = replace(step.position, attempts=attempt.attempt_no - 1)
-        step = advance(position, attempt.signal, attempt.verdict, rungs)
+        made = _made_from(attempt, ladder.index(attempt.tier), made)
+        step = advance(made, attempt.signal, attempt.verdict, len(ladder))
+        made = _count(made, attempt.signal)
         if isinstance(step, Stop):  # the run was paused and is resumed: the same attempt once more
-            step = Again(replace(position, attempts=attempt.attempt_no, purpose=Purpose.RETRY, reason=step.reason))
-    return step
+            step = _retry(made, made, attempt.signal)
+        if not isinstance(step, Again):
+            return step
+        furthest = max(step.position, furthest, key=_progress)
+    interruptions = made.interruptions if made.rung == furthest.rung else furthest.interruptions
+    return Again(replace(furthest, attempts=made.attempts, unknowns=made.unknowns, interruptions=interruptions))
+
+
+def _made_from(attempt: PastAttempt, rung: int, before: Position) -> Position:
+    """The position that an attempt was made from; `before` is that of the one before it, which it counts already."""
+    if rung != before.rung:
+        before = replace(before, rung=rung, interruptions=0, amended=frozenset(), amends=None)
+    now = replace(before, attempts=attempt.attempt_no - 1)
+    match attempt.purpose:
+        case Purpose.ANSWER | Purpose.PRIMING:
+            return replace(now, amends=None, retries=0)
+        case Purpose.REPAIR:
+            verdict = Verdict(attempt.reason or "")
+            return replace(now, amended=now.amended | {verdict}, amends=verdict, retries=0)
+        case Purpose.RETRY:  # of what the one before it was made as
+            return replace(now, retries=now.retries + 1)
+    assert_never(attempt.purpose)
+
+
+def _progress(position: Position) -> tuple[int, int]:
+    """How far a position is: its rung, then what was amended there."""
+    return position.rung, len(position.amended)

@@ -182,7 +182,7 @@ class ShardWork:
 
     async def _resume(self, work: Work, history: list[PastAttempt]) -> Work | None:
         """Where a document stands after its past attempts. None: it has ended just now, at no further cost."""
-        match stand(history, len(self.climber.job.ladder)):
+        match stand(history, [tier.name for tier in self.climber.job.ladder]):
             case Again(position):
                 rejected = await self._find_rejected(work) if position.amends is Verdict.INVALID_ANSWER else None
                 return Work(work.document, work.lease, position, rejected)

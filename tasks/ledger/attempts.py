@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas import tables
-from schemas.attempts import LaneId, RunId, Signal
+from schemas.attempts import LaneId, Purpose, RunId, Signal
 from schemas.ladder import PastAttempt, Verdict
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.ledger.budgets import settle_grants
@@ -84,7 +84,7 @@ _MINE = text("""
 """)
 
 _PAST_ATTEMPTS = text("""
-    SELECT i.document_no, i.attempt_no, coalesce(o.signal, 'lost') AS signal, o.verdict
+    SELECT i.document_no, i.attempt_no, i.tier, i.purpose, i.reason, coalesce(o.signal, 'lost') AS signal, o.verdict
     FROM attempt_intent i
     LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
     WHERE i.run_id = :run_id AND i.document_no BETWEEN :first AND :last
@@ -269,9 +269,9 @@ async def find_past_attempts(ledger: Ledger, run_id: RunId, first: int, last: in
     async with ledger.transaction() as connection:
         rows = await connection.execute(_PAST_ATTEMPTS, {"run_id": run_id, "first": first, "last": last})
         history: dict[int, list[PastAttempt]] = defaultdict(list)
-        for number, attempt_no, signal, verdict in rows:
-            past = PastAttempt(attempt_no, Signal(signal), Verdict(verdict) if verdict else None)
-            history[number].append(past)
+        for number, attempt_no, tier, purpose, reason, signal, verdict in rows:
+            came_to = Signal(signal), Verdict(verdict) if verdict else None
+            history[number].append(PastAttempt(attempt_no, tier, Purpose(purpose), reason, *came_to))
         return dict(history)
 
 

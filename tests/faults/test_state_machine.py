@@ -27,7 +27,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from schemas.attempts import RunId, Signal
+from schemas.attempts import Purpose, RunId, Signal
 from schemas.documents import Duplicate
 from schemas.ladder import Verdict
 from schemas.records import DocumentState, Intent, Lease, Record, ResultKey, StoredAnswer
@@ -251,7 +251,8 @@ class LedgerMachine(RuleBasedStateMachine):
         digest = text_digest(0 if is_same_text else number)
         tier = "pro" if which % 5 == 0 else "flash"
         reason = "low_confidence" if tier == "pro" else None
-        return lane.hand.intent(claimed.lease, number, attempt_no, tier, reason=reason, text_digest=digest)
+        meant = {"purpose": Purpose.RETRY if which % 3 == 0 else Purpose.ANSWER, "reason": reason}
+        return lane.hand.intent(claimed.lease, number, attempt_no, tier, text_digest=digest, **meant)
 
     @property
     def reusable(self) -> Reusable:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from schemas.attempts import Reply, Signal
+from schemas.attempts import Purpose, Reply, Signal
 from schemas.ladder import PastAttempt, Verdict
 from schemas.records import DocumentState, Outcome, Record, ResultKey, StoredAnswer
 from tasks.ledger import attempts, leases, runs
@@ -159,7 +159,7 @@ async def test_an_ending_needs_the_lease_and_the_paid_answer_is_kept_for_the_hei
     answer = StoredAnswer('{"colour":"red"}', {"colour": "red"}, 0.9, "logprobs")
     assert paid == PaidAnswer("flash", 1, answer)
     history = await attempts.find_past_attempts(hand.ledger, hand.run.run_id, 0, 5)
-    assert history == {0: [PastAttempt(1, Signal.ANSWERED, Verdict.ACCEPTED)]}
+    assert history == {0: [PastAttempt(1, "flash", Purpose.ANSWER, None, Signal.ANSWERED, Verdict.ACCEPTED)]}
 
 
 async def test_a_paid_answer_is_found_by_its_verdict_though_another_came_later(hand: Hand) -> None:
@@ -195,9 +195,12 @@ async def test_history_holds_what_did_not_end_with_attempts_in_flight_as_lost(le
     lease = (await hand.claim()).lease
     await hand.intend(hand.intent(lease, 1))
     await hand.record(Record(hand.outcome(1, signal=Signal.RATE_LIMITED, verdict=None, usage=None)))
-    await hand.intend(hand.intent(lease, 1, 2))
+    await hand.intend(hand.intent(lease, 1, 2, "pro", purpose=Purpose.RETRY, reason="rate_limited"))
     assert await attempts.find_past_attempts(ledger, hand.run.run_id, 0, 2) == {
-        1: [PastAttempt(1, Signal.RATE_LIMITED, None), PastAttempt(2, Signal.LOST, None)]
+        1: [
+            PastAttempt(1, "flash", Purpose.ANSWER, None, Signal.RATE_LIMITED, None),
+            PastAttempt(2, "pro", Purpose.RETRY, "rate_limited", Signal.LOST, None),
+        ]
     }
 
 

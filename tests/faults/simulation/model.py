@@ -359,9 +359,9 @@ class Model:
         history: dict[int, list[PastAttempt]] = defaultdict(list)
         for key in sorted(self.intents):
             if key[0] == run_id and first <= key[1] <= last and key[:2] not in self.documents:
-                outcome = self.outcomes.get(key)
-                signal, verdict = (outcome.reply.signal, outcome.verdict) if outcome else (Signal.LOST, None)
-                history[key[1]].append(PastAttempt(key[2], signal, verdict))
+                outcome, (intent, _) = self.outcomes.get(key), self.intents[key]
+                came_to = (outcome.reply.signal, outcome.verdict) if outcome else (Signal.LOST, None)
+                history[key[1]].append(PastAttempt(key[2], intent.tier, intent.purpose, intent.reason, *came_to))
         return dict(history)
 
     def find_paid_answer(self, run_id: RunId, document_no: int, verdict: Verdict) -> PaidAnswer | None:
