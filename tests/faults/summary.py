@@ -1,11 +1,14 @@
-"""The table of a fault run: how often each fault was played, over all tests and workers, and what was measured."""
+"""The table of a fault run: how often each fault was played, over all tests and workers, and what was measured.
+
+`make faults` writes it to `report.json` beside this file; `python -m tests.faults.summary` puts that into the README.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +17,9 @@ from typing import Any
 import pytest
 
 SEED, SCALE, REPORT = "FARTHING_FAULTS_SEED", "FARTHING_FAULTS_SCALE", "FARTHING_FAULTS_REPORT"
+REPORT_FILE = Path(__file__).parent / "report.json"
+#: The README's table is between these lines.
+BEGIN, END = "<!-- faults: begin (written by python -m tests.faults.summary) -->", "<!-- faults: end -->"
 _FAULT, _FIGURE = "fault", "figure"
 
 
@@ -45,11 +51,11 @@ class Summary:
     passed: int = 0
     failed: list[str] = field(default_factory=list)
 
-    def as_json(self, seed: str, scale: str) -> dict[str, Any]:
+    def as_json(self, seed: str, scale: str | None) -> dict[str, Any]:
         return {
             "date": datetime.now(UTC).date().isoformat(),
             "seed": int(seed),
-            "scale": scale,
+            "scale": scale,  # of the full form; None: the short one, which every commit plays
             "tests": {"passed": self.passed, "failed": self.failed},
             "faults": dict(sorted(self.faults.items())),
             "figures": dict(sorted(self.figures.items())),
@@ -84,7 +90,7 @@ def show(terminal: pytest.TerminalReporter) -> None:
     for line in lines(found):
         terminal.line(line)
     if path := os.environ.get(REPORT):
-        report = found.as_json(os.environ.get(SEED, "1"), os.environ.get(SCALE, "1"))
+        report = found.as_json(os.environ.get(SEED, "1"), os.environ.get(SCALE))
         Path(path).write_text(json.dumps(report, indent=2) + "\n")
         terminal.line(f"written to {path}")
 
@@ -100,3 +106,37 @@ def lines(found: Summary) -> Iterator[str]:
         yield f"FAILED: {len(found.failed)} of {found.passed + len(found.failed)} tests; their faults are not counted"
     else:
         yield f"0 violations in {found.passed} tests"
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """A run as the README shows it."""
+    faults = [f"| {name} | {times:,} |" for name, times in report["faults"].items()]
+    figures = [f"| {name} | {measured} |" for name, measured in report["figures"].items()]
+    failed = len(report["tests"]["failed"])
+    played = f"`make faults SEED={report['seed']} SCALE={report['scale']}`"
+    heading = "The short form, which every commit plays" if report["scale"] is None else played
+    heading += f", {report['date']}: {report['tests']['passed']} tests passed, "
+    return "\n".join(
+        [
+            heading + (f"{failed} failed." if failed else "no violation."),
+            "",
+            "| what befell the runs | times |",
+            "|---|---:|",
+            *faults,
+            "",
+            "| measured on the way | |",
+            "|---|---|",
+            *figures,
+        ]
+    )
+
+
+def write_readme(readme: Path, report: Path) -> None:
+    """Put the table of `report` between the README's marks."""
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    readme.write_text(f"{before}{begin}\n{markdown(json.loads(report.read_text()))}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    write_readme(Path("README.md"), REPORT_FILE)

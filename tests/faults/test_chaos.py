@@ -91,7 +91,8 @@ class Round:
     def start(self, **order: object) -> ForkServerProcess:
         child = self.stage.start(**order)
         self.children.append(child)
-        self.stage.starts = max(self.stage.starts, len(self.living))
+        # Whoever ended just now may have left requests that its provider still works on.
+        self.stage.starts = max(self.stage.starts, len(self.living) + 1)
         return child
 
     def keep_alive(self, many: int) -> None:

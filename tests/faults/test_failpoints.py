@@ -13,8 +13,8 @@ from tests.faults.summary import Tally
 
 #: What the summary calls all of these.
 KILLED_THERE = "killed at a failpoint"
-#: Scenes that reach what an ordinary run does not: their order, and how they are gone on with after the kill.
-TIGHT = {"request": {"budget": "0.0005 USD"}}
+#: A cap that stops a run, and one that lets it go on: resumed without any it would keep the first.
+TIGHT, AMPLE = {"request": {"budget": "0.0005 USD"}}, {"request": {"budget": "1 USD"}}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def play(stage: Stage, point: str, hit: int) -> bool:
     code = SCENES.get(step, usual)(stage, f"{point}:{hit}")
     assert code in (0, 3, KILLED), stage.told()
     earlier = stage.snapshot()
-    stage.resume(**({"run_id": stage.run_id} if step == "fail" else {}))
+    stage.resume(**({"run_id": stage.run_id} if step == "fail" else AMPLE))
     assert stage.violations(earlier) == [], stage.told()
     return code == KILLED
 

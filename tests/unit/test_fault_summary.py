@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from tests.faults.summary import Tally, gather, lines
+from tests.faults.summary import BEGIN, END, REPORT_FILE, Tally, gather, lines, markdown
+
+ROOT = Path(__file__).parents[2]
 
 
 def report(
@@ -31,3 +36,10 @@ def test_the_faults_of_a_failed_test_do_not_count_and_it_is_named() -> None:
     found = gather((r.outcome, r) for r in reports)
     assert (found.faults, found.failed) == ({"SIGKILL": 2}, ["tests/faults/b"])
     assert list(lines(found))[-1].startswith("FAILED: 1 of 2 tests")
+
+
+def test_the_readme_shows_the_last_run_and_nothing_failed_in_it() -> None:
+    report = json.loads(REPORT_FILE.read_text())
+    assert report["tests"]["failed"] == []
+    readme = (ROOT / "README.md").read_text()
+    assert readme.partition(BEGIN)[2].partition(END)[0].strip() == markdown(report)
