@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -185,13 +185,12 @@ class Lane:
         except BaseExceptionGroup as group:
             raise _first_error(group) from group
         finally:
-            await _let_go(work)
-            await self.climber.watch.close()
-            await _let_go(*helpers)
-            self._keep(self.climber.records.pending)
-            await self._leave()
-            if self.spill is not None:
-                self.spill.close()
+            with self.spill or nullcontext():  # closed even where a cancellation ends what is awaited here
+                await _let_go(work)
+                await self.climber.watch.close()
+                await _let_go(*helpers)
+                self._keep(self.climber.records.pending)
+                await self._leave()
         return self._ended or Ended("done")
 
     def drain(self, reason: str, advice: str = "") -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import orjson
 import structlog
@@ -47,6 +47,12 @@ class Spill:
     async def of(cls, ledger: Ledger, folder: Path, run_id: RunId, lane_id: LaneId) -> Spill:
         """The spill of a lane of that run."""
         return cls(folder, await _find_name(ledger, run_id), lane_id)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def path(self) -> Path:
@@ -84,7 +90,11 @@ class Spill:
     def _open(self) -> IO[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         file = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever loads it holds it for a moment: not now, then
+        except OSError:
+            file.close()
+            raise
         _sync_folder(self.folder)
         self._file = file
         return file

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from functools import partial
 
 from tasks import bulkhead
-from tasks.documents import orders
+from tasks.documents import orders, pins
+from tasks.documents.shelf import Shelf
 
 _CONTEXT = multiprocessing.get_context("fork")
 
@@ -55,6 +56,7 @@ def _read(serve: Callable[[int, int], None], descriptor: int, owner: int) -> Non
     """Only the line stays open: a copy of anything else would hide that its owner closed it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    pins._shelf = Shelf(size=4)  # or files that the owner has open would be used, and are closed in a moment
     os.closerange(3, descriptor)
     os.closerange(descriptor + 1, 4096)
     serve(descriptor, owner)

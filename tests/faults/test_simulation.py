@@ -50,7 +50,7 @@ def simulate_many(seeds: range, folder: Path, tally: Tally) -> None:
     faults: Counter[str] = Counter()
     began = time.process_time()
     for seed in seeds:
-        faults += simulate(seed, folder).world.faults
+        faults += simulate(seed, folder / str(seed)).world.faults  # a spill that is left is only its own
     rate = len(seeds) / (time.process_time() - began) * 60
     tally.count("simulated seeds", len(seeds))
     tally.count("simulated faults", faults.total())

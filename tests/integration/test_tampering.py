@@ -21,6 +21,7 @@ TABLES = {table.name: table for table in metadata.tables.values() if table.name 
 ALL = "every column"
 #: What nobody promised to notice, and why.
 NOT_PROMISED = {
+    "budget": dict.fromkeys(("name", "declared", "is_simulated"), "how jobs find it; its cap counts (G9)"),
     "run": {"reason": "why it is not done; a done run has none"},
     "lane": {
         **dict.fromkeys(
@@ -41,6 +42,8 @@ NOT_PROMISED = {
 #: Where another value has to be one that the table's checks let pass.
 SPELT = {
     ("price", "band"): "CASE band WHEN 'flat' THEN 'peak' ELSE 'flat' END",
+    ("budget", "name"): "'x', declared = cap",
+    ("budget", "declared"): "cap, name = 'x'",
     ("run", "state"): "'paused'",
     ("shard", "state"): "'open'",
     ("document", "state"): "'dead_letter', reason = 'x'",
