@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
-from tests.faults.summary import BEGIN, END, REPORT_FILE, Tally, gather, lines, markdown
-
-ROOT = Path(__file__).parents[2]
+from tests.faults.summary import Tally, gather, lines, markdown
 
 
 def report(
@@ -38,8 +33,9 @@ def test_the_faults_of_a_failed_test_do_not_count_and_it_is_named() -> None:
     assert list(lines(found))[-1].startswith("FAILED: 1 of 2 tests")
 
 
-def test_the_readme_shows_the_last_run_and_nothing_failed_in_it() -> None:
-    report = json.loads(REPORT_FILE.read_text())
-    assert report["tests"]["failed"] == []
-    readme = (ROOT / "README.md").read_text()
-    assert readme.partition(BEGIN)[2].partition(END)[0].strip() == markdown(report)
+def test_a_report_becomes_a_table_that_says_which_run_it_was() -> None:
+    report = {"seed": 7, "scale": "0.5", "date": "2026-11-24", "tests": {"passed": 2, "failed": []}}
+    table = markdown(report | {"faults": {"SIGKILL": 1200}, "figures": {"took": "1 s"}})
+    assert table.startswith("`make faults SEED=7 SCALE=0.5`, 2026-11-24: 2 tests passed, no violation.")
+    assert "| SIGKILL | 1,200 |" in table
+    assert "| took | 1 s |" in table
