@@ -171,7 +171,8 @@ def test_ctrl_c_in_a_terminal_pauses_a_second_one_gives_up_and_the_same_command_
         assert (code, audit["run"], audit["proved"]) == (0, 1, True)
     assert audit["results"] + audit["dead_letters"] == audit["documents"] == DOCUMENTS
     again = sum(line["cost_pico"] for line in read_lines(bill_path(farthing.home))) - audit["cost_pico"]
-    assert audit["unknown_attempts"] == given_up.unknown_attempts
+    # Fewer, where replies had come that waited on disk: whoever resumes the run records them.
+    assert 0 < audit["unknown_attempts"] <= given_up.unknown_attempts
     assert 0 <= again <= audit["unknown_pico"]
     assert_left_nothing(farthing)
 
