@@ -50,7 +50,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.pipeline
 
 lock:
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url -o requirements.lock
 
 clean:

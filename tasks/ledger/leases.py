@@ -32,7 +32,7 @@ from tasks.ledger.connection import Ledger, PassingFailure, cancellation_kept, e
 DEAD_AFTER_S = 30.0
 #: A lane whose session ended counts as dead after so long without a heartbeat, so that a restart of Postgres does
 #: not cost living lanes their shards.
-GRACE_S = 10.0
+GRACE_S = 8.0
 #: Where session locks live among Postgres's advisory locks.
 _LOCK_SPACE = 0x4661
 
