@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -19,6 +19,7 @@ KEY_PREFIX = "sk-sandbox"
 class Account:
     """One account. `funded_pico` was paid in; what the bill says has been spent of it.
 
+    `peak` is the most requests that ran at once since the limits were last set.
     Below `full_pico` of balance the ceilings shrink in proportion, as DeepSeek's do; the law is this emulator's.
     """
 
@@ -45,6 +46,11 @@ class Account:
     def check_balance(self) -> None:
         if self.balance_pico <= 0:
             raise Refusal(402, "Insufficient Balance", "unknown_error")
+
+    def set_limits(self, limits: Mapping[str, int]) -> None:
+        """Other limits for these models, or the same: the peaks are counted anew."""
+        self.limits.update(limits)
+        self.peak = self.in_flight.copy()
 
     def ceiling(self, model: str) -> int:
         """Requests of one model that may run at once."""

@@ -141,10 +141,10 @@ class DeepSeek:
         return await self._set(request, lambda body: _set_clock(self.house, body["now"]))
 
     async def set_limits(self, request: web.Request) -> web.StreamResponse:
-        """`{"deepseek-flash": 50}`: the concurrency that the account is entitled to, from now on."""
+        """`{"deepseek-flash": 50}`: the concurrency that the account is entitled to, and its peaks, from now on."""
         return await self._set(
             request,
-            lambda body: self.house.account.limits.update({MODELS[name]: int(limit) for name, limit in body.items()}),
+            lambda body: self.house.account.set_limits({MODELS[name]: int(limit) for name, limit in body.items()}),
         )
 
     async def set_balance(self, request: web.Request) -> web.StreamResponse:
@@ -198,7 +198,7 @@ def build(options: argparse.Namespace) -> DeepSeek:
     check_priced(clock, options.currency)
     bill = Bill(bill_path(options.home), options.currency)
     account = Account(bill, to_pico(options.balance), options.key)
-    account.limits.update({FLASH: options.flash_limit, PRO: options.pro_limit})
+    account.set_limits({FLASH: options.flash_limit, PRO: options.pro_limit})
     scale = options.time_scale
     house = House(
         account=account,

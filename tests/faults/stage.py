@@ -87,6 +87,7 @@ class Stage:
         self._scenes += 1
         (self.root / "jobs" / "colours" / "prompt.md").write_text(f"{PROMPT}\nScene {self._scenes}.\n")
         write_documents(self.root, self.documents)
+        self.ask_sandbox("POST", "limits", {})  # its peaks are the scene's
         self._logs.clear()
 
     def start(self, **order: Any) -> ForkServerProcess:

@@ -309,6 +309,9 @@ async def test_limits_are_set_while_it_runs(tmp_path: Path) -> None:
         assert sorted(reply.status for reply in replies) == [200, 200, 429, 429, 429]
         text = " ".join([await reply.text() for reply in replies])
         assert "exceeds your concurrency limit of 2." in text
+        assert sandbox.server.house.account.peak[FLASH] == 2
+        await sandbox.post("limits", {})
+        assert sandbox.server.house.account.peak[FLASH] == 0
 
 
 async def test_the_balance_falls_by_what_is_billed_and_nothing_is_sold_on_credit(tmp_path: Path) -> None:
