@@ -550,7 +550,7 @@ def test_a_kind_of_mishap_that_strikes_all_for_a_while_and_then_a_third_breaks_n
     kind: str, stage: Stage, seed: int, tally: Tally
 ) -> None:
     """Whatever it stops, the same command goes on with it; a share of 1.0 lasts for some attempts only."""
-    args = {"seconds": 0.1, "pause": 0.01, "ceiling": 5}
+    args = {"seconds": 0.1, "pause": 0.01, "ceiling": 5, "by": 1}
     first = {"kind": kind, "after": 5, "first": 2 * IN_FLIGHT, "args": args}
     for rule in (first, {"kind": kind, "share": 0.3, "seed": seed, "args": args}):
         stage.scene()
