@@ -38,13 +38,13 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not long"
 
-# One after the other: these kill processes and servers, and what they measure is theirs alone. SEED plays other
-# faults, or the same again; SCALE is the share of the full counts, like 0.1.
+# Two at a time, on any machine: they kill processes and servers of their own, and what is measured is measured in
+# company. SEED plays other faults, or the same again; SCALE is the share of the full counts, like 0.1.
 SEED ?= 1
 SCALE ?= 1
 faults: setup
 	FARTHING_FAULTS_SEED=$(SEED) FARTHING_FAULTS_SCALE=$(SCALE) FARTHING_FAULTS_REPORT=tests/faults/report.json \
-		$(BIN)/python -m pytest tests/faults -m "long or not long"
+		$(BIN)/python -m pytest tests/faults -m "long or not long" -n 2 --dist loadgroup -v
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline

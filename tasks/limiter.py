@@ -3,7 +3,8 @@
 The limit starts low, doubles each round trip until the provider objects (slow start), then grows by one a round
 trip and falls by a third on objection, at most once a round trip (AIMD; Chiu and Jain, 1989). A ceiling that the
 provider states is the whole account's: this lane's share of it is believed at once, and remembered. After a calm
-while at it the limit may pass it a little, since an account that is topped up has its old ceiling back.
+while at it the slow start begins again, since an account that is topped up has its old ceiling back within minutes:
+that asks for one objection, mostly, which comes at once and costs nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from schemas.attempts import Signal
 
 SLOW_START = 16
 DECREASE = 0.7
-#: A remembered ceiling rises by this part of itself after so many round trips at it without objection.
-RAISE, CALM_ROUND_TRIPS = 1 / 8, 16
+#: A remembered ceiling is forgotten after so many round trips at it without objection.
+CALM_ROUND_TRIPS = 8
 _OBJECTIONS = frozenset({Signal.RATE_LIMITED, Signal.UNAVAILABLE})
 _DELIVERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED})
 
@@ -119,17 +120,16 @@ class Limiter:
         if self.in_flight + 1 < self.limit / 2:
             return  # the limit is not what holds us back, so a success says nothing about it
         if self._limit >= self._working_ceiling:
-            self._raise_ceiling()
+            self._doubt_ceiling()
         step = 1.0 if self._is_slow_start else 1.0 / self._limit
         self._limit = min(self._working_ceiling, self._limit + step)
 
-    def _raise_ceiling(self) -> None:
-        """Let a remembered ceiling rise after a calm while at it."""
+    def _doubt_ceiling(self) -> None:
+        """Forget a remembered ceiling after a calm while at it: only the provider knows whether it still holds."""
         self._calm += 1
         if self._calm >= CALM_ROUND_TRIPS * self._limit:
             self._calm = 0
-            higher = self._working_ceiling + max(1.0, self._working_ceiling * RAISE)
-            self._working_ceiling = min(float(self.ceiling), higher)
+            self._working_ceiling, self._is_slow_start = float(self.ceiling), True
 
     def _admit(self) -> None:
         while self._queue and self.in_flight < self.limit:

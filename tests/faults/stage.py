@@ -77,6 +77,7 @@ class Stage:
     starts: int = 1
     in_flight: int = IN_FLIGHT
     deadline_s: float = DEADLINE_S
+    job: str = JOB
     _children: int = 0
     _scenes: int = 0
     _logs: list[Path] = field(default_factory=list)
@@ -145,7 +146,7 @@ class Stage:
 
     def change_job(self, **lines: object) -> None:
         """Other values for keys of the job file, until it is changed again; without any, the usual job."""
-        job = JOB
+        job = self.job
         for key, value in lines.items():
             job = re.sub(rf"(?m)^{key}: .*$", f"{key}: {value}", job)
         (self.root / "jobs" / "colours" / "job.yaml").write_text(job)
@@ -220,10 +221,11 @@ def staged(
     job = root / "jobs" / "colours"
     job.mkdir(parents=True)
     text = JOB.replace(f"concurrency: {IN_FLIGHT}", f"concurrency: {in_flight}")
-    (job / "job.yaml").write_text(text.replace(f"deadline_s: {REPLY_WITHIN_S}", f"deadline_s: {reply_within_s}"))
+    text = text.replace(f"deadline_s: {REPLY_WITHIN_S}", f"deadline_s: {reply_within_s}")
+    (job / "job.yaml").write_text(text)
     (job / "answer.schema.json").write_text(SCHEMA)
     with service.running(root, **{"clock": CLOCK, "time_scale": 0, "cache_build": 0, **options}) as emulator:
-        yield Stage(root, database_url, emulator.url, documents, in_flight=in_flight)
+        yield Stage(root, database_url, emulator.url, documents, in_flight=in_flight, job=text)
 
 
 def write_documents(root: Path, documents: int) -> None:

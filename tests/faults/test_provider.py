@@ -648,9 +648,9 @@ def storm(stage: Stage, most: int, least: int, documents: int) -> Counter[str]:
     child = stage.start()
     watch(stage, child, before + documents // 3, counted, "high")
     set_limit(stage, least)
-    fallen = before + documents // 3 + most + 2 * least  # what was in flight is over
+    fallen = before + documents // 3 + counted["high"] + 2 * least  # what was in flight is over
     watch(stage, child, fallen, counted, "falling")
-    watch(stage, child, fallen + 10 * least, counted, "low")
+    watch(stage, child, fallen + 4 * least, counted, "low")
     set_limit(stage, most)
     watch(stage, child, before + 10 * documents, counted, "high again")
     assert stage.wait(child) == 0, stage.told()
@@ -666,7 +666,9 @@ def set_limit(stage: Stage, limit: int) -> None:
 
 def watch(stage: Stage, child: ForkServerProcess, until: int, counted: Counter[str], phase: str) -> None:
     """Look how many are in flight until so many were billed, or the run is over; the most is `counted`."""
+    deadline = time.monotonic() + stage.deadline_s
     while billed(stage) < until and child.exitcode is None:
+        assert time.monotonic() < deadline, (phase, counted, stage.told())
         now = stage.ask_sandbox("GET", "status")["in_flight"]["deepseek-flash"]
         counted[phase] = max(counted[phase], now)
         time.sleep(0.01)
@@ -688,12 +690,15 @@ def test_2500_in_flight_come_down_to_50_and_climb_again(
     root = tmp_path_factory.mktemp("storm")
     name = f"storm_{root.parent.name}_{root.name}".replace("-", "_")
     url = create_database(postgres, name, template=template)
-    with staged(root, url, documents=0, time_scale=1, reply=1, tokens="fast") as stage:
-        counted = storm(stage, 2500, 50, documents=round(6000 + 12_000 * scale))
+    most = max(250, round(2500 * scale))
+    # Replies take so long that the account's ceiling is what binds, and not this machine.
+    with staged(root, url, documents=0, time_scale=1, reply=4, reply_within_s=120, tokens="fast") as stage:
+        stage.deadline_s = 300.0
+        counted = storm(stage, most, 50, documents=5 * most)
         assert stage.violations() == [], stage.told()
     drop_database(postgres, name)
-    assert counted["high"] > 1000
-    assert counted["low"] <= 50 < counted["high again"], counted
-    assert 0 < counted["429"] <= 2500, counted
+    assert counted["high"] > most / 2, counted
+    assert counted["low"] <= 50 < most / 4 < counted["high again"], counted
+    assert 0 < counted["429"] <= most, counted
     tally.count("provider: 429 storm")
     tally.figure("storm", ", ".join(f"{phase} {count}" for phase, count in counted.items()))

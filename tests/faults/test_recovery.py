@@ -106,7 +106,7 @@ def test_lanes_soon_go_on_when_a_killed_postgres_is_back(
 
 @pytest.fixture
 def wide(server: HurtablePostgres, tmp_path: Path, scale: float) -> Iterator[Stage]:
-    """The width of DeepSeek's own limit, and replies that take as long as its."""
+    """The width of DeepSeek's own limit, and replies so slow that it is what binds, not this machine."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -118,7 +118,7 @@ def wide(server: HurtablePostgres, tmp_path: Path, scale: float) -> Iterator[Sta
         in_flight=in_flight,
         reply_within_s=120,
         time_scale=1,
-        reply=3,
+        reply=8,
     ) as made:
         made.deadline_s = 300.0
         yield made
