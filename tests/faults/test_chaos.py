@@ -275,7 +275,7 @@ def test_every_kind_of_fault_at_random_breaks_no_promise(
     """Two seeds share every kind of fault; half of them begin with two starts at once."""
     first = seed * 1000 + 2 * pair * 100
     faults: Counter[str] = Counter()
-    for number in range(first, first + 2 * share(12, scale)):
+    for number in range(first, first + 2 * share(8, scale)):
         Round(number, stage, server, faults).play(hand(number, 8))
     tally.count_all(faults)
 
@@ -287,7 +287,7 @@ def test_a_lane_told_twice_to_stop_ends_whether_postgres_is_there_or_not(
 ) -> None:
     """At any moment of its work: a cancellation in mid-COPY on a connection that breaks must not be lost."""
     round = Round(seed, stage, server)
-    for number in range(max(1, int(100 * scale))):
+    for number in range(max(1, int(50 * scale))):
         child = round.start()
         wait_until(lambda child=child: "lane working" in stage.told_by(child) or child.exitcode is not None)
         time.sleep(round.random.uniform(0.0, 0.3))

@@ -194,7 +194,7 @@ def test_a_share_of_everything_on_a_line_goes_wrong_and_no_promise_is_broken(
     line: str, kind: Kind, toward: Toward, lines: Lines, seed: int, scale: float, tally: Tally
 ) -> None:
     chance = random.Random(f"{seed} {line} {kind} {toward}")
-    for _ in range(max(1, round(5 * scale))):
+    for _ in range(max(1, round(3 * scale))):
         share = 1.0 if kind in SLOW else chance.uniform(0.01, 0.2 if line == "model" else 0.02)
         fault = Fault(kind, toward, share, after=chance.randint(0, 200), seconds=PATIENCE_S.get(kind, 0.002))
         play(lines, seed, **{line: [fault]})
