@@ -7,7 +7,9 @@ pool and the transactions; COPY goes to the psycopg connection underneath, which
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -216,6 +218,11 @@ def explain(error: Exception, url: URL) -> FarthingError:
             return PermissionRefused(_explain_permission(place))
         case None if (refusal := _read_refusal(original)) is not None:
             return LedgerUnavailable(refusal.format(place=place, database=url.database))
+        case None if _has_no_descriptor_left():
+            return PassingFailure(
+                "this process may open no more files, so that Postgres cannot be reached: raise `ulimit -n`, "
+                "or lower the job's concurrency"
+            )
         case None if isinstance(original, psycopg.OperationalError | psycopg.InterfaceError | OSError):
             return PassingFailure(
                 f"Postgres at {place} cannot be reached: start it, or set FARTHING_DATABASE_URL, "
@@ -223,6 +230,15 @@ def explain(error: Exception, url: URL) -> FarthingError:
             )
         case _:
             return LedgerUnavailable(f"Postgres at {place} failed with {code or type(original).__name__}")
+
+
+def _has_no_descriptor_left() -> bool:
+    """Whether this process may open no more files, which libpq does not tell from a server that is away."""
+    try:
+        os.close(os.dup(2))
+    except OSError as error:
+        return error.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 _NO_DATABASE = "there is no database at {place}: create it with `createdb {database}`"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -198,6 +199,18 @@ def test_an_error_that_no_code_explains_keeps_its_name_and_nothing_else() -> Non
     error = explain(OSError("the password is 123"), make_url("postgresql://me:123@host:1/x"))
     assert isinstance(error, PassingFailure)
     assert "123" not in str(error)
+
+
+async def test_too_few_descriptors_are_not_blamed_on_postgres(ledger_url: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with lane_ledger(ledger_url) as ledger:
+        await ledger.engine.dispose()  # so that it has to connect again
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(PassingFailure, match="may open no more files.*ulimit -n"):
+                await touch(ledger)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_an_upgrade_reports_its_version(ledger_url: str) -> None:
