@@ -207,7 +207,7 @@ async def test_too_few_descriptors_are_not_blamed_on_postgres(ledger_url: str) -
         await ledger.engine.dispose()  # so that it has to connect again
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
-            with pytest.raises(PassingFailure, match="may open no more files.*ulimit -n"):
+            with pytest.raises(PassingFailure, match=r"may open no more files.*ulimit -n"):
                 await touch(ledger)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
