@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.summary import Tally, gather, lines, markdown
+from tests.faults.summary import Tally, gather, grouped, lines, markdown
 
 
 def report(
@@ -31,6 +31,23 @@ def test_the_faults_of_a_failed_test_do_not_count_and_it_is_named() -> None:
     found = gather((r.outcome, r) for r in reports)
     assert (found.faults, found.failed) == ({"SIGKILL": 2}, ["tests/faults/b"])
     assert list(lines(found))[-1].startswith("FAILED: 1 of 2 tests")
+
+
+def test_a_test_that_could_not_begin_or_end_has_failed() -> None:
+    ended = report("a", "passed", ("SIGKILL", 2))
+    broken = report("a", "failed")
+    broken.when = "teardown"
+    found = gather(iter([("passed", ended), ("error", broken)]))
+    assert found.failed == ["tests/faults/a"]
+
+
+def test_kinds_of_one_group_are_added_up_for_the_readme() -> None:
+    faults = {"SIGKILL": 5, "provider: 401": 2, "provider: cut": 3, "model: reset toward client": 1}
+    assert list(grouped(faults)) == [
+        ("SIGKILL", 5),
+        ("bad replies, refusals, storms and price edges of the provider, 2 kinds", 5),
+        ("faults on the line to the model, 1 kinds", 1),
+    ]
 
 
 def test_a_report_becomes_a_table_that_says_which_run_it_was() -> None:
