@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench faults lock clean
+.PHONY: help setup demo test lint bench faults faults-again lock clean
 
 help:
 	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
@@ -45,6 +45,12 @@ SCALE ?= 1
 faults: setup
 	FARTHING_FAULTS_SEED=$(SEED) FARTHING_FAULTS_SCALE=$(SCALE) FARTHING_FAULTS_REPORT=tests/faults/report.json \
 		$(BIN)/python -m pytest tests/faults -m "long or not long" -n 2 --dist loadgroup -v
+
+# Only the tests that failed, added to the report of the run they failed in. Their names have spaces.
+faults-again: setup
+	$(BIN)/python -m tests.faults.summary failed | tr '\n' '\0' | FARTHING_FAULTS_AGAIN=1 \
+		FARTHING_FAULTS_SEED=$(SEED) FARTHING_FAULTS_SCALE=$(SCALE) FARTHING_FAULTS_REPORT=tests/faults/report.json \
+		xargs -0 $(BIN)/python -m pytest -m "long or not long" -v
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline

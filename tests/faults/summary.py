@@ -1,12 +1,14 @@
 """The table of a fault run: how often each fault was played, over all tests and workers, and what was measured.
 
 `make faults` writes it to `report.json` beside this file; `python -m tests.faults.summary` puts that into the README.
+`make faults-again` plays only the tests that failed, and adds them to the report, which says so.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +19,23 @@ from typing import Any
 import pytest
 
 SEED, SCALE, REPORT = "FARTHING_FAULTS_SEED", "FARTHING_FAULTS_SCALE", "FARTHING_FAULTS_REPORT"
+#: Set where only the tests that failed in the report are played, to be added to it.
+AGAIN = "FARTHING_FAULTS_AGAIN"
 REPORT_FILE = Path(__file__).parent / "report.json"
 #: The README's table is between these lines.
 BEGIN, END = "<!-- faults: begin (written by python -m tests.faults.summary) -->", "<!-- faults: end -->"
 _FAULT, _FIGURE = "fault", "figure"
+#: Where pytest files a test that ran: "error" has those whose set-up or tear-down failed.
+OUTCOMES = ("passed", "failed", "error")
+#: What the whole form owes, at full scale: how often at least.
+FLOORS = {
+    "SIGKILL": 1000,
+    "Postgres killed": 100,
+    "zombie lane": 100,
+    "simulated seeds": 10_000,
+    "provider: reply cut at a byte": 600,
+    "random budgets": 1000,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,17 @@ class Summary:
     passed: int = 0
     failed: list[str] = field(default_factory=list)
 
+    def added_to(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """The report of a run whose failed tests were played again. What had failed counted nothing there."""
+        tests = {
+            "passed": earlier["tests"]["passed"] + self.passed,
+            "failed": self.failed,
+            "again": earlier["tests"].get("again", 0) + self.passed,
+        }
+        faults = Counter(earlier["faults"]) + self.faults
+        figures = {**earlier["figures"], **self.figures}
+        return {**earlier, "tests": tests, "faults": dict(sorted(faults.items())), "figures": figures}
+
     def as_json(self, seed: str, scale: str | None) -> dict[str, Any]:
         return {
             "date": datetime.now(UTC).date().isoformat(),
@@ -69,7 +95,7 @@ def gather(reports: Iterator[tuple[str, pytest.TestReport]]) -> Summary:
         if "tests/faults" not in report.nodeid or (outcome == "passed" and report.when != "call"):
             continue
         if outcome != "passed":  # in its set-up and tear-down, too
-            found.failed.append(report.nodeid)
+            found.failed.append(ungrouped(report.nodeid))
             continue
         found.passed += 1
         for name, told in report.user_properties:
@@ -80,24 +106,32 @@ def gather(reports: Iterator[tuple[str, pytest.TestReport]]) -> Summary:
     return found
 
 
+def ungrouped(nodeid: str) -> str:
+    """The test's name without the group that pytest-xdist appends, `@GROUP`."""
+    name, at, group = nodeid.rpartition("@")
+    return name if at and "]" not in group else nodeid
+
+
 def show(terminal: pytest.TerminalReporter) -> None:
     """Print the table, and write it as JSON where `FARTHING_FAULTS_REPORT` says."""
-    outcomes = ((name, report) for name in ("passed", "failed") for report in terminal.stats.get(name, []))
+    outcomes = ((name, report) for name in OUTCOMES for report in terminal.stats.get(name, []))
     found = gather((name, report) for name, report in outcomes if isinstance(report, pytest.TestReport))
-    if not found.faults and not found.figures:
+    if not (found.faults or found.figures or found.failed):
         return
     terminal.section("faults")
     for line in lines(found):
         terminal.line(line)
     if path := os.environ.get(REPORT):
         report = found.as_json(os.environ.get(SEED, "1"), os.environ.get(SCALE))
+        if os.environ.get(AGAIN):
+            report = found.added_to(json.loads(Path(path).read_text()))
         Path(path).write_text(json.dumps(report, indent=2) + "\n")
         terminal.line(f"written to {path}")
 
 
 def lines(found: Summary) -> Iterator[str]:
     """The table, line by line."""
-    width = max(map(len, [*found.faults, *found.figures]))
+    width = max(map(len, [*found.faults, *found.figures]), default=0)
     for fault, times in sorted(found.faults.items()):
         yield f"{fault:<{width}}  {times:>9,}"
     for name, measured in sorted(found.figures.items()):
@@ -135,6 +169,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     played = f"`make faults SEED={report['seed']} SCALE={report['scale']}`"
     heading = "The short form, which every commit plays" if report["scale"] is None else played
     heading += f", {report['date']}: {report['tests']['passed']} tests passed, "
+    if again := report["tests"].get("again", 0):
+        heading += f"{again} of them only when they were played again, "
     return "\n".join(
         [
             heading + (f"{failed} failed." if failed else "no violation."),
@@ -157,5 +193,13 @@ def write_readme(readme: Path, report: Path) -> None:
     readme.write_text(f"{before}{begin}\n{markdown(json.loads(report.read_text()))}\n{end}{after}")
 
 
+def missed(report: Mapping[str, Any]) -> list[str]:
+    """The faults that a whole run played less often than it owes."""
+    return [fault for fault, least in FLOORS.items() if report["faults"].get(fault, 0) < least]
+
+
 if __name__ == "__main__":
-    write_readme(Path("README.md"), REPORT_FILE)
+    if sys.argv[1:] == ["failed"]:
+        print("\n".join(json.loads(REPORT_FILE.read_text())["tests"]["failed"]))
+    else:
+        write_readme(Path("README.md"), REPORT_FILE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.summary import Tally, gather, grouped, lines, markdown
+from tests.faults.summary import Tally, gather, grouped, lines, markdown, show, ungrouped
 
 
 def report(
@@ -39,6 +39,43 @@ def test_a_test_that_could_not_begin_or_end_has_failed() -> None:
     broken.when = "teardown"
     found = gather(iter([("passed", ended), ("error", broken)]))
     assert found.failed == ["tests/faults/a"]
+
+
+class Terminal:
+    """pytest's reporter, with what it files under each outcome."""
+
+    def __init__(self, **stats: list[pytest.TestReport]) -> None:
+        self.stats = stats
+        self.written: list[str] = []
+
+    def section(self, title: str) -> None:
+        self.written.append(title)
+
+    def line(self, text: str) -> None:
+        self.written.append(text)
+
+
+def test_a_test_that_pytest_files_as_an_error_is_in_the_table() -> None:
+    terminal = Terminal(error=[report("a", "failed")])
+    show(terminal)
+    assert terminal.written[-1].startswith("FAILED: 1 of 1 tests")
+
+
+def test_what_failed_and_passes_when_played_again_is_added_and_said() -> None:
+    earlier = {"seed": 7, "scale": "1", "date": "2026-11-24", "tests": {"passed": 2, "failed": ["tests/faults/b"]}}
+    reports = [report("b", "passed", ("SIGKILL", 3), figures={"took": "2 s"})]
+    found = gather((r.outcome, r) for r in reports)
+    both = found.added_to(earlier | {"faults": {"SIGKILL": 2}, "figures": {"took": "1 s"}})
+    assert both["tests"] == {"passed": 3, "failed": [], "again": 1}
+    assert (both["faults"], both["figures"]) == ({"SIGKILL": 5}, {"took": "2 s"})
+    assert "3 tests passed, 1 of them only when they were played again, no violation." in markdown(both)
+
+
+@pytest.mark.parametrize(
+    ("nodeid", "name"), [("a.py::t@group", "a.py::t"), ("a.py::t[x@y]@group", "a.py::t[x@y]"), ("a::t[x@y]",) * 2]
+)
+def test_a_test_has_the_name_that_pytest_takes(nodeid: str, name: str) -> None:
+    assert ungrouped(nodeid) == name
 
 
 def test_kinds_of_one_group_are_added_up_for_the_readme() -> None:
