@@ -2,9 +2,10 @@
 
 The limit starts low, doubles each round trip until the provider objects (slow start), then grows by one a round
 trip and falls by a third on objection, at most once a round trip (AIMD; Chiu and Jain, 1989). A ceiling that the
-provider states is the whole account's: this lane's share of it is believed at once, and remembered. After a calm
-while at it the slow start begins again, since an account that is topped up has its old ceiling back within minutes:
-that asks for one objection, mostly, which comes at once and costs nothing.
+provider states is the whole account's: this lane's share of it is believed at once, and remembered. After a cut
+below it one calm round trip leads back to it. After a longer calm while, whatever the limit, the slow start begins
+again: an account that is topped up, and a provider that recovered, have their old ceiling within minutes. Where
+nothing has changed that asks for as many objections as are sent until the first is back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from schemas.attempts import Signal
 
 SLOW_START = 16
 DECREASE = 0.7
-#: A remembered ceiling is forgotten after so many round trips at it without objection.
+#: What was learned from objections is forgotten after so many round trips without another.
 CALM_ROUND_TRIPS = 8
 _OBJECTIONS = frozenset({Signal.RATE_LIMITED, Signal.UNAVAILABLE})
 _DELIVERED = frozenset({Signal.ANSWERED, Signal.BLANK, Signal.TRUNCATED, Signal.REFUSED})
@@ -119,17 +120,13 @@ class Limiter:
     def _grow(self) -> None:
         if self.in_flight + 1 < self.limit / 2:
             return  # the limit is not what holds us back, so a success says nothing about it
-        if self._limit >= self._working_ceiling:
-            self._doubt_ceiling()
-        step = 1.0 if self._is_slow_start else 1.0 / self._limit
-        self._limit = min(self._working_ceiling, self._limit + step)
-
-    def _doubt_ceiling(self) -> None:
-        """Forget a remembered ceiling after a calm while at it: only the provider knows whether it still holds."""
         self._calm += 1
         if self._calm >= CALM_ROUND_TRIPS * self._limit:
-            self._calm = 0
-            self._working_ceiling, self._is_slow_start = float(self.ceiling), True
+            self._calm, self._working_ceiling, self._is_slow_start = 0, float(self.ceiling), True
+        elif self._limit < self._working_ceiling < self.ceiling and self._calm >= self._limit:
+            self._is_slow_start = True  # this lane's share is known: another, which doubted its own, took of it
+        step = 1.0 if self._is_slow_start else 1.0 / self._limit
+        self._limit = min(self._working_ceiling, self._limit + step)
 
     def _admit(self) -> None:
         while self._queue and self.in_flight < self.limit:

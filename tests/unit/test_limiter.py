@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter, deque
 
 from schemas.attempts import Signal
 from tasks.limiter import CALM_ROUND_TRIPS, DECREASE, SLOW_START, Limiter
@@ -97,21 +98,72 @@ async def test_a_stated_ceiling_is_remembered_and_passed_only_after_a_calm_while
     assert seen[-1] > 8 * 4, "after that it is a slow start again"
 
 
-async def test_a_ceiling_that_holds_is_doubted_at_the_price_of_one_objection() -> None:
-    limiter, objections = Limiter(ceiling=1000), 0
-    tickets = await fill(limiter)
-    for _ in range(2 + 4 * CALM_ROUND_TRIPS):
-        for ticket in tickets[:]:
-            tickets.remove(ticket)
+class Account:
+    """A provider with a ceiling for all lanes: it answers in turn, and refuses `late` answers after it was asked."""
+
+    def __init__(self, ceiling: int, limiters: list[Limiter], *, late: int = 1, states: bool = True) -> None:
+        self.ceiling, self.limiters, self.late, self.states = ceiling, limiters, late, states
+        self.running: deque[tuple[Limiter, int]] = deque()
+        self.refused: deque[tuple[int, Limiter, int]] = deque()
+        self.answers = self.objections = 0
+
+    async def round_trip(self) -> None:
+        for _ in range(max(1, len(self.running))):
+            await self.answer()
+
+    async def answer(self) -> None:
+        self.answers += 1
+        if self.running:
+            limiter, ticket = self.running.popleft()
             limiter.release(ticket, Signal.ANSWERED)
-            for more in await fill(limiter):
-                if len(tickets) < 50:
-                    tickets.append(more)
-                else:  # the provider says so at once
-                    limiter.release(more, Signal.RATE_LIMITED, ceiling=50)
-                    objections += 1
-    assert limiter.limit == 50
-    assert 4 <= objections <= 1 + 4
+        while self.refused and self.refused[0][0] <= self.answers:
+            _, limiter, ticket = self.refused.popleft()
+            limiter.release(ticket, Signal.RATE_LIMITED, self.ceiling if self.states else None)
+            self.objections += 1
+        for limiter in self.limiters:
+            for ticket in await fill(limiter):
+                if len(self.running) < self.ceiling:
+                    self.running.append((limiter, ticket))
+                else:
+                    self.refused.append((self.answers + self.late, limiter, ticket))
+
+
+async def test_a_ceiling_that_holds_is_doubted_at_the_price_of_what_is_sent_until_the_first_objection() -> None:
+    limiter = Limiter(ceiling=1000)
+    account = Account(50, [limiter], late=5)
+    for _ in range(10):
+        await account.round_trip()
+    before = account.objections
+    for _ in range(4 * CALM_ROUND_TRIPS):
+        await account.round_trip()
+    assert 1 <= account.objections - before <= 4 * 5
+    assert limiter.limit >= 50 * DECREASE
+
+
+async def test_lanes_that_doubt_their_shares_do_not_starve_each_other() -> None:
+    limiters = [Limiter(ceiling=1000, lanes=4) for _ in range(4)]
+    account, limits, round_trips = Account(200, limiters, late=20), Counter[int](), 40 * CALM_ROUND_TRIPS
+    for _ in range(round_trips):
+        await account.round_trip()
+        limits.update({number: limiter.limit for number, limiter in enumerate(limiters)})
+    assert min(limits.values()) / round_trips > 45, limits
+    assert account.objections < account.answers / 50
+
+
+async def test_after_objections_without_a_stated_ceiling_the_limit_soon_climbs_again() -> None:
+    limiter = Limiter(ceiling=1000)
+    account = Account(1000, [limiter], states=False)
+    for _ in range(10):
+        await account.round_trip()
+    assert limiter.limit == 1000
+    account.ceiling = 20
+    for _ in range(10):
+        await account.round_trip()
+    assert limiter.limit < 50
+    account.ceiling = 1000
+    for _ in range(2 * CALM_ROUND_TRIPS):
+        await account.round_trip()
+    assert limiter.limit == 1000
 
 
 async def test_an_objection_at_a_ceiling_that_was_believed_before_is_a_cut() -> None:
