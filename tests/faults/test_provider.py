@@ -638,36 +638,54 @@ def set_clock(stage: Stage, instant: datetime) -> None:
     stage.ask_sandbox("POST", "clock", {"now": f"{instant:%Y-%m-%dT%H:%M:%SZ}"})
 
 
-def storm(stage: Stage, most: int, least: int, documents: int) -> Counter[str]:
+def storm(stage: Stage, most: int, least: int, documents: int, **order: Any) -> Counter[str]:
     """The account's ceiling falls from `most` to `least` in mid-run and rises again. What was counted."""
     stage.documents = documents
-    stage.change_job(concurrency=most, shard_rows=max(5, documents // 20))
+    stage.change_job(concurrency=most, shard_rows=max(5, documents // 20), budget="50 USD")
     set_limit(stage, most)
     stage.scene()
     before, counted = billed(stage), Counter[str]()
-    child = stage.start()
+    child = stage.start(**order)
     watch(stage, child, before + documents // 3, counted, "high")
     set_limit(stage, least)
     fallen = before + documents // 3 + counted["high"] + 2 * least  # what was in flight is over
     watch(stage, child, fallen, counted, "falling")
-    watch(stage, child, fallen + 4 * least, counted, "low")
+    already = refused(stage)
+    watch(stage, child, fallen + 12 * least, counted, "low")  # long enough to doubt that the ceiling still holds
+    counted["429 while low"] = refused(stage) - already
     set_limit(stage, most)
-    watch(stage, child, before + 10 * documents, counted, "high again")
+    rose, want = time.monotonic(), 0.8 * counted["high"]
+    watch(stage, child, before + 10 * documents, counted, "high again", lambda: counted["high again"] >= want)
+    counted["seconds until high again"] = round(time.monotonic() - rose)
     assert stage.wait(child) == 0, stage.told()
-    refused = [tried for ended in endings(stage).values() for tried in ended.tried if tried.signal == "rate_limited"]
-    assert {(tried.cost, tried.bound) for tried in refused} == {(0, None)}, counted
-    counted["429"] = len(refused)
+    costs = [tried for ended in endings(stage).values() for tried in ended.tried if tried.signal == "rate_limited"]
+    assert {(tried.cost, tried.bound) for tried in costs} == {(0, None)}, counted
+    counted["429"] = len(costs)
+    assert counted["high again"] >= want, counted
+    assert counted["429 while low"] <= 0.05 * 12 * least + 8, counted
     return counted
+
+
+def refused(stage: Stage) -> int:
+    query = "SELECT count(*) FROM attempt_outcome WHERE signal = 'rate_limited' AND run_id = "
+    return int(stage.value(f"{query}{stage.run_id}"))
 
 
 def set_limit(stage: Stage, limit: int) -> None:
     stage.ask_sandbox("POST", "limits", {"deepseek-flash": limit})
 
 
-def watch(stage: Stage, child: ForkServerProcess, until: int, counted: Counter[str], phase: str) -> None:
+def watch(
+    stage: Stage,
+    child: ForkServerProcess,
+    until: int,
+    counted: Counter[str],
+    phase: str,
+    is_seen: Callable[[], bool] = lambda: False,
+) -> None:
     """Look how many are in flight until so many were billed, or the run is over; the most is `counted`."""
     deadline = time.monotonic() + stage.deadline_s
-    while billed(stage) < until and child.exitcode is None:
+    while billed(stage) < until and child.exitcode is None and not is_seen():
         assert time.monotonic() < deadline, (phase, counted, stage.told())
         now = stage.ask_sandbox("GET", "status")["in_flight"]["deepseek-flash"]
         counted[phase] = max(counted[phase], now)
@@ -678,8 +696,8 @@ def test_a_lane_comes_down_to_a_ceiling_that_falls_and_climbs_when_it_rises(time
     counted = storm(timed, 64, 4, documents=600)
     assert timed.violations() == [], timed.told()
     assert counted["high"] > 32
-    assert counted["low"] <= 4 < counted["high again"], counted
-    assert 0 < counted["429"] <= 64, counted
+    assert counted["low"] <= 4, counted
+    assert 0 < counted["429"] <= 64 + 8, counted
     tally.count("provider: 429 storm")
 
 
@@ -692,13 +710,13 @@ def test_2500_in_flight_come_down_to_50_and_climb_again(
     url = create_database(postgres, name, template=template)
     most = max(250, round(2500 * scale))
     # Replies take so long that the account's ceiling is what binds, and not this machine.
-    with staged(root, url, documents=0, time_scale=1, reply=4, reply_within_s=120, tokens="fast") as stage:
-        stage.deadline_s = 300.0
-        counted = storm(stage, most, 50, documents=5 * most)
-        assert stage.violations() == [], stage.told()
+    with staged(root, url, documents=0, time_scale=1, reply=6, reply_within_s=120, tokens="fast") as stage:
+        stage.deadline_s = 400.0
+        counted = storm(stage, most, 50, documents=6 * most, time_scale=1.0)
+        assert stage.violations(undecided=frozenset()) == [], stage.told()
     drop_database(postgres, name)
-    assert counted["high"] > most / 2, counted
-    assert counted["low"] <= 50 < most / 4 < counted["high again"], counted
+    assert counted["high"] > 0.8 * most, counted
+    assert counted["low"] <= 50, counted
     assert 0 < counted["429"] <= most, counted
     tally.count("provider: 429 storm")
     tally.figure("storm", ", ".join(f"{phase} {count}" for phase, count in counted.items()))
