@@ -3,8 +3,9 @@
     python -m tests.faults.planted            every bug
     python -m tests.faults.planted NAME …     these
 
-A bug is caught when the tests it names end with failures. A copy that does not import, or finds no test, catches
-nothing. Whoever changes a planted line plants the bug again in what took its place: a test sees to it.
+A bug is caught when the tests it names, which pass in a copy without it, end with failures and without errors: a
+copy that does not import, finds no test or has no Postgres catches nothing. Whoever changes a planted line plants
+the bug again in what took its place: a test sees to it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 #: What the tests of a copy need.
 COPIED = ("farthing.py", "flows", "tasks", "schemas", "migrations", "sandbox", "jobs", "tests", "pyproject.toml")
-#: pytest's exit code for tests that ran, and failed. Any other is no catch: nothing ran, or nothing could.
-TESTS_FAILED = 1
+#: pytest's exit codes for tests that ran: none failed, and some did or could not begin. What failed is in its words.
+TESTS_PASSED, TESTS_FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,25 @@ def _tell(bug: Bug) -> bool:
 
 
 def is_caught(bug: Bug) -> bool:
-    """Whether the bug's tests fail in a copy of the tree that has it."""
+    """Whether the bug's tests fail in a copy of the tree that has it. Raises ValueError if they fail without it."""
     with copied() as root:
+        if bug.caught_by not in _PASS_UNPLANTED:
+            if _run(root, bug.caught_by).returncode != TESTS_PASSED:
+                raise ValueError(f"{' '.join(bug.caught_by)} fail without the bug, so they can catch nothing")
+            _PASS_UNPLANTED.add(bug.caught_by)
         bug.plant(root)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *bug.caught_by]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        return done.returncode == TESTS_FAILED
+        done = _run(root, bug.caught_by)
+        said = done.stdout.splitlines()[-1] if done.stdout else ""
+        return done.returncode == TESTS_FAILED and " failed" in said and " error" not in said
+
+
+#: Tests that were seen to pass in a copy without a bug, by this process.
+_PASS_UNPLANTED: set[tuple[str, ...]] = set()
+
+
+def _run(root: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
 
 @contextmanager

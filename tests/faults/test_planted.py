@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,11 @@ def test_a_bug_can_be_planted_in_the_code_as_it_is(bug: Bug, tmp_path: Path) -> 
 def test_a_planted_bug_turns_its_tests_red(bug: Bug, tally: Tally) -> None:
     assert is_caught(bug)
     tally.count("planted bugs caught")
+
+
+@pytest.mark.long
+def test_a_change_that_breaks_nothing_is_not_caught() -> None:
+    harmless = Bug("none", "schemas/money.py", "from __future__", "from  __future__", ("tests/unit/test_money.py",))
+    assert not is_caught(harmless)
+    with pytest.raises(ValueError, match="can catch nothing"):
+        is_caught(replace(harmless, caught_by=("tests/unit/test_money.py::test_no_such_test",)))
