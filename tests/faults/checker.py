@@ -13,8 +13,8 @@ says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix") the 
 
 I1 to I7 and I12 are decided from rows, bill and input alone. I8, I10, I12 and I13 need what only the harness has:
 the provider's peaks, a fault-free run's results, a snapshot from before, the log files (`Beside`); without them
-they are not decided. Of I11 only locks and sessions show here: exit codes, deadlines and orphan processes are the
-harness's to assert. I14 (memory and descriptors) leaves no rows and is wholly the harness's.
+they are not decided. Of I11 only sessions that hold a lock show here: exit codes, deadlines and orphan processes are
+the harness's to assert. I14 (memory and descriptors) leaves no rows and is wholly the harness's.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ APPEND_ONLY = {
     "document": "run_id, document_no",
     "input_file": "run_id, file_no",
     "duplicate": "run_id, document_no",
+    "label": "run_id, document_no",
+    "cost_adjustment": "adjustment_id",
+    "prompt_version": "prompt_version",
     "budget_grant": "grant_id",
     "grant_close": "grant_id, close_no",
     "run_event": "event_id",

@@ -38,7 +38,11 @@ PARTS = 4
 
 @dataclass
 class Round:
-    """One seed: a run, the children that work on it, and what befell them. `server` is for what hurts it."""
+    """One run, the children that work on it, and what befell them, by a seed. `server` is for what hurts it.
+
+    The seed is the fault run's times 1,000 and the number of the round, but in the short form, where it is the same.
+    It decides which faults are played and when; what they meet is up to the machine.
+    """
 
     seed: int
     stage: Stage
@@ -69,8 +73,19 @@ class Round:
             self._judge(self.children.pop())
         self.stage.resume()
         found = self.stage.violations(self.snapshots)
-        assert found == [], f"seed {self.seed}: {found}\n{self.stage.told()}"
+        assert found == [], f"round {self.seed}: {found}\n{self.stage.told()}"
         self.snapshots.clear()
+        self._ask_again()
+
+    def _ask_again(self) -> None:
+        """G5, in any run: once more the same command finds every result there and pays for none of them."""
+        before = self.stage.run_id
+        assert self.stage.run() == 0, f"round {self.seed}: {self.stage.told()}"
+        results = f"SELECT document_no FROM document WHERE run_id = {before} AND state = 'result'"
+        paid = f"SELECT count(*) FROM attempt_intent WHERE run_id > {before} AND document_no IN ({results})"
+        reused = f"SELECT count(*) FROM document WHERE run_id > {before} AND state = 'reused'"
+        asked, found = self.stage.value(paid), self.stage.value(reused)
+        assert asked == 0 < found, f"round {self.seed}: {asked} paid again, {found} reused: {self.stage.told()}"
 
     def remember(self) -> None:
         """Whatever is durable now must be there, unchanged, at the end (I12)."""
@@ -106,8 +121,8 @@ class Round:
     def _judge(self, child: ForkServerProcess) -> None:
         """A child may end in good order or by a signal. Postgres away is a reason not to begin, never to give up."""
         code, told = self.stage.wait(child), self.stage.told_by(child)
-        assert code in ORDERLY | SIGNALLED, f"seed {self.seed}: exit code {code}: {told}"
-        assert code != 2 or "lane working" not in told or "lane ended" in told, f"seed {self.seed}: {told}"
+        assert code in ORDERLY | SIGNALLED, f"round {self.seed}: exit code {code}: {told}"
+        assert code != 2 or "lane working" not in told or "lane ended" in told, f"round {self.seed}: {told}"
 
     def kill(self) -> bool:
         """Whether a child was killed: one that has just ended by itself was not."""

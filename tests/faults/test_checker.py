@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import sys
+import tomllib
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +17,25 @@ import pytest
 
 from sandbox.bill import bill_path
 from sandbox.postgres import Server, create_database, drop_database
-from tests.faults.checker import INVARIANTS, Answered, Beside, check, results, snapshot
+from tests.faults.checker import APPEND_ONLY, INVARIANTS, Answered, Beside, check, results, snapshot
 from tests.world import make_world
 
 CANARY = "canary-7f3a"
 #: Decided by the harness alone: no row can show it.
 OUTSIDE = {"I14"}
+
+
+def test_the_checker_shares_no_code_with_the_product() -> None:
+    tree = ast.parse((Path(__file__).parent / "checker.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names == {"psycopg", "pyarrow"}
+
+
+def test_every_table_that_refuses_a_change_is_compared_with_its_rows_from_before() -> None:
+    declared = tomllib.loads((Path(__file__).parents[2] / "migrations" / "permissions.toml").read_text())["tables"]
+    frozen = {name for name, table in declared.items() if {"UPDATE", "DELETE"} <= set(table.get("refuses", ()))}
+    assert frozen <= APPEND_ONLY.keys()
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,20 @@ def raise_zombies(stage: Stage, chance: random.Random) -> int:
     return zombies
 
 
+#: A flock may be caught in mid-transaction, or its heir be quicker than the burial: not that often in a row.
+FLOCKS_WITHOUT_ZOMBIES = 5
+
+
+def raise_some(stage: Stage, chance: random.Random, seed: int) -> int:
+    """At least one zombie: flocks without any are stopped again, a few times."""
+    for _ in range(FLOCKS_WITHOUT_ZOMBIES):
+        if zombies := raise_zombies(stage, chance):
+            return zombies
+    raise AssertionError(f"seed {seed}: nobody buried a stopped lane: {stage.told()}")
+
+
 def test_lanes_that_wake_up_after_their_burial_commit_nothing(stage: Stage, seed: int, tally: Tally) -> None:
-    tally.count("zombie lane", raise_zombies(stage, random.Random(seed)))
+    tally.count("zombie lane", raise_some(stage, random.Random(seed), seed))
 
 
 @pytest.mark.long
@@ -89,7 +101,7 @@ def test_lanes_that_wake_up_after_their_burial_commit_nothing(stage: Stage, seed
 def test_many_zombies_break_no_promise(part: int, stage: Stage, seed: int, scale: float, tally: Tally) -> None:
     chance, wanted, zombies = random.Random(seed * 1000 + part), max(1, int(110 * scale / PARTS)), 0
     while zombies < wanted:
-        zombies += raise_zombies(stage, chance)
+        zombies += raise_some(stage, chance, seed)
     tally.count("zombie lane", zombies)
 
 

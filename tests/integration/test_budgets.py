@@ -73,6 +73,17 @@ async def test_a_grant_is_what_was_wanted_or_what_is_left_if_that_is_enough(ledg
     assert await open_grant(hand, need=1, want=60) is None
 
 
+async def test_a_cap_that_is_lowered_stops_what_is_new_and_takes_back_nothing(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening(cap=100)), amount=60)
+    await runs.open_run(ledger, opening(cap=50))
+    assert await open_grant(hand, need=1, want=1) is None
+    assert sql(ledger_url, "SELECT granted, cap FROM budget") == [(60, 50)]
+    await runs.open_run(ledger, opening(cap=70))
+    assert await open_grant(hand, need=1, want=60) == 10
+
+
 async def test_the_last_pico_can_be_granted_and_no_more(ledger: Ledger, ledger_url: str) -> None:
     hand = await Hand.join(ledger, await runs.open_run(ledger, opening(cap=100)), amount=1)
     assert await open_grant(hand, need=99, want=99) == 99
