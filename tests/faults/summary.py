@@ -127,6 +127,8 @@ def show(terminal: pytest.TerminalReporter) -> None:
             report = found.added_to(json.loads(Path(path).read_text()))
         Path(path).write_text(json.dumps(report, indent=2) + "\n")
         terminal.line(f"written to {path}")
+        if report["scale"] == "1" and (less := missed(report)):
+            terminal.line(f"played less often than a whole run owes: {', '.join(less)}")
 
 
 def lines(found: Summary) -> Iterator[str]:

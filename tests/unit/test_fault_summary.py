@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.faults.summary import Tally, gather, grouped, lines, markdown, show, ungrouped
+from tests.faults.summary import FLOORS, REPORT, SCALE, Tally, gather, grouped, lines, markdown, show, ungrouped
 
 
 def report(
@@ -59,6 +61,17 @@ def test_a_test_that_pytest_files_as_an_error_is_in_the_table() -> None:
     terminal = Terminal(error=[report("a", "failed")])
     show(terminal)
     assert terminal.written[-1].startswith("FAILED: 1 of 1 tests")
+
+
+def test_a_whole_run_says_what_it_played_too_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REPORT, str(tmp_path / "report.json"))
+    monkeypatch.setenv(SCALE, "1")
+    terminal = Terminal(passed=[report("a", "passed", ("SIGKILL", 999), *((fault, 10**6) for fault in FLOORS))])
+    show(terminal)
+    assert "owes" not in terminal.written[-1]
+    terminal = Terminal(passed=[report("a", "passed", ("SIGKILL", 999))])
+    show(terminal)
+    assert terminal.written[-1].startswith("played less often than a whole run owes: SIGKILL, ")
 
 
 def test_what_failed_and_passes_when_played_again_is_added_and_said() -> None:
