@@ -79,6 +79,14 @@ Budget = Annotated[
         "the job's, and for a run that is resumed the one it had.",
     ),
 ]
+OffPeak = Annotated[
+    bool | None,
+    typer.Option(
+        "--off-peak/--now",
+        help="Make attempts at off-peak prices only, and wait meanwhile; or at any hour. Default: what the job says.",
+        show_default=False,
+    ),
+]
 Lanes = Annotated[int, typer.Option("--lanes", min=1, max=64, metavar="N", help="Processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
@@ -191,24 +199,33 @@ def run(
     budget: Budget = None,
     in_sandbox: InSandbox = False,
     lanes: Lanes = 1,
+    off_peak: OffPeak = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a job, or resume the run of it that did not finish."""
-    request = _request(job, partition, limit, budget, lanes)
+    request = _request(job, partition, limit, budget, lanes, off_peak)
     _run(request, is_in_sandbox=in_sandbox, is_quiet=quiet, as_json=as_json)
 
 
 def _request(
-    job: str, partitions: Sequence[str] | None, limit: int | None, budget: str | None, lanes: int
+    job: str,
+    partitions: Sequence[str] | None,
+    limit: int | None,
+    budget: str | None,
+    lanes: int,
+    off_peak: bool | None = None,
 ) -> RunRequest:
     """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
     from pydantic import ValidationError
 
+    from schemas.jobs import When
     from schemas.requests import RunRequest
 
+    slices = tuple(partitions or ())
+    when = None if off_peak is None else When.OFF_PEAK if off_peak else When.NOW
     try:
-        return RunRequest(job=job, partitions=tuple(partitions or ()), limit=limit, budget=budget, lanes=lanes)
+        return RunRequest(job=job, partitions=slices, limit=limit, budget=budget, lanes=lanes, when=when)
     except ValidationError as error:
         raise ConfigurationError(*_explain(error, "--")) from None
 
@@ -268,6 +285,7 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
                 budget=request.budget,
                 lanes=request.lanes,
                 root=str(request.root),
+                when=request.when,
             )
         )
 
@@ -299,7 +317,7 @@ async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
     from tasks.ledger.connection import Role, opened
 
     now = _now(settings, in_sandbox=settings.sandbox)
-    enrichment.check_prices(job, load_price_book(), request.cap(job).currency, now)
+    enrichment.check_prices(job, load_price_book(), request.cap(job).currency, now, request.hours(job))
     async with (
         enrichment.completions_for(job, settings) as completions,
         opened(enrichment.require_database(settings), Role.LANE, pool_size=1),

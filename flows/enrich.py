@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import flow
 
+from schemas.jobs import When
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks.artifacts import show_report, shown_progress
@@ -27,14 +28,22 @@ async def enrich(
     budget: str | None = None,
     lanes: int = 1,
     root: str = ".",
+    when: When | None = None,
 ) -> dict[str, Any]:
     """Run a job over a selection of its input, or resume the run of it that did not finish.
 
-    `budget` is like "25 USD" and overrides the job's. Keys and database come from the environment of the process
-    that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from parameters. Returns the run's outcome.
+    `budget` is like "25 USD" and overrides the job's, `when` is now or off-peak and does, too. Keys and database come
+    from the environment of the process that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from
+    parameters. Returns the run's outcome.
     """
     request = RunRequest(
-        job=job, partitions=tuple(partitions or ()), limit=limit, budget=budget, lanes=lanes, root=Path(root)
+        job=job,
+        partitions=tuple(partitions or ()),
+        limit=limit,
+        budget=budget,
+        lanes=lanes,
+        root=Path(root),
+        when=when,
     )
     settings = Settings()
     configure(json_lines=settings.log_json)

@@ -99,6 +99,11 @@ class Breaker:
         if self._opened_s is None and self._is_plainly_down(now_s):
             self._opened_s, self._next_probe_s = now_s, now_s + self.probe_every_s
 
+    def forget_silence(self) -> None:
+        """After hours in which nothing was asked: that the provider was silent before says nothing about now."""
+        self._failing_since_s = self._opened_s = None
+        self._malformed.clear()
+
     def wait_s(self, now_s: float) -> float:
         """0: an attempt may start (when open: this one, as the probe). Else seconds to wait before asking again."""
         if self._opened_s is None:

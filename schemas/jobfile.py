@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import ErrorDetails
 
 from schemas.errors import ConfigurationError, Problem
-from schemas.jobs import TIERS, Budget, Confidence, Escalate, Input, Tier, check_job_name, parse_cap
+from schemas.jobs import TIERS, Budget, Confidence, Escalate, Input, Tier, When, check_job_name, parse_cap
 
 Loc = tuple[int | str, ...]
 T = TypeVar("T")
@@ -248,6 +248,7 @@ class JobFile(BaseModel):
         Field(default=DEFAULT_CONCURRENCY, validate_default=True),
     ]
     measure: Annotated[str, Field(min_length=1)] | None = None
+    when: When = When.NOW
 
 
 def _shown_loc(loc: Loc) -> Loc:
@@ -271,8 +272,6 @@ def _explain_missing(item: ErrorDetails, loc: Loc) -> str:
 def _explain_extra(item: ErrorDetails, loc: Loc) -> str:
     if loc in (("escalate", "target"), ("escalate", "delta")):
         return "thresholds with a guarantee are not built yet; write `escalate: {below: 0.85}`"
-    if loc == ("when",):
-        return "waiting for off-peak hours is not built yet; remove it, and start the run then (`farthing prices`)"
     return f"unknown key{suggest(str(loc[-1]), _known_keys(loc[:-1]))}"
 
 

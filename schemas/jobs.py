@@ -24,7 +24,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from schemas.answers import Answer, AnswerRejected, canonical_json
 from schemas.money import Money
 
-__all__ = ["TIERS", "Answer", "AnswerRejected", "Budget", "Confidence", "Escalate", "Input", "Job", "Tier"]
+__all__ = ["TIERS", "Answer", "AnswerRejected", "Budget", "Confidence", "Escalate", "Input", "Job", "Tier", "When"]
 
 OPERATORS = ("==", "!=", "<", "<=", ">", ">=", "in", "not in")
 SCHEMA_PLACEHOLDER = "{{answer_schema}}"
@@ -74,6 +74,13 @@ class ConfidenceSignal(StrEnum):
     LOGPROBS = "logprobs"
     FIELD = "field"
     VALIDATORS = "validators"
+
+
+class When(StrEnum):
+    """When a run may make attempts: at any hour, or only while the provider charges off-peak prices."""
+
+    NOW = "now"
+    OFF_PEAK = "off-peak"
 
 
 class Tier(_Part):
@@ -236,6 +243,7 @@ class Job:
     shard_rows: int = 1000
     measure: str | None = None
     budget_name: str | None = None
+    when: When = When.NOW
 
     @cached_property
     def prefix(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from schemas.jobs import Job
+from schemas.jobs import Job, When
 from schemas.money import Money
 
 
@@ -17,7 +17,7 @@ class RunRequest(BaseModel):
 
     `job` is a name under `jobs/` or a path; `partitions` names slices of the input (none: all of it); `limit`
     takes the first so many documents; `budget` overrides the job's ("25 USD"), and a resumed run without one keeps
-    what it had; `lanes` is how many processes work.
+    what it had; `lanes` is how many processes work; `when` overrides the job's, for this start of the run only.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,6 +28,7 @@ class RunRequest(BaseModel):
     budget: str | None = None
     lanes: int = Field(default=1, ge=1, le=64)
     root: Path = Path(".")
+    when: When | None = None
 
     @field_validator("budget")
     @classmethod
@@ -39,6 +40,10 @@ class RunRequest(BaseModel):
     def cap(self, job: Job) -> Money:
         """The budget of a new run: what was asked for, else the job's own."""
         return Money.parse(self.budget) if self.budget else job.budget
+
+    def hours(self, job: Job) -> When:
+        """When attempts may be made: as was asked for, else as the job says."""
+        return self.when or job.when
 
     def selection(self, job: Job) -> dict[str, Any]:
         """Which documents are meant, as plain values: runs of the same selection resume one another."""

@@ -33,6 +33,7 @@ from tasks.ledger.attempts import Fenced, Permit, Permitted, Withheld
 from tasks.ledger.connection import PoisonValue
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
+from tasks.off_peak import Gate
 from tasks.priming import Primer
 from tasks.waits import Waits
 from tasks.watch import Watch
@@ -78,6 +79,7 @@ class Climber:
     watch: Watch
     now: Callable[[], datetime]
     tick: Callable[[], float]
+    gate: Gate
     breaker: Breaker = field(default_factory=Breaker)
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     backing_off: int = 0
@@ -103,6 +105,7 @@ class Climber:
             await self._end(work, end_of(work, DocumentState.DEAD_LETTER, reason="too_large"))
             return
         while True:
+            await self._pass_gate()
             step, work = await self._attempt(work)
             if isinstance(step, Stop):
                 raise _stopped(step.reason)
@@ -111,7 +114,8 @@ class Climber:
             work = replace(work, position=step.position)
 
     async def _attempt(self, work: Work) -> tuple[Step, Work]:
-        """One attempt, from its turn at the gate to its recorded outcome."""
+        """One attempt, from its turn to its recorded outcome; none where the gate has shut in the meantime."""
+        asked = work
         tier = self.job.ladder[work.position.rung].name
         primer = self.primers[tier]
         async with primer.turn(partial(rest, self.draining)) as is_priming, self.limiters[tier].place() as place:
@@ -121,6 +125,8 @@ class Climber:
             prepared_at = self.now()
             call, reserved, price = self._prepare(work)
             async with self.grants.reserved(reserved.worst, rung=work.position.rung) as reservation:
+                if self.gate.look():
+                    return Again(asked.position), asked
                 permit = await self._intend(work, reservation, price)
                 if isinstance(permit, ResultKey):
                     await self._end(work, end_of(work, DocumentState.REUSED, of=permit))
@@ -290,6 +296,13 @@ class Climber:
             self.unmetered = 0
         elif reply.signal in _METERED and reply.http_status == 200:
             self.unmetered += 1
+
+    async def _pass_gate(self) -> None:
+        """Wait out the peak hours, where the run is to. What was known of the provider is old news afterwards."""
+        if await self.gate.wait():
+            self.breaker.forget_silence()
+            for primer in self.primers.values():
+                primer.cool()
 
     async def _pass_breaker(self) -> None:
         while (wait_s := self.breaker.wait_s(self.tick())) > 0:

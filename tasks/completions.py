@@ -159,6 +159,10 @@ class Completions:
             return timedelta(0)
         return _offset(date, middle)
 
+    async def correct_clock(self) -> None:
+        """Ask the provider for the time where no reply has told it for long. Raises as `clock_offset` does."""
+        self._correct_offset(await self.clock_offset())
+
     def _open_client(self) -> openai.AsyncOpenAI:
         if self._client is None:
             raise RuntimeError("Completions is an async context manager; use it inside `async with`")

@@ -28,8 +28,9 @@ from schemas.errors import (
     RunUnsettled,
     UnknownPrice,
 )
-from schemas.jobs import Job
+from schemas.jobs import Job, When
 from schemas.money import Currency
+from schemas.off_peak import guard_of, tariff_of
 from schemas.pricing import Price, PriceBook, load_price_book
 from schemas.requests import RunRequest
 from schemas.settings import Settings
@@ -73,7 +74,7 @@ async def open_run(request: RunRequest, settings: Settings) -> Run:
         Bulkhead() as bulkhead,
     ):
         provider = await ask_provider(completions, job, request, settings)
-        check_prices(job, book, provider.currency, utc_now() + provider.clock_offset)
+        check_prices(job, book, provider.currency, utc_now() + provider.clock_offset, request.hours(job))
         manifest = await bulkhead.plan(
             job.input,
             shard_rows=job.shard_rows,
@@ -134,6 +135,7 @@ async def work_lane(
             clock_offset=provider.clock_offset,
             show=show,
             times=times,
+            when=request.hours(job),
         )
         allow_descriptors(plan)
         lane_id = await leases.register(ledger, run.run_id)
@@ -226,13 +228,15 @@ async def ask_provider(completions: Completions, job: Job, request: RunRequest, 
     return Provider(currency, offset)
 
 
-def check_prices(job: Job, book: PriceBook, currency: Currency, now: datetime) -> None:
-    """Raises UnknownPrice where a tier cannot be priced from now until its deadline."""
+def check_prices(job: Job, book: PriceBook, currency: Currency, now: datetime, when: When = When.NOW) -> None:
+    """Raises UnknownPrice where a tier has no price from now until its deadline, or nobody knows the peak hours."""
     for tier in job.ladder:
         try:
             book.dearest(tier.model, currency, now, now + timedelta(seconds=tier.deadline_s))
         except UnknownPrice as error:
             raise UnknownPrice(f"{find_place(job, tier.model)}: {tier.name}: {error}") from None
+    if when is When.OFF_PEAK:
+        tariff_of(job, book, currency).decide(now, guard_of(job))
 
 
 def usable_prices(job: Job, book: PriceBook, currency: Currency) -> Iterator[Price]:

@@ -89,6 +89,7 @@ def _assemble(file: JobFile, folder: Path, prompt: str, answer: Answer) -> Job:
         tolerance=file.tolerance,
         shard_rows=file.shard_rows,
         measure=file.measure or file.input.label,
+        when=file.when,
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,7 +27,8 @@ import structlog
 from schemas.attempts import LaneId
 from schemas.brakes import Breaker, RetryBudget
 from schemas.errors import FarthingError, LedgerUnavailable
-from schemas.jobs import Job
+from schemas.jobs import Job, When
+from schemas.off_peak import guard_of, tariff_of
 from schemas.pricing import PriceBook
 from schemas.records import Intent, Record
 from tasks.bulkhead import Bulkhead
@@ -40,6 +42,7 @@ from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
+from tasks.off_peak import Gate, always
 from tasks.patience import Patience
 from tasks.priming import Primer
 from tasks.shards import ShardWork
@@ -107,6 +110,7 @@ class LanePlan:
     show: Show = show_nothing
     times: LeaseTimes = USUAL_TIMES
     random: Random | None = None
+    when: When = When.NOW
 
 
 @dataclass
@@ -153,6 +157,7 @@ class Lane:
             watch=Watch(self.ledger, plan.job, plan.run, plan.book, self.completions.now),
             now=self.completions.now,
             tick=loop.time,
+            gate=self._make_gate(),
             breaker=Breaker(
                 open_after_s=DARK_S * (plan.scale or 1.0),
                 probe_every_s=PROBE_EVERY_S * plan.scale,
@@ -234,6 +239,8 @@ class Lane:
             return trouble
         if self._ended is not None:
             return f"draining ({self._ended.reason.replace('_', ' ')})"
+        if shut := climber.gate.shut:
+            return shut.because
         if reason := climber.breaker.reason(climber.tick()):
             return reason
         if because := climber.grants.tight_because or self.bulkhead.trouble:
@@ -244,6 +251,18 @@ class Lane:
         if climber.backing_off:
             return f"{climber.backing_off} documents wait before a retry ({climber.last_failure})"
         return None
+
+    def _make_gate(self) -> Gate:
+        plan, completions = self.plan, self.completions
+        tariff = tariff_of(plan.job, plan.book, plan.run.currency)
+        waits = partial(tariff.decide, guard=guard_of(plan.job))
+        return Gate(
+            decide=waits if plan.when is When.OFF_PEAK else always,
+            now=completions.now,
+            ask_time=completions.correct_clock,
+            draining=self._patience.draining,
+            scale=plan.scale,
+        )
 
     async def _work_shards(self) -> None:
         async with asyncio.TaskGroup() as shards:

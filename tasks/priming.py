@@ -44,7 +44,15 @@ class Primer:
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.is_warm = self.is_warm or self.prefix_bytes < UNIT_TOKENS * BYTES_PER_TOKEN_AT_MOST
+        self.is_warm = self.is_warm or self._is_too_short
+
+    def cool(self) -> None:
+        """After hours in which nothing was sent the provider may have dropped the prefix: prime it again."""
+        self.is_warm, self.is_cold, self.attempts = self._is_too_short, False, 0
+
+    @property
+    def _is_too_short(self) -> bool:
+        return self.prefix_bytes < UNIT_TOKENS * BYTES_PER_TOKEN_AT_MOST
 
     @property
     def least(self) -> int:

@@ -13,8 +13,9 @@ import pytest
 
 from schemas.answers import Answer
 from schemas.errors import ConfigurationError
-from schemas.jobs import TIERS, ConfidenceSignal, Input, Job, Tier
+from schemas.jobs import TIERS, ConfidenceSignal, Input, Job, Tier, When
 from schemas.money import PICO, Currency, Money
+from schemas.requests import RunRequest
 from tasks.jobs import list_jobs, load_job, write_new_job
 
 GOOD = """\
@@ -79,6 +80,32 @@ def test_a_budget_is_a_runs_own_unless_it_has_a_name(tmp_path: Path, budget: str
     assert (job.budget, job.budget_name) == (Money(5 * PICO, Currency.USD), name)
 
 
+@pytest.mark.parametrize(
+    ("written", "asked", "holds"),
+    [
+        ("", None, When.NOW),
+        ("when: now\n", None, When.NOW),
+        ("when: off-peak\n", None, When.OFF_PEAK),
+        ("when: off-peak\n", When.NOW, When.NOW),
+        ("", When.OFF_PEAK, When.OFF_PEAK),
+    ],
+)
+def test_what_is_asked_for_overrides_when_the_job_runs(
+    tmp_path: Path, written: str, asked: When | None, holds: When
+) -> None:
+    write_job(tmp_path, GOOD + written)
+    assert RunRequest(job="tick", when=asked).hours(load_job("tick", tmp_path)) is holds
+
+
+def test_when_a_job_runs_changes_neither_its_prompt_version_nor_its_selection(tmp_path: Path) -> None:
+    write_job(tmp_path, GOOD)
+    now = load_job("tick", tmp_path)
+    write_job(tmp_path, GOOD + "when: off-peak\n")
+    later, request = load_job("tick", tmp_path), RunRequest(job="tick", when=When.OFF_PEAK)
+    assert later.prompt_version == now.prompt_version
+    assert request.selection(later) == RunRequest(job="tick").selection(now)
+
+
 @pytest.mark.parametrize("name", ["tick", "jobs/tick", "jobs/tick/job.yaml"])
 def test_a_job_is_found_by_name_folder_and_file(tmp_path: Path, name: str) -> None:
     write_job(tmp_path)
@@ -112,7 +139,8 @@ def test_everything_a_job_may_say_is_read(tmp_path: Path) -> None:
         ("escalate: {below: 1.5}", "job.yaml:5: escalate.below: Input should be less than or equal to 1"),
         ("escalate: {below: .nan}", "job.yaml:5: escalate.below: Input should be a valid decimal"),
         ("escalate: 0.9", "job.yaml:5: escalate: must be a mapping"),
-        ("when: off-peak", "job.yaml:5: when: waiting for off-peak hours is not built yet"),
+        ("when: later", "job.yaml:5: when: Input should be 'now' or 'off-peak'"),
+        ("when:", "job.yaml:5: when: Input should be 'now' or 'off-peak'"),
         ("tolerance: -1", "job.yaml:5: tolerance: Input should be greater than or equal to 0"),
         ("shard_rows: 0", "job.yaml:5: shard_rows: Input should be greater than or equal to 1"),
         ("concurrency: 0", "job.yaml:5: concurrency.flash: Input should be greater than or equal to 1"),
