@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from schemas.errors import UnknownPrice
 from schemas.jobs import Job, Tier
 from schemas.money import Currency, Money
+from schemas.off_peak import Shut, guard_of, tariff_of
 from schemas.pricing import Price, PriceBook
 
 MILLION = 10**6
@@ -75,10 +77,23 @@ class TierEstimate:
 
 
 @dataclass(frozen=True, slots=True)
+class OffPeakEstimate:
+    """What the same run is expected to cost at off-peak prices, and when a run that waits for them would begin."""
+
+    begins: datetime
+    cost: Money
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run is expected to cost, between the cheapest and the dearest way it may go, and why."""
+    """What a run is expected to cost, between the cheapest and the dearest way it may go, and why.
+
+    `cost` is at the prices of `at`, the instant it was made for. `off_peak` is None where all hours cost the same, or
+    nobody knows them.
+    """
 
     job: str
+    at: datetime
     documents: int
     to_send: int
     low: Money
@@ -86,6 +101,7 @@ class Estimate:
     high: Money
     tiers: tuple[TierEstimate, ...]
     assumptions: tuple[str, ...]
+    off_peak: OffPeakEstimate | None = None
 
 
 def estimate(job: Job, size: Size, book: PriceBook, now: datetime, history: History | None = None) -> Estimate:
@@ -96,10 +112,11 @@ def estimate(job: Job, size: Size, book: PriceBook, now: datetime, history: Hist
     Raises UnknownPrice where a tier has no price.
     """
     tokens = _expected(job, size, history)
-    rows = {tier.name: book.at(tier.model, job.budget.currency, now) for tier in job.ladder}
-    expected = [_estimate_tier(job.tier(each.tier), each, size, rows[each.tier]) for each in tokens]
+    rows = _rows(job, book, now)
+    expected = _estimate_tiers(job, tokens, size, rows)
     return Estimate(
         job=job.name,
+        at=now,
         documents=size.documents,
         to_send=size.to_send,
         low=_low(job, tokens[0], size, book.rows(), rows),
@@ -107,6 +124,7 @@ def estimate(job: Job, size: Size, book: PriceBook, now: datetime, history: Hist
         high=_high(job, tokens, size, book.rows(), rows),
         tiers=tuple(expected),
         assumptions=tuple(_assumptions(size, rows, history)),
+        off_peak=_off_peak(job, tokens, size, book, now),
     )
 
 
@@ -139,6 +157,31 @@ def _assumed(job: Job, size: Size) -> list[TierTokens]:
         found.append(TierTokens(tier.name, prefix, document, measure_answer(job.answer.schema, tier), attempts))
         share = share * ESCALATED_PPM // MILLION
     return found
+
+
+def _rows(job: Job, book: PriceBook, at: datetime) -> dict[str, Price]:
+    return {tier.name: book.at(tier.model, job.budget.currency, at) for tier in job.ladder}
+
+
+def _off_peak(
+    job: Job, tokens: Sequence[TierTokens], size: Size, book: PriceBook, now: datetime
+) -> OffPeakEstimate | None:
+    tariff = tariff_of(job, book, job.budget.currency)
+    try:
+        if tariff.is_flat(now):
+            return None
+        found = tariff.decide(now, guard_of(job))
+        begins = found.until if isinstance(found, Shut) else now
+        tiers = _estimate_tiers(job, tokens, size, _rows(job, book, begins))
+    except UnknownPrice:  # a run that waits would be refused; the price of now is known
+        return None
+    return OffPeakEstimate(begins, _sum((each.cost for each in tiers), job.budget.currency))
+
+
+def _estimate_tiers(
+    job: Job, tokens: Sequence[TierTokens], size: Size, rows: Mapping[str, Price]
+) -> list[TierEstimate]:
+    return [_estimate_tier(job.tier(each.tier), each, size, rows[each.tier]) for each in tokens]
 
 
 def _estimate_tier(tier: Tier, tokens: TierTokens, size: Size, price: Price) -> TierEstimate:

@@ -16,9 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from schemas.errors import UnknownPrice
-from schemas.estimates import Estimate
+from schemas.estimates import Estimate, OffPeakEstimate
 from schemas.inert import escape_markdown, plain, plain_lines
 from schemas.money import Currency, Money
+from schemas.off_peak import spell
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
 from tasks.ledger.spend import Audit, Progress, RunSummary, SharedBudget, TierSpend, Waste
@@ -163,10 +164,23 @@ def estimate_table(estimate: Estimate, budget: Money) -> Table:
 
 
 def _estimate_notes(estimate: Estimate, budget: Money) -> list[str]:
-    notes = [f"· {line}" for line in estimate.assumptions]
+    notes = [f"· {line}" for line in (*_off_peak_notes(estimate), *estimate.assumptions)]
     if budget.currency is estimate.cost.currency and budget.pico < estimate.cost.pico:
         notes.insert(0, f"The budget of {budget} will not do: the run would pause. Raise it with --budget.")
     return notes
+
+
+def _off_peak_notes(estimate: Estimate) -> list[str]:
+    """`now $684, from 18:00 Beijing (10:00 UTC) $342`, where it costs less then."""
+    if (then := estimate.off_peak) is None:
+        return []
+    if then.cost.pico >= estimate.cost.pico:
+        return ["off-peak prices hold now" if then.begins <= estimate.at else _begins(estimate, then)]
+    return [f"{_begins(estimate, then)}, with --off-peak or `when: off-peak`"]
+
+
+def _begins(estimate: Estimate, then: OffPeakEstimate) -> str:
+    return f"now {estimate.cost}, from {spell(then.begins)} {then.cost}"
 
 
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
@@ -179,6 +193,13 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
         "low_pico": estimate.low.pico,
         "high_pico": estimate.high.pico,
         "currency": estimate.cost.currency.value,
+        "off_peak": None
+        if estimate.off_peak is None
+        else {
+            "begins": estimate.off_peak.begins.isoformat(),
+            "cost_pico": estimate.off_peak.cost.pico,
+            "saves_pico": estimate.cost.pico - estimate.off_peak.cost.pico,
+        },
         "tiers": {
             each.tokens.tier: {
                 "model": each.model,

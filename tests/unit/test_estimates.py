@@ -17,7 +17,9 @@ from schemas.estimates import (
     MILLION,
     PRIMING_ATTEMPTS,
     THINKING_TOKENS,
+    Estimate,
     History,
+    OffPeakEstimate,
     Size,
     TierTokens,
     estimate,
@@ -27,6 +29,7 @@ from schemas.estimates import (
 from schemas.jobs import TIERS, Input, Job
 from schemas.money import Money
 from schemas.pricing import load_price_book
+from tasks import report
 from tasks.samples import spread
 
 OFF_PEAK = datetime(2026, 11, 25, 5, tzinfo=UTC)
@@ -86,6 +89,51 @@ def test_peak_hours_double_the_expected_cost() -> None:
         estimate(make_job(), SIZE, load_price_book(), instant, HISTORY).cost.pico for instant in (OFF_PEAK, PEAK)
     )
     assert dear == 2 * cheap
+
+
+def notes(found: Estimate) -> str:
+    return str(report.estimate_table(found, make_job().budget).caption)
+
+
+def test_in_a_peak_it_says_what_the_run_costs_now_and_when_it_would_cost_half() -> None:
+    found = estimate(make_job(), SIZE, load_price_book(), PEAK, HISTORY)
+    then = estimate(make_job(), SIZE, load_price_book(), OFF_PEAK, HISTORY).cost
+    assert found.off_peak == OffPeakEstimate(datetime(2026, 11, 25, 4, 0, 5, tzinfo=UTC), then)
+    assert f"now {found.cost}, from 12:00 Beijing (04:00 UTC) {then}, with --off-peak" in notes(found)
+    assert report.estimate_json(found)["off_peak"] == {
+        "begins": "2026-11-25T04:00:05+00:00",
+        "cost_pico": then.pico,
+        "saves_pico": then.pico,
+    }
+
+
+def test_off_peak_it_says_that_off_peak_prices_hold() -> None:
+    found = estimate(make_job(), SIZE, load_price_book(), OFF_PEAK, HISTORY)
+    assert found.off_peak == OffPeakEstimate(OFF_PEAK, found.cost)
+    assert "off-peak prices hold now" in notes(found)
+
+
+def test_shortly_before_a_peak_a_run_that_waits_begins_after_it() -> None:
+    """The guard is the ladder's longest deadline, 300 s, and two minutes."""
+    shortly = datetime(2026, 11, 25, 5, 53, tzinfo=UTC)
+    found = estimate(make_job(), SIZE, load_price_book(), shortly, HISTORY)
+    assert found.off_peak == OffPeakEstimate(datetime(2026, 11, 25, 10, 0, 5, tzinfo=UTC), found.cost)
+    assert f"now {found.cost}, from 18:00 Beijing (10:00 UTC) {found.cost}" in notes(found)
+
+
+@pytest.mark.parametrize(
+    "instant",
+    [
+        datetime(2026, 7, 1, 2, tzinfo=UTC),  # all hours cost the same
+        datetime(2026, 12, 31, 15, 55, tzinfo=UTC),  # the price is known, and not whether the next hour is a peak
+    ],
+)
+def test_where_there_is_no_off_peak_or_nobody_knows_it_nothing_is_said_of_it(instant: datetime) -> None:
+    found = estimate(make_job(), SIZE, load_price_book(), instant, HISTORY)
+    assert found.off_peak is None
+    assert report.estimate_json(found)["off_peak"] is None
+    assert "eak prices" not in notes(found)
+    assert "Beijing" not in notes(found)
 
 
 @pytest.mark.parametrize("to_send", [1, 2, 7, 1_000, 10_000_000])
