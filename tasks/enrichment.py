@@ -139,6 +139,8 @@ async def work_lane(
         )
         allow_descriptors(plan)
         lane_id = await leases.register(ledger, run.run_id)
+        if plan.when is When.OFF_PEAK:  # the view off_peak_saving goes by this
+            await runs.note(ledger, run.run_id, "off_peak", {"lane": lane_id}, key=f"off_peak {lane_id}")
         kept = await Spill.of(ledger, spill_of(settings), run.run_id, lane_id)
         lane = Lane(ledger, lane_id, completions, bulkhead, plan, kept)
         with draining_on_signals(lane):

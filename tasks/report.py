@@ -277,6 +277,7 @@ def _totals(audit: Audit) -> Section:
         ("attempts", f"{audit.attempts:,}", True),
         ("escalated", f"{audit.escalated:,}", audit.escalated),
         ("cost", _exact(audit, audit.cost_pico), audit.currency),
+        ("saved against peak prices", _off_peak_saving(audit), audit.off_peak_attempts),
         ("not known to be billed", unknown, audit.unknown_pico),
         ("corrections", _money(audit, audit.adjusted_pico), audit.adjusted_pico),
         ("per 1,000 documents", _money(audit, audit.pico_per_1000_documents), audit.pico_per_1000_documents),
@@ -284,6 +285,10 @@ def _totals(audit: Audit) -> Section:
         ("tokens: cached, not cached, output", _tokens(audit), audit.attempts),
     ]
     return Section(title(audit), ("", ""), tuple((name, figure) for name, figure, is_told in rows if is_told))
+
+
+def _off_peak_saving(audit: Audit) -> str:
+    return f"{_money(audit, audit.off_peak_saved_pico)} by waiting, {audit.off_peak_attempts:,} attempts"
 
 
 def _budget(audit: Audit) -> tuple[str, str, object]:

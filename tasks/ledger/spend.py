@@ -113,6 +113,8 @@ class Audit:
     too, so results + dead_letters + duplicates == documents once every run of the scope is done. Total cost is in
     [cost_pico, cost_pico + unknown_pico]; corrections (`adjusted_pico`) are apart. `lost_pico` is what misses of
     the shared prefix cost after priming, `saved_pico` what hits saved against misses.
+    `off_peak_saved_pico` is what the `off_peak_attempts` of lanes that wait for off-peak prices would have cost more
+    at peak ones.
     """
 
     run: int | None
@@ -153,6 +155,8 @@ class Audit:
     dead_letters_by_reason: dict[str, int]
     distinct_documents: int
     shared_budget: SharedBudget | None = None
+    off_peak_attempts: int = 0
+    off_peak_saved_pico: int = 0
 
     @property
     def done(self) -> int:
@@ -317,6 +321,11 @@ _CACHE = text("""
     FROM tier
 """)
 
+_OFF_PEAK = text("""
+    SELECT coalesce(sum(attempts), 0) AS off_peak_attempts, coalesce(sum(saved_pico), 0) AS off_peak_saved_pico
+    FROM off_peak_saving WHERE run_id = ANY(:runs)
+""")
+
 _ESCALATIONS = text("""
     SELECT to_tier, reason, sum(escalated) AS escalated, sum(rescued) AS rescued, sum(agreed) AS agreed,
            sum(changed) AS changed, sum(labelled) AS labelled, sum(right_before) AS right_before,
@@ -453,6 +462,7 @@ async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str
     ended = totals["results"] + totals["dead_letters"] + totals["duplicates"]
     return {
         **totals,
+        **_plain((await connection.execute(_OFF_PEAK, key)).mappings().one()),
         "shared_budget": await _read_shared(connection, name, is_simulated, runs),
         "distinct_documents": ended if len(runs) < 2 else (await connection.execute(_DISTINCT, key)).scalar_one(),
         "prefix_hit_rate": cache["hit_rate"],

@@ -14,6 +14,7 @@ import httpx2
 import pytest
 
 from sandbox.bill import bill_path, read_lines
+from sandbox.tariff import charge_at
 from schemas.attempts import Call, Reply
 from schemas.errors import UnknownPrice
 from schemas.jobs import When
@@ -23,7 +24,7 @@ from tasks.lanes import Ended
 from tasks.ledger import runs
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.runs import Run
-from tasks.ledger.spend import progress
+from tasks.ledger.spend import Audit, audit, progress
 from tests.world import World, make_world
 
 #: A Thursday. The ladder's longest deadline is 5 s, so the guard begins at 00:57:55 and the peak at 01:00:00.
@@ -84,6 +85,21 @@ async def at_work(world: World, **request: Any) -> AsyncIterator[tuple[Run, asyn
         await asyncio.gather(lane, return_exceptions=True)
 
 
+async def read_audit(world: World, run: Run) -> Audit:
+    async with opened(enrichment.require_database(world.settings), Role.AUDITOR) as ledger:
+        return await audit(ledger, run=run.run_id)
+
+
+def more_at_peak(lines: list[dict[str, Any]]) -> int:
+    """What the provider would have billed more for the same tokens in a peak, by its own tariff."""
+    peak = datetime.fromisoformat(PEAK)
+    costs = [
+        charge_at(line["served_model"], "USD", peak).price.cost(line["hit"], line["miss"], line["output"])
+        for line in lines
+    ]
+    return sum(costs) - sum(line["cost_pico"] for line in lines)
+
+
 async def settled(world: World, run: Run, lane: asyncio.Task[Ended]) -> Run:
     ended = await asyncio.wait_for(lane, 30)
     return await enrichment.settle_run(world.settings, run, [ended])
@@ -118,6 +134,9 @@ async def test_a_run_over_a_peak_sends_nothing_in_it_and_goes_on_by_itself(
     booked = world.value("SELECT sum(cost_pico) FROM attempt")
     assert booked == sum(line["cost_pico"] for line in lines)
     assert world.value("SELECT count(*) FROM attempt WHERE unknown_pico > 0") == 0
+    found = await read_audit(world, run)
+    assert found.off_peak_attempts == len(lines)
+    assert found.off_peak_saved_pico == more_at_peak(lines) > 0
 
 
 async def test_a_run_that_may_work_at_any_hour_goes_on_at_peak_prices(
@@ -127,6 +146,18 @@ async def test_a_run_that_may_work_at_any_hour_goes_on_at_peak_prices(
     run, ended = await world.run()
     assert (run.state, ended.reason) == ("done", "done")
     assert {line["band"] for line in bill(world)} == {"off-peak", "peak"}
+    found = await read_audit(world, run)
+    assert (found.off_peak_attempts, found.off_peak_saved_pico) == (0, 0)
+
+
+async def test_only_attempts_of_lanes_that_would_have_waited_count_as_saved(world: World) -> None:
+    paused, _ = await world.run(budget="0.002 USD", **OFF_PEAK)
+    lines = bill(world)
+    run, _ = await world.run(budget="1 USD")
+    assert (paused.state, run.run_id, run.state) == ("paused", paused.run_id, "done")
+    found = await read_audit(world, run)
+    assert found.off_peak_attempts == len(lines) < len(bill(world))
+    assert found.off_peak_saved_pico == more_at_peak(lines) > 0
 
 
 async def test_a_run_that_starts_in_a_peak_makes_no_attempt_not_even_to_prime(world: World) -> None:

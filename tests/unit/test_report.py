@@ -309,3 +309,9 @@ def test_reused_documents_make_the_rest_no_cheaper() -> None:
 )
 def test_a_duration_is_short(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_what_waiting_saved_is_told_where_a_lane_waited_and_not_elsewhere() -> None:
+    assert "saved against peak prices" not in report.markdown(AUDIT)
+    waited = report.markdown(replace(AUDIT, off_peak_attempts=1_234, off_peak_saved_pico=2 * PICO))
+    assert "| saved against peak prices | $2.00 by waiting, 1,234 attempts |" in waited
