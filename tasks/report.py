@@ -288,7 +288,7 @@ def _totals(audit: Audit) -> Section:
 
 
 def _off_peak_saving(audit: Audit) -> str:
-    return f"{_money(audit, audit.off_peak_saved_pico)} by waiting, {audit.off_peak_attempts:,} attempts"
+    return f"{_money(audit, audit.off_peak_saved_pico)} by working off-peak, {audit.off_peak_attempts:,} attempts"
 
 
 def _budget(audit: Audit) -> tuple[str, str, object]:

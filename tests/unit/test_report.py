@@ -314,4 +314,4 @@ def test_a_duration_is_short(seconds: float | None, text: str) -> None:
 def test_what_waiting_saved_is_told_where_a_lane_waited_and_not_elsewhere() -> None:
     assert "saved against peak prices" not in report.markdown(AUDIT)
     waited = report.markdown(replace(AUDIT, off_peak_attempts=1_234, off_peak_saved_pico=2 * PICO))
-    assert "| saved against peak prices | $2.00 by waiting, 1,234 attempts |" in waited
+    assert "| saved against peak prices | $2.00 by working off-peak, 1,234 attempts |" in waited
