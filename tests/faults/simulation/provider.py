@@ -23,6 +23,7 @@ class Charged:
     cost: int
     at: float
     lane_id: int
+    model: str
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Provider:
             usage = replace(usage, output=_allowed(call) + 1)
         if kind in BILLED or (kind in PERHAPS_BILLED and chance.random() < 0.5):
             cost = 0 if model == "gpt-5.5" else _charge(model, usage, ended_at)
-            self.bill[key] = Charged(cost, clock(), lane_id)
+            self.bill[key] = Charged(cost, clock(), lane_id, model)
         await asyncio.sleep(call.deadline_s if kind == "slow" else latency_s)
         return make_reply(kind, key, usage, model, sent_at, ended_at, chance)
 
