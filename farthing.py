@@ -362,11 +362,14 @@ def _resumably(work: Callable[[], T], is_begun: Callable[[], bool]) -> T:
 def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: bool, is_demo: bool) -> None:
     from tasks import report
 
-    if advice := outcome["advice"]:
-        tell(advice)
+    advice = outcome["advice"]
     if as_json:
+        if advice:
+            tell(advice)
         return print_json(audit.to_json() | {"proved": proof.proved, "advice": advice})
     show(*report.run_report(audit, proof))
+    if advice:  # last, where it is seen: why the run paused, and how it goes on
+        tell(advice)
     if is_demo:
         show(report.next_commands(audit))
 
@@ -525,7 +528,7 @@ def verify(run: RunNumber = None, in_sandbox: InSandbox = False, as_json: AsJson
     if as_json:
         print_json(proof.to_json())
     else:
-        show(report.proof_table(proof))
+        show(report.proof_table(proof), report.proof_line(proof))
     raise typer.Exit(0 if proof.proved else LedgerMismatch.exit_code)
 
 

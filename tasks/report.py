@@ -472,7 +472,7 @@ def progress_table(progress: Progress) -> Table:
     rows = [
         ("state", progress.state),
         ("documents", f"{progress.done:,} of {progress.documents:,} ({share(progress.done, progress.documents)})"),
-        ("waits because", progress.waiting_because or "it does not wait"),
+        ("waits because", progress.waiting_because or "—"),
         ("in flight", f"{progress.in_flight:,} in {progress.lanes} lane(s)"),
         ("dead letters", f"{progress.dead_letters:,}"),
         ("escalated", f"{progress.escalated:,}"),
