@@ -63,4 +63,5 @@ def ledger_url(postgres: Server, template: str) -> Iterator[str]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The table of the faults that were played. Here, because a controller of workers reads no other conftest."""
-    summary.show(terminalreporter)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker's report would be of its own tests only
+        summary.show(terminalreporter)
