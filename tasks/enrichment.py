@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -40,7 +40,7 @@ from tasks.completions import Completions, utc_now
 from tasks.jobs import find_place, load_job
 from tasks.lanes import GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
 from tasks.ledger import leases, runs
-from tasks.ledger.connection import Role, opened
+from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Opening, Run
 from tasks.spill import Spill
@@ -63,14 +63,13 @@ class Provider:
     clock_offset: timedelta
 
 
-async def open_run(request: RunRequest, settings: Settings) -> Run:
+async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> Run:
     """Check everything, then resume or open the run. Raises ConfigurationError, UnknownPrice and the like: exit 2."""
     job = load_job(request.job, request.root)
-    database_url = require_database(settings)
     book = load_price_book()
     async with (
         completions_for(job, settings) as completions,
-        opened(database_url, Role.LANE) as ledger,
+        lane_ledger(settings, times) as ledger,
         Bulkhead() as bulkhead,
     ):
         provider = await ask_provider(completions, job, request, settings)
@@ -120,7 +119,7 @@ async def work_lane(
     job, book = load_job(request.job, request.root), load_price_book()
     async with (
         completions_for(job, settings) as completions,
-        opened(require_database(settings), Role.LANE, pool_size=LANE_CONNECTIONS) as ledger,
+        lane_ledger(settings, times, pool_size=LANE_CONNECTIONS) as ledger,
         Bulkhead() as bulkhead,
     ):
         provider = await ask_provider(completions, job, request, settings)
@@ -147,7 +146,7 @@ async def work_lane(
             return await lane.run_shards()
 
 
-async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
+async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: LeaseTimes = USUAL_TIMES) -> Run:
     """Finish the run if all its shards ended; else pause it, with the first reason that a lane gave.
 
     A run that another start still works on goes on: this one's lanes may have been taken for dead, or interrupted.
@@ -155,7 +154,7 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended]) -> Run:
     """
     reasons = [end for end in ended if not end.is_done]
     try:
-        async with opened(require_database(settings), Role.LANE) as ledger:
+        async with lane_ledger(settings, times) as ledger:
             await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
             is_over = await runs.settle(ledger, run.run_id) is not None
             if not is_over and not await leases.has_living(ledger, run.run_id):
@@ -183,6 +182,14 @@ async def paused_if_cut_short(settings: Settings, run: Run) -> AsyncIterator[Non
 def spill_of(settings: Settings) -> Path:
     """Where lanes keep replies that Postgres could not take."""
     return settings.home / "spill"
+
+
+def lane_ledger(
+    settings: Settings, times: LeaseTimes = USUAL_TIMES, *, pool_size: int = 4
+) -> AbstractAsyncContextManager[Ledger]:
+    """The ledger as lanes use it. Raises ConfigurationError where no database is set, LedgerUnavailable."""
+    url = require_database(settings)
+    return opened(url, Role.LANE, pool_size=pool_size, answer_within_s=times.answer_within_s)
 
 
 def require_database(settings: Settings) -> SecretStr:
@@ -276,7 +283,7 @@ def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
 
     async def pause() -> None:
         try:
-            async with opened(require_database(settings), Role.LANE) as ledger:
+            async with lane_ledger(settings) as ledger:
                 await runs.change_state(ledger, run.run_id, "paused", "interrupted")
         except LedgerUnavailable:
             terminate_lanes()

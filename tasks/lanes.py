@@ -140,7 +140,7 @@ class Lane:
         prefix_bytes = len(plan.job.prefix.encode())
         self._last_beat_s = loop.time()
         self.completions.offset = plan.clock_offset  # until the replies say otherwise
-        self._patience = Patience(draining=asyncio.Event(), within_s=plan.times.answer_within_s)
+        self._patience = Patience()
         self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
         self.climber = Climber(
             job=plan.job,
@@ -149,8 +149,8 @@ class Lane:
             price_ids=plan.price_ids,
             completions=self.completions,
             grants=Grants(self.ledger, plan.run, self.lane_id, self._patience),
-            intents=Writer(self._commit_intents, linger_s=0.005, patience=self._endless_patience()),
-            records=Writer(self._commit_records, linger_s=0.02, patience=self._endless_patience()),
+            intents=Writer(self._commit_intents, linger_s=0.005),
+            records=Writer(self._commit_records, linger_s=0.02),
             limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
             primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
             waits=Waits(scale=plan.scale, random=plan.random),
@@ -303,10 +303,6 @@ class Lane:
     async def _pause(self) -> None:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.climber.draining.wait(), self.plan.times.beat_every_s / 4)
-
-    def _endless_patience(self) -> Patience:
-        """For what a lane that drains does not give up."""
-        return Patience(within_s=self.plan.times.answer_within_s)
 
     async def _commit_intents(self, intents: Sequence[Intent]) -> Sequence[Permit]:
         self._fence_if_silent()

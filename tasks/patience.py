@@ -1,9 +1,7 @@
 """Patience with Postgres: while it is away or full, whoever asks it waits and asks again, and says what for.
 
 Whatever is asked through here must be safe to repeat: the answer to a COMMIT may be lost when the server goes. What
-comes before anything is sent must also be safe to give up: a lane that drains does not wait for it. A question that
-gets no answer at all is given up, with its connection, and asked again: TCP notices a peer that vanished, but not one
-that takes what it is sent and is silent, like a stopped server or a pooler that lost its own.
+comes before anything is sent must also be safe to give up: a lane that drains does not wait for it.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -22,21 +19,16 @@ from tasks.ledger.connection import LedgerFull, PassingFailure
 Asked = ParamSpec("Asked")
 Answer = TypeVar("Answer")
 
-#: No question of a lane takes Postgres a hundredth of this.
-ANSWER_WITHIN_S = 30.0
-
 
 @dataclass
 class Patience:
     """Asks until there is an answer. `trouble` says what keeps it from one, for people; None: nothing does.
 
     Once `draining` is set it asks one time and no more. Whoever has something to save waits without such an event.
-    `within_s` is how many seconds one question may take.
     """
 
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     trouble: str | None = None
-    within_s: float = ANSWER_WITHIN_S
 
     async def ask(
         self, question: Callable[Asked, Awaitable[Answer]], *arguments: Asked.args, **named: Asked.kwargs
@@ -49,16 +41,9 @@ class Patience:
             sleep=self._rest,
             reraise=True,
         )
-        answer: Answer = await retrying(self._ask_once, partial(question, *arguments, **named))
+        answer: Answer = await retrying(question, *arguments, **named)
         self.trouble = None
         return answer
-
-    async def _ask_once(self, question: Callable[[], Awaitable[Answer]]) -> Answer:
-        try:
-            async with asyncio.timeout(self.within_s):
-                return await question()
-        except TimeoutError:
-            raise PassingFailure(f"Postgres has not answered for {self.within_s:.0f} s: it may be stuck") from None
 
     async def _rest(self, seconds: float) -> None:
         await rest(self.draining, seconds)

@@ -71,8 +71,8 @@ def opening(**changes: Any) -> Opening:
 
 
 @asynccontextmanager
-async def lane_ledger(url: str, pool_size: int = 4) -> AsyncIterator[Ledger]:
-    async with opened(SecretStr(url), Role.LANE, pool_size=pool_size) as ledger:
+async def lane_ledger(url: str, pool_size: int = 4, answer_within_s: float | None = None) -> AsyncIterator[Ledger]:
+    async with opened(SecretStr(url), Role.LANE, pool_size=pool_size, answer_within_s=answer_within_s) as ledger:
         yield ledger
 
 

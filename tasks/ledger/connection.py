@@ -58,6 +58,8 @@ _SESSION = (
     "tcp_user_timeout TO 30000",
     "idle_in_transaction_session_timeout TO '20s'",  # a lane that was stopped in mid-transaction blocks nobody
 )
+#: A ledger that goes through fewer rows in a second is stuck.
+ROWS_PER_S = 1_000
 #: A server that does not wait for its disk would forget what we reported (G3).
 _DURABLE = """
     SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'
@@ -80,18 +82,35 @@ class Role(StrEnum):
 
 
 class Ledger:
-    """A pool of connections to one ledger, all in one role. Open it with `opened`; close it by leaving."""
+    """A pool of connections to one ledger, all in one role. Open it with `opened`; close it by leaving.
 
-    def __init__(self, engine: AsyncEngine, url: URL) -> None:
+    A transaction that takes longer than `answer_within_s` seconds is given up, with its connection: TCP notices a
+    peer that vanished, but not one that takes what it is sent and is silent, like a stopped server or a pooler that
+    lost its own. None: for a person who waits, and may press Ctrl-C.
+    """
+
+    def __init__(self, engine: AsyncEngine, url: URL, answer_within_s: float | None) -> None:
         self.engine = engine
         self.url = url
+        self.answer_within_s = answer_within_s
 
     @asynccontextmanager
-    async def transaction(self, step: str | None = None) -> AsyncIterator[AsyncConnection]:
+    async def transaction(self, step: str | None = None, *, rows: int | None = 0) -> AsyncIterator[AsyncConnection]:
         """One transaction: committed, and so durable, when the block ends without an error.
 
-        One that writes says which `step` it is, so that the fault harness can end the process around its COMMIT.
+        One that writes says which `step` it is, so that the fault harness can end the process around its COMMIT. One
+        that goes through many `rows` has the time that they may take; None: all the time there is, for one that waits
+        for more than Postgres. Raises LedgerUnavailable and PoisonValue.
         """
+        within_s = None if rows is None or self.answer_within_s is None else self.answer_within_s + rows / ROWS_PER_S
+        try:
+            async with asyncio.timeout(within_s), self._transaction(step) as connection:
+                yield connection
+        except TimeoutError:
+            raise PassingFailure(f"Postgres has not answered for {within_s:.0f} s: it may be stuck") from None
+
+    @asynccontextmanager
+    async def _transaction(self, step: str | None) -> AsyncIterator[AsyncConnection]:
         with cancellation_kept():
             try:
                 async with self.engine.begin() as connection:
@@ -139,7 +158,9 @@ class LedgerFull(LedgerUnavailable):
 
 
 @asynccontextmanager
-async def opened(database_url: SecretStr, role: Role, *, pool_size: int = 4) -> AsyncIterator[Ledger]:
+async def opened(
+    database_url: SecretStr, role: Role, *, pool_size: int = 4, answer_within_s: float | None = None
+) -> AsyncIterator[Ledger]:
     """A ledger in `role`. Raises LedgerUnavailable where it is away, not migrated, or newer than this code."""
     url = parse_url(database_url)
     engine = create_async_engine(
@@ -152,7 +173,7 @@ async def opened(database_url: SecretStr, role: Role, *, pool_size: int = 4) -> 
     )
     logging.getLogger(f"sqlalchemy.engine.Engine.{_LOGGED_AS}").addFilter(_quotes_no_row)
     event.listen(engine.sync_engine, "connect", _work_as(role))
-    ledger = Ledger(engine, url)
+    ledger = Ledger(engine, url, answer_within_s)
     try:
         async with ledger.transaction() as connection:
             await connection.run_sync(_require_newest_version)

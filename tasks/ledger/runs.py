@@ -94,7 +94,8 @@ async def open_run(ledger: Ledger, opening: Opening) -> Run:
     another budget) is marked `superseded`: what it paid for stays on the ledger, and its results are reused where
     they still apply. Raises ConfigurationError where the job's shared budget is not as its other jobs say.
     """
-    async with ledger.transaction("open_run") as connection:
+    rows = len(opening.manifest.shards) + len(opening.manifest.duplicates)
+    async with ledger.transaction("open_run", rows=rows) as connection:
         await connection.execute(_LOCK_JOB, {"job": opening.job.name})
         unfinished = (
             await connection.execute(_UNFINISHED, _identity(opening) | {"budget_name": opening.job.budget_name})
@@ -141,7 +142,8 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
     unfinished = select(tables.shard.c.shard_no).where(
         tables.shard.c.run_id == run_id, tables.shard.c.state.not_in(["done", "failed"])
     )
-    async with ledger.transaction("settle") as connection:
+    run = await find_run(ledger, run_id)
+    async with ledger.transaction("settle", rows=run.documents) as connection:
         lanes = (await connection.execute(_LANES, {"run_id": run_id})).all()
         await lock_lanes(connection, [lane.lane_id for lane in lanes])
         if (await connection.execute(unfinished.limit(1))).first():
@@ -200,8 +202,8 @@ def _explain_changed_price(name: str) -> str:
 async def add_labels(ledger: Ledger, run_id: RunId, blocks: AsyncIterable[Sequence[tuple[int, str]]]) -> None:
     """Keep what experts say about the run's documents, to measure results against. Safe to repeat."""
     columns = ("run_id", "document_no", "label")
-    async with ledger.transaction("add_labels") as connection:
-        # Between two blocks it waits for files, which may be far away; nobody waits for what it holds.
+    # Between two blocks it waits for files, which may be far away; nobody waits for what it holds.
+    async with ledger.transaction("add_labels", rows=None) as connection:
         await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
         async for block in blocks:
             await bring(connection, tables.label, columns, ((run_id, number, label) for number, label in block))

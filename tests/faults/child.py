@@ -114,7 +114,7 @@ async def _enrich(order: Order) -> int:
             file.write(b"spoiled")
     ended = await enrichment.work_lane(request, settings, run, show=_show, times=order.times)
     print(f"lane ended: {ended.reason} {ended.advice}", file=sys.stderr, flush=True)
-    settled = await enrichment.settle_run(settings, run, [ended])
+    settled = await enrichment.settle_run(settings, run, [ended], order.times)
     return 0 if settled.state == "done" else 3
 
 
@@ -151,7 +151,7 @@ async def _show(name: str, work: Callable[[], Awaitable[None]]) -> None:
 
 async def _open(order: Order, request: RunRequest, settings: Settings) -> Run:
     if order.run_id is None:
-        return await enrichment.open_run(request, settings)
+        return await enrichment.open_run(request, settings, order.times)
     async with opened(SecretStr(order.database_url), Role.LANE) as ledger:
         await leases.bury_dead(ledger, RunId(order.run_id), grace_s=0)
         await runs.change_state(ledger, RunId(order.run_id), "running")

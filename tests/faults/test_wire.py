@@ -155,6 +155,24 @@ def test_a_postgres_that_falls_silent_is_asked_again_over_another_connection(
     tell(tally, lines)
 
 
+#: The same where no lane is at work: a start that gets no answer says so and ends, and so does an end.
+BARE_SILENCES = {
+    "open": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"farthing job", nth=1, seconds=600),
+    "opened": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"INSERT INTO farthing.input_file", nth=1, seconds=600),
+    "join": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"INSERT INTO farthing.lane", nth=1, seconds=600),
+    "settle": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"ledger_digest=", nth=1, seconds=600),
+}
+
+
+@pytest.mark.parametrize("name", BARE_SILENCES)
+def test_a_postgres_that_is_silent_before_and_after_the_work_ends_the_start_in_good_order(
+    name: str, lines: Lines, seed: int, tally: Tally
+) -> None:
+    assert play(lines, seed, ledger=[BARE_SILENCES[name]]) in (2, 3)
+    assert sum(lines.ledger.struck.values()) == 1
+    tell(tally, lines)
+
+
 def cut_at_commit(lines: Lines, number: int, kind: Kind, seed: int) -> bool:
     """Cut a run's n-th COMMIT off, before or after the server had it. False: the run ended without it."""
     fault = Fault(kind, Toward.SERVER, holding=COMMIT, nth=number)

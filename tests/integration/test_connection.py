@@ -245,6 +245,24 @@ async def test_a_time_limit_around_a_transaction_still_ends_in_its_own_error(led
             assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
 
 
+async def test_what_gets_no_answer_is_given_up_with_its_connection_and_may_be_asked_again(ledger_url: str) -> None:
+    async with lane_ledger(ledger_url, pool_size=1, answer_within_s=0.5) as ledger:
+        with pytest.raises(PassingFailure, match="Postgres has not answered for 0 s"):
+            async with ledger.transaction() as connection:
+                await connection.execute(text("SELECT pg_sleep(60)"))
+        async with ledger.transaction() as connection:
+            assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
+
+
+@pytest.mark.parametrize("rows", [10_000, None])
+async def test_what_goes_through_many_rows_has_the_time_that_they_may_take(ledger_url: str, rows: int | None) -> None:
+    async with (
+        lane_ledger(ledger_url, answer_within_s=0.5) as ledger,
+        ledger.transaction(rows=rows) as connection,
+    ):
+        assert (await connection.execute(text("SELECT 1 FROM pg_sleep(1)"))).scalar_one() == 1
+
+
 async def test_not_even_at_debug_does_a_log_quote_a_row_or_a_parameter(
     ledger_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,16 +58,3 @@ async def test_a_rest_ends_by_itself_or_by_a_drain() -> None:
     draining.set()
     with pytest.raises(Draining):
         await rest(draining, 3600)
-
-
-async def test_a_question_that_gets_no_answer_is_given_up_and_asked_again() -> None:
-    patience, troubles, silence = Patience(within_s=0.01), [], asyncio.Event()
-
-    async def ask() -> int:
-        troubles.append(patience.trouble)
-        if len(troubles) < 2:
-            await silence.wait()
-        return 7
-
-    assert await asyncio.wait_for(patience.ask(ask), 10) == 7
-    assert troubles == [None, "Postgres has not answered for 0 s: it may be stuck"]
