@@ -210,6 +210,9 @@ async def record(ledger: Ledger, run_id: RunId, lane_id: LaneId, records: Sequen
 
     Outcomes are facts and always appended. An ending needs the lease: without it, only the outcome and the
     paid answer are kept, and the shard's new owner finds them.
+
+    Safe to repeat, with all records or with one at a time; the lane's counters do not take a mixture of records that
+    are durable and others that are new.
     """
     async with ledger.transaction("record") as connection:
         has_ended = lane_id in await lock_lanes(connection, [lane_id])

@@ -221,9 +221,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if not hears:
             permits = self._intend(lane, batch)
         for intent, permit in zip(batch, permits, strict=True):
-            if permit == Permitted():
-                lane.sent[intent.document_no, intent.attempt_no] = intent
-            else:
+            if permit == Permitted() and (self.run_id, *_key(intent)) not in self.model.outcomes:
+                lane.sent[_key(intent)] = intent
+            else:  # refused, or answered already, and no lane sends that again
                 lane.free[intent.grant_id] += intent.reserved
 
     def _intend(self, lane: Laner, batch: list[Intent]) -> Any:
@@ -268,11 +268,17 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self._record(lane, records)
         self.past.append(lambda: self._record(lane, records))
+        self.past.append(lambda: self._load(lane, records))
         for key, record in zip(keys, records, strict=True):
             assert record.outcome is not None
             grant = self.model.intents[self.run_id, *key][0].grant_id
             used = record.outcome.cost if record.outcome.cost is not None else record.outcome.bound
             lane.free[grant] = lane.free.get(grant, 0) + RESERVED - (used or 0)
+
+    def _load(self, lane: Laner, records: list[Record]) -> None:
+        """As a resumed run does with what a lane that died left on disk."""
+        for record in records:
+            self._record(lane, [record])
 
     def _record(self, lane: Laner, records: list[Record]) -> None:
         self.both("record", self.run_id, lane.hand.lane_id, records)
@@ -458,6 +464,10 @@ MISCOUNTED = """
     WHERE l.run_id = %s AND (l.attempts, l.cost, l.bounds)
           IS DISTINCT FROM (coalesce(s.attempts, 0), coalesce(s.cost, 0), coalesce(s.bounds, 0))
 """
+
+
+def _key(intent: Intent) -> tuple[int, int]:
+    return intent.document_no, intent.attempt_no
 
 
 async def _beat(ledger: Ledger, *arguments: Any) -> str | None:
