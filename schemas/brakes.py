@@ -30,13 +30,18 @@ _PROOF_OF_LIFE = frozenset(
 #: The account, not the document, is refused: whatever is sent next will be, too.
 _REFUSALS = frozenset({Signal.UNAUTHORISED, Signal.NO_BALANCE})
 
+#: What a retry takes where the failure was not billed.
+RETRY_PRICE = 5.0
+
 
 @dataclass
 class RetryBudget:
     """Retries may not drown first tries (G12): a bucket that successes fill and retries empty.
 
-    A retry of an unbilled failure takes 5, of one that may be billed 10, a success gives 1; a trickle of one a
-    second lets a lane find out that the provider is back.
+    A retry of an unbilled failure takes 5, of one that may be billed 10, a success gives 1. A retry that succeeds
+    gives 5 back, as in the AWS SDKs' standard mode: else the thousands that one storm turned away would come back
+    one in five seconds when nothing else is left. A trickle of one a second lets a lane find out that the provider
+    is back.
     """
 
     capacity: float = 500.0
@@ -44,12 +49,12 @@ class RetryBudget:
     _level: float = 500.0
     _at_s: float = 0.0
 
-    def succeed(self) -> None:
-        self._level = min(self.capacity, self._level + 1)
+    def succeed(self, *, is_retry: bool = False) -> None:
+        self._level = min(self.capacity, self._level + (RETRY_PRICE if is_retry else 1))
 
     def take(self, signal: Signal, now_s: float) -> float:
         """Take what a retry after `signal` costs. 0: go; else seconds to wait before asking again."""
-        price = 10.0 if signal in UNKNOWN_BILLING else 5.0
+        price = 2 * RETRY_PRICE if signal in UNKNOWN_BILLING else RETRY_PRICE
         self._level = min(self.capacity, self._level + (now_s - self._at_s) * self.trickle_per_s)
         self._at_s = now_s
         if self._level >= price:

@@ -140,7 +140,7 @@ class Climber:
                 if is_priming:
                     primer.see(reply)
                 self.watch.see(tier, reply, primer, is_priming=is_priming)
-                self._note(reply)
+                self._note(reply, work.position)
                 booking = self._book(reply, call, reserved)
                 step, work = await self._record(work, reply, booking)
                 reservation.used = booking.used  # only now is it durable: until then all of it counts as spent
@@ -288,11 +288,11 @@ class Climber:
         )
         return Reserved(reservation(price, input_tokens, output_tokens), output_tokens), price
 
-    def _note(self, reply: Reply) -> None:
+    def _note(self, reply: Reply, position: Position) -> None:
         """Let the brakes know what came of an attempt."""
         self.breaker.note(reply.signal, self.tick())
         if reply.usage is not None:
-            self.retry_budget.succeed()
+            self.retry_budget.succeed(is_retry=position.purpose is Purpose.RETRY)
             self.unmetered = 0
         elif reply.signal in _METERED and reply.http_status == 200:
             self.unmetered += 1

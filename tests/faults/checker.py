@@ -478,14 +478,14 @@ def flights_within_limit(e: Evidence) -> Iterator[str]:
 
 
 def retries_within_budget(e: Evidence) -> Iterator[str]:
-    """I9: a lane's retries took no more from its bucket than it held, successes and time put in.
+    """I9: a lane's retries took no more from its bucket than it held, successes, answered retries and time put in.
 
     A document that another lane began comes back as a retry without passing the bucket: those do not count.
     """
     taken: Counter[int] = Counter()
     gained: Counter[int] = Counter()
     for a in e.attempts:
-        gained[a.lane_id] += a.hit is not None
+        gained[a.lane_id] += 0 if a.hit is None else 5 if a.purpose == "retry" else 1
         before = e.by_key.get((a.run_id, a.document_no, a.attempt_no - 1))
         if a.purpose == "retry" and before is not None and before.lane_id == a.lane_id:
             taken[a.lane_id] += RETRY_TAKES.get(before.signal, 5)

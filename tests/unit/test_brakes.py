@@ -22,6 +22,17 @@ def test_a_retry_that_may_be_billed_twice_takes_twice_as_much() -> None:
     assert [budget.take(Signal.LOST, 0) for _ in range(3)] == [0, 0, 10]
 
 
+def test_what_a_storm_turned_away_comes_back_as_fast_as_it_is_answered() -> None:
+    budget = RetryBudget(capacity=20, _level=20)
+    for _ in range(1000):
+        assert budget.take(Signal.RATE_LIMITED, 0) == 0
+        budget.succeed(is_retry=True)
+    for _ in range(3):
+        assert budget.take(Signal.LOST, 0) == 0
+        budget.succeed(is_retry=True)  # half of it: what was lost may be paid twice
+    assert budget.take(Signal.LOST, 0) == 5
+
+
 def test_the_trickle_lets_a_lane_find_out_that_the_provider_is_back() -> None:
     budget = RetryBudget(capacity=20, _level=0)
     assert budget.take(Signal.UNAVAILABLE, 0) == 5
