@@ -58,12 +58,16 @@ class TierTokens:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What earlier runs of a job say: tokens and attempts per tier, over so many documents."""
+    """What earlier runs of a job say: tokens and attempts per tier, over so many documents.
+
+    `is_partial`: no run of it has ended yet, so that what climbs, and costs most, may still be to come.
+    """
 
     runs: int
     documents: int
     is_simulated: bool
     tiers: tuple[TierTokens, ...]
+    is_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +243,13 @@ def _assumptions(size: Size, rows: Mapping[str, Price], history: History | None)
 
 def _history_lines(history: History) -> list[str]:
     simulated = ", answers simulated" if history.is_simulated else ""
-    return [
+    lines = [
         f"tokens and escalated share as in the job's last {history.runs} run(s), "
         f"{history.documents:,} documents{simulated}"
     ]
+    if history.is_partial:
+        lines.append("no run of the job has ended yet: what climbs comes last, so this is likely too low")
+    return lines
 
 
 def _assumed_lines(size: Size) -> list[str]:

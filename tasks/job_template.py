@@ -15,7 +15,7 @@ input:
   path: data/@NAME@/*.parquet
   id: id                 # unique, one per document
   text: text             # what the model reads; nothing else is sent
-  # partition: day       # a column or hive folder to backfill by
+  # partition: day       # a hive folder that --partition selects by
   # filter: [[language, "==", en]]
   # label: topic         # a column with the right answers, if you have one: never sent, only compared
 

@@ -44,7 +44,7 @@ from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
 from tasks.off_peak import Gate, always
 from tasks.patience import Patience
-from tasks.priming import Primer
+from tasks.priming import PRIMING, Primer
 from tasks.shards import ShardWork
 from tasks.spill import Spill
 from tasks.waits import Waits
@@ -247,7 +247,8 @@ class Lane:
             return because
         cold = [name for name, primer in climber.primers.items() if primer.is_priming]
         if cold:
-            return f"priming the prompt cache of {' and '.join(cold)}"
+            others = "" if self.plan.job.ladder[0].name in cold else "; documents for it wait, the others go on"
+            return f"{PRIMING} {' and '.join(cold)}{others}"
         if climber.backing_off:
             return f"{climber.backing_off} documents wait before a retry ({climber.last_failure})"
         return None

@@ -33,6 +33,7 @@ from tasks import report
 from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.spend import Progress
+from tasks.priming import PRIMING
 from tasks.report import share
 
 SETTLING = "settling the run"
@@ -76,9 +77,12 @@ class Pace:
 
 
 def project(progress: Progress) -> Money | None:
-    """What the whole run comes to if the rest costs what the documents so far did, those reused for nothing apart."""
+    """What the whole run comes to if the rest costs what the documents so far did, those reused for nothing apart.
+
+    None while a tier is primed: the documents that wait to climb there are the dear ones, and are not paid yet.
+    """
     paid = progress.done - progress.reused
-    if paid <= 0:
+    if paid <= 0 or (progress.waiting_because or "").startswith(PRIMING):
         return None
     rest = -(-progress.cost_pico * (progress.documents - progress.done) // paid)
     return Money(progress.cost_pico + rest, Currency(progress.currency))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from schemas.attempts import NOT_BILLED, UNKNOWN_BILLING, Reply
 
+#: How a lane that primes a tier says so, before the tier's name.
+PRIMING = "priming the prompt cache of"
 #: Give up after so many: a cache that does not hit by then costs more to wait for than to go without.
 MOST_ATTEMPTS = 8
 #: After these the prompt may never have reached a model, so they say nothing about its cache.

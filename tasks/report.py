@@ -280,7 +280,11 @@ def _totals(audit: Audit) -> Section:
         ("saved against peak prices", _off_peak_saving(audit), audit.off_peak_attempts),
         ("not known to be billed", unknown, audit.unknown_pico),
         ("corrections", _money(audit, audit.adjusted_pico), audit.adjusted_pico),
-        ("per 1,000 documents", _money(audit, audit.pico_per_1000_documents), audit.pico_per_1000_documents),
+        (
+            "per 1,000 documents" + (", reused ones too" if audit.reused else ""),
+            _money(audit, audit.pico_per_1000_documents),
+            audit.pico_per_1000_documents,
+        ),
         _budget(audit),
         ("tokens: cached, not cached, output", _tokens(audit), audit.attempts),
     ]
@@ -383,7 +387,8 @@ def _accuracy(audit: Audit) -> Section:
     if rows:
         labelled, correct = (sum(each.labelled for each in audit.accuracy), sum(e.correct for e in audit.accuracy))
         rows.append(("all", f"{labelled:,}", f"{correct:,}", share(correct, labelled)))
-    return Section("Against the labels", ("answered by", "labelled results", "right", "share"), tuple(rows))
+    note = "" if audit.state in (None, "done") else "Of what has ended. The unsure end last, so this flatters."
+    return Section("Against the labels", ("answered by", "labelled results", "right", "share"), tuple(rows), note)
 
 
 def _dead(audit: Audit) -> Section:

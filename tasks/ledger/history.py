@@ -7,16 +7,20 @@ from sqlalchemy import text
 from schemas.estimates import MILLION, History, TierTokens
 from tasks.ledger.connection import Ledger
 
-#: How many of the job's newest runs count.
+#: How many of the job's newest runs count: of those that ended, if any did.
 RUNS = 5
 
 _TIERS = text("""
-    WITH recent AS (
-        SELECT run_id FROM run_cost
-        WHERE job = :job AND is_simulated = :is_simulated AND attempts > 0 ORDER BY run_id DESC LIMIT :runs
+    WITH newest AS (
+        SELECT run_id, state FROM run_cost
+        WHERE job = :job AND is_simulated = :is_simulated AND attempts > 0
+        ORDER BY state = 'done' DESC, run_id DESC LIMIT :runs
+    ), recent AS (
+        SELECT run_id FROM newest WHERE state = 'done' OR NOT EXISTS (SELECT FROM newest WHERE state = 'done')
     )
     SELECT a.tier, count(*) AS attempts, ceil(avg(a.hit))::bigint AS hit, ceil(avg(a.miss))::bigint AS miss,
-           ceil(avg(a.output))::bigint AS output, s.runs, s.documents
+           ceil(avg(a.output))::bigint AS output, s.runs, s.documents,
+           NOT EXISTS (SELECT FROM newest WHERE state = 'done') AS is_partial
     FROM attempt a
     JOIN recent USING (run_id)
     CROSS JOIN (
@@ -39,4 +43,4 @@ async def find_history(ledger: Ledger, job: str, *, is_simulated: bool) -> Histo
         TierTokens(row.tier, row.hit, row.miss, row.output, -(-row.attempts * MILLION // row.documents))
         for row in rows
     )
-    return History(rows[0].runs, rows[0].documents, is_simulated, tiers)
+    return History(rows[0].runs, rows[0].documents, is_simulated, tiers, rows[0].is_partial)

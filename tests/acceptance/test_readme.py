@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 
 import psycopg
+import yaml
 from pydantic import SecretStr
 
 import farthing
 from schemas import errors
 from schemas.jobfile import JobFile
 from schemas.settings import Settings
+from tasks.job_template import JOB_YAML
 from tasks.ledger.connection import upgrade
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,11 @@ def test_every_command_is_in_the_readme_and_every_one_in_it_exists() -> None:
     told = {cell.split()[1] for cell in first_cells(section("Commands")) if cell.startswith("farthing ")}
     assert told == names | groups
     assert set(re.findall(r"(?<![/\w])farthing ([a-z]+)", README)) <= names | groups
+
+
+def test_the_job_in_the_readme_is_the_one_that_new_writes() -> None:
+    shown = section("Write a job").split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(shown) == yaml.safe_load(JOB_YAML.replace("@NAME@", "tickets"))
 
 
 def test_every_job_key_is_in_the_readme() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pydantic import SecretStr
 
 from schemas.estimates import MILLION, History, TierTokens
+from schemas.ladder import Verdict
+from schemas.records import Record
+from tasks.ledger import runs
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.history import find_history
-from tests.ledgers import JOB, USAGE, run_everything
+from tests.ledgers import JOB, USAGE, Hand, opening, run_everything
 
 
 async def find(url: str, job: str, *, is_simulated: bool) -> History | None:
@@ -21,8 +24,24 @@ async def test_history_is_tokens_per_attempt_and_attempts_per_document(ledger: L
     tokens = (USAGE.hit, USAGE.miss, USAGE.output)
     found = await find(ledger_url, JOB.name, is_simulated=False)
     assert found is not None
-    assert (found.runs, found.documents, found.is_simulated) == (1, 5, False)
+    assert (found.runs, found.documents, found.is_simulated, found.is_partial) == (1, 5, False, False)
     assert set(found.tiers) == {TierTokens("flash", *tokens, MILLION), TierTokens("pro", *tokens, MILLION // 5)}
+
+
+async def test_a_run_that_did_not_end_counts_only_where_none_did_and_the_history_says_so(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    """What climbs comes last: by half a run it looks as if hardly anything climbed."""
+    half = await Hand.join(ledger, await runs.open_run(ledger, opening(selection={"partitions": ["half"]})))
+    await half.intend(half.intent((await half.claim()).lease, 0))
+    await half.record(Record(half.outcome(0, verdict=Verdict.LOW_CONFIDENCE)))
+    found = await find(ledger_url, JOB.name, is_simulated=False)
+    assert found is not None
+    assert (found.documents, found.is_partial) == (1, True)
+    await run_everything(ledger)
+    found = await find(ledger_url, JOB.name, is_simulated=False)
+    assert found is not None
+    assert (found.runs, found.documents, found.is_partial) == (1, 5, False)
 
 
 async def test_history_is_of_this_job_and_this_kind_of_money(ledger: Ledger, ledger_url: str) -> None:

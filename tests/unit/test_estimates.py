@@ -48,6 +48,13 @@ HISTORY = History(
 )
 
 
+def test_an_estimate_by_a_run_that_has_not_ended_says_that_it_is_likely_too_low() -> None:
+    for is_partial in (False, True):
+        history = replace(HISTORY, is_partial=is_partial)
+        said = estimate(make_job(), SIZE, load_price_book(), OFF_PEAK, history).assumptions
+        assert ("too low" in " ".join(said)) is is_partial
+
+
 def make_job(**changes: object) -> Job:
     job = Job(
         name="tickets",

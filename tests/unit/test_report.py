@@ -77,7 +77,7 @@ PROGRESS = Progress(
     reason=None,
     done=250,
     documents=1_000,
-    waiting_because="priming the prompt cache of pro",
+    waiting_because="12 documents wait before a retry (rate limited)",
     in_flight=42,
     lanes=1,
     results=240,
@@ -173,6 +173,18 @@ def test_accuracy_is_that_of_all_labelled_results() -> None:
     assert rows[-1] == ("all", "990", "951", "96.06 %")
 
 
+@pytest.mark.parametrize(("state", "flatters"), [("done", False), ("paused", True), ("running", True)])
+def test_accuracy_before_the_end_says_that_the_unsure_documents_are_missing(state: str, flatters: bool) -> None:
+    (part,) = (p for p in report.sections(replace(AUDIT, state=state)) if p.title == "Against the labels")
+    assert ("flatters" in part.note) is flatters
+
+
+def test_what_a_thousand_documents_cost_says_so_where_some_were_reused() -> None:
+    names = {reused: report.sections(replace(AUDIT, reused=reused))[0].rows for reused in (0, 40)}
+    assert "per 1,000 documents" in dict(names[0])
+    assert "per 1,000 documents, reused ones too" in dict(names[40])
+
+
 @pytest.mark.parametrize("is_simulated", [True, False])
 def test_simulated_figures_are_called_so_and_only_they(is_simulated: bool) -> None:
     audit = replace(AUDIT, is_simulated=is_simulated)
@@ -217,7 +229,7 @@ def test_the_live_view_shows_rate_money_and_why_it_waits() -> None:
     for text in (line(PROGRESS, pace), shown(panel(PROGRESS, pace))):
         for figure in ("250/1,000", "40/s", "19 s left", "$1.00", "$4.00", "$5.00", "90.00 %", "10.00 %", "42"):
             assert figure in text
-        assert "priming the prompt cache of pro" in text
+        assert "12 documents wait before a retry (rate limited)" in text
 
 
 def test_how_long_it_takes_is_not_guessed_from_a_moment_or_a_handful_nor_while_it_drains() -> None:
@@ -292,6 +304,11 @@ def test_a_rate_is_that_of_the_last_seconds() -> None:
         pace.see(float(second), second * 100 if second < 40 else 4_000)
     assert pace.rate == 0
     assert pace.remaining_s(10_000) is None
+
+
+def test_nothing_is_projected_while_the_documents_that_climb_wait_for_a_tier_to_be_primed() -> None:
+    priming = "priming the prompt cache of pro; documents for it wait, the others go on"
+    assert project(replace(PROGRESS, waiting_because=priming)) is None
 
 
 def test_nothing_is_projected_before_the_first_document() -> None:
