@@ -337,7 +337,8 @@ class Lane:
             self.drain("fenced", "Postgres was away too long: run the same command to go on")
 
     async def _beat_on(self, session: leases.Session) -> None:
-        times, run_id = self.plan.times, self.plan.run.run_id
+        """Beat until the session breaks. Back from an outage, let the others come back, too, before burying any."""
+        times, run_id, since_s = self.plan.times, self.plan.run.run_id, self.climber.tick()
         while True:
             async with asyncio.timeout(times.beat_within_s):  # TimeoutError is an OSError: the session is given up
                 state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
@@ -346,8 +347,11 @@ class Lane:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")
             elif state != "running":
                 self.drain(state)
-            async with asyncio.timeout(times.beat_within_s):
-                await leases.bury_dead(self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s)
+            if self._last_beat_s - since_s >= times.grace_s:
+                async with asyncio.timeout(times.beat_within_s):
+                    await leases.bury_dead(
+                        self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s
+                    )
             await asyncio.sleep(times.beat_every_s)
 
     async def _give_back(self) -> None:

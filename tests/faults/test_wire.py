@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
@@ -15,13 +18,15 @@ from sqlalchemy import make_url
 from sandbox.postgres import Server, create_database, drop_database
 from tasks.ledger.leases import LeaseTimes
 from tests.faults.proxy import COMMIT, Fault, Kind, Proxy, Toward
-from tests.faults.stage import Stage, staged
+from tests.faults.stage import Stage, staged, wait_until
 from tests.faults.summary import Tally
 
 DOCUMENTS = 20
 #: Nobody's lease runs out because a line is slow; whoever does not answer is asked again soon.
 TIMES = LeaseTimes(beat_every_s=0.1, fence_after_s=8.0, grace_s=0.3, answer_within_s=1.0)
 
+#: Nobody waits long for a reply.
+TIERS = "{flash: {max_tokens: 100, deadline_s: 1}, pro: {max_tokens: 100, deadline_s: 1}}"
 #: How long a black hole lasts: longer than anybody waits for it.
 PATIENCE_S = {Kind.BLACK_HOLE: 600.0}
 
@@ -52,7 +57,7 @@ def shared(postgres: Server, template: str, tmp_path_factory: pytest.TempPathFac
     url = create_database(postgres, name, template=template)
     with staged(root, url, documents=DOCUMENTS) as made:
         made.times = TIMES
-        made.change_job(tiers="{flash: {max_tokens: 100, deadline_s: 1}, pro: {max_tokens: 100, deadline_s: 1}}")
+        made.change_job(tiers=TIERS)
         made.remember_baseline()
         yield made
     drop_database(postgres, name)
@@ -171,6 +176,33 @@ def test_a_postgres_that_is_silent_before_and_after_the_work_ends_the_start_in_g
     assert play(lines, seed, ledger=[BARE_SILENCES[name]]) in (2, 3)
     assert sum(lines.ledger.struck.values()) == 1
     tell(tally, lines)
+
+
+def test_lanes_that_lost_postgres_together_come_back_together_and_bury_nobody(
+    lines: Lines, seed: int, tally: Tally
+) -> None:
+    """For longer than a lane whose session is gone has time: the first one back knows no more than the others."""
+    times = replace(TIMES, grace_s=2.0)
+    stage = lines.stage
+    stage.scene()
+    stage.change_job(concurrency=1, shard_rows=5, tiers=TIERS)
+    lines.model.play(Fault(Kind.LATENCY, Toward.CLIENT, seconds=0.4))
+    children = [lines.start(times=times) for _ in range(2)]
+    for child in children:
+        assert wait_until(lambda child=child: "lane working" in stage.told_by(child))
+    lines.ledger.play(Fault(Kind.RESET, Toward.SERVER))
+    time.sleep(1.5 * times.grace_s)
+    os.kill(children[1].pid or 0, signal.SIGSTOP)  # it comes back a little later
+    lines.ledger.play()
+    time.sleep(0.5 * times.grace_s)
+    os.kill(children[1].pid or 0, signal.SIGCONT)
+    for child in children:
+        judge(lines, child, seed)
+    stage.change_job(tiers=TIERS)
+    assert stage.violations() == [], stage.told()
+    died = f"SELECT count(*) FROM lane WHERE run_id = {stage.run_id} AND ended_because = 'died'"
+    assert stage.value(died) == 0, stage.told()
+    tally.count("Postgres: gone for all lanes")
 
 
 def cut_at_commit(lines: Lines, number: int, kind: Kind, seed: int) -> bool:
