@@ -710,7 +710,7 @@ def test_2500_in_flight_come_down_to_50_and_climb_again(
     url = create_database(postgres, name, template=template)
     most = max(250, round(2500 * scale))
     # Replies take so long that the account's ceiling is what binds, and not this machine.
-    with staged(root, url, documents=0, time_scale=1, reply=6, reply_within_s=120, tokens="fast") as stage:
+    with staged(root, url, documents=0, time_scale=1, reply=12, reply_within_s=120, tokens="fast") as stage:
         stage.deadline_s = 400.0
         counted = storm(stage, most, 50, documents=6 * most, time_scale=1.0)
         assert stage.violations(undecided=frozenset()) == [], stage.told()
