@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -467,6 +468,41 @@ async def test_a_bad_input_is_refused_or_read_row_by_row(tmp_path: Path, tally: 
     assert outcome == case.outcome
     assert Counter(row.reason.value if isinstance(row, UnfitDocument) else "fit" for row in rows) == case.endings
     tally.count("bad Parquet files")
+
+
+def public_files() -> list[Path]:
+    """Corrupt files of others, where FARTHING_FAULTS_PARQUET names a folder of them: we ship none (README)."""
+    folder = os.environ.get("FARTHING_FAULTS_PARQUET")
+    return sorted(Path(folder).glob("*.parquet")) if folder else []
+
+
+def columns_of(path: Path) -> list[str]:
+    """Its columns; what could be texts comes first, and one that is not there last."""
+    try:
+        schema = pq.read_schema(path)
+    except (OSError, pa.ArrowException):  # a schema that nobody can read
+        return ["id", "text"]
+    return [*sorted(schema.names, key=lambda name: "string" not in str(schema.field(name).type)), "absent"]
+
+
+@pytest.mark.parametrize("path", public_files(), ids=lambda path: path.name)
+async def test_a_public_corrupt_file_is_refused_or_costs_its_own_documents(
+    tmp_path: Path, tally: Tally, path: Path
+) -> None:
+    """Each of its columns as the text: it is a message, or a reason for each row that it concerns."""
+    (tmp_path / "d").mkdir()
+    shutil.copy(path, tmp_path / "d")
+    first, *others = columns_of(path)
+    outcomes = Counter[str]()
+    with forked_readers():
+        async with Bulkhead() as reading:
+            for name in others:
+                outcome, _ = await asyncio.wait_for(
+                    judge(reading, tmp_path, Input(path="d", id=first, text=name)), 60
+                )
+                outcomes[outcome] += 1
+    tally.count("public corrupt Parquet files")
+    tally.figure(path.name, ", ".join(f"{outcome} {times}" for outcome, times in outcomes.items()))
 
 
 async def flip(tmp_path: Path, tally: Tally, seed: int, times: int) -> None:
