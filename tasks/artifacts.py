@@ -30,6 +30,8 @@ log = structlog.get_logger("farthing.artifacts")
 
 #: An update costs Prefect's server 12 ms of CPU (design: prefect.md), so not too often.
 EVERY_S = 5.0
+#: A run that has ended does not hang on its report; `farthing audit` has it, too.
+REPORT_WITHIN_S = 120.0
 
 
 @asynccontextmanager
@@ -45,9 +47,10 @@ async def shown_progress(run: Run, settings: Settings) -> AsyncIterator[None]:
 
 async def show_report(run: Run, settings: Settings) -> None:
     """Publish the cost table and the report of a run that has ended."""
-    async with opened(require_database(settings), Role.AUDITOR, pool_size=1) as ledger:
-        audit = await spend.audit(ledger, run=run.run_id)
+    url = require_database(settings)
     try:
+        async with opened(url, Role.AUDITOR, pool_size=1, answer_within_s=REPORT_WITHIN_S) as ledger:
+            audit = await spend.audit(ledger, run=run.run_id)
         await acreate_table_artifact(_cost_rows(audit), key=f"run-{run.run_id}-cost", description="Cost by tier")
         await acreate_markdown_artifact(
             report.markdown(audit), key=f"run-{run.run_id}-report", description=f"Report of run {run.run_id}"
