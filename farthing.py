@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -52,7 +50,6 @@ PAUSED, CRASHED = 3, 70
 #: An off-peak instant that the price book will always know.
 PRICED = datetime(2026, 12, 1, 12, tzinfo=UTC)
 
-_WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 _NAKED: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
 app = typer.Typer(
     name="farthing",
@@ -141,12 +138,8 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 
 def tell(text: str) -> None:
-    """Lines for people, on stderr: stdout holds only what was asked for. A terminal would break words in two."""
-    lines = plain_lines(text).splitlines()
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        lines = [line if len(line) <= width else textwrap.fill(line, width, **_WHOLE_WORDS) for line in lines]
-    print("\n".join(lines), file=sys.stderr, flush=True)
+    """A line for people, on stderr: stdout holds only what was asked for."""
+    print(plain_lines(text), file=sys.stderr, flush=True)
 
 
 def show(*parts: RenderableType) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from farthing import PRICED, _sandbox_clock, main, tell
+from farthing import PRICED, _sandbox_clock, main
 from sandbox import service
 from sandbox.bill import bill_path, read_lines
 from schemas.settings import Settings
@@ -315,17 +315,3 @@ def test_after_the_last_known_calendar_the_sandbox_goes_on_at_an_instant_that_ha
     monkeypatch.setattr("tasks.completions.utc_now", lambda: datetime(2026, 11, 24, tzinfo=UTC))
     assert _sandbox_clock(Settings()) is None
     assert _sandbox_clock(Settings(sandbox_clock=datetime(2026, 11, 25, 2, tzinfo=UTC))).hour == 2
-
-
-def test_a_terminal_gets_long_lines_whole_word_by_whole_word_and_a_pipe_gets_them_as_they_are(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    long = "the budget of $1.00 is used up: farthing run licences --budget '2 USD' goes on where it stopped"
-    tell(long)
-    assert capsys.readouterr().err == f"{long}\n"
-    monkeypatch.setenv("COLUMNS", "30")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    tell(long)
-    told = capsys.readouterr().err
-    assert max(map(len, told.splitlines())) <= 30
-    assert told.split() == long.split()
