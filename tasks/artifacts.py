@@ -24,6 +24,7 @@ from tasks import report
 from tasks.enrichment import require_database
 from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
+from tasks.ledger.proof import Proof
 from tasks.ledger.runs import Run
 
 log = structlog.get_logger("farthing.artifacts")
@@ -57,6 +58,19 @@ async def show_report(run: Run, settings: Settings) -> None:
         )
     except Exception as error:
         log.warning("prefect shows no report", run=run.run_id, error=type(error).__name__)
+
+
+async def show_audit(audit: spend.Audit, proofs: list[Proof]) -> None:
+    """Publish the report of a job's audit, with what was proved."""
+    proved = [escape_markdown(f"Run {found.run}: {report.proof_line(found)}") for found in proofs]
+    try:
+        await acreate_markdown_artifact(
+            "\n\n".join([report.markdown(audit), *proved]),
+            key=f"audit-{audit.job}".replace("_", "-"),
+            description=escape_markdown(f"Audit of {audit.job}"),
+        )
+    except Exception as error:
+        log.warning("prefect shows no audit", job=audit.job, error=type(error).__name__)
 
 
 async def _show_progress(run: Run, settings: Settings) -> None:
