@@ -314,12 +314,13 @@ async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
     from schemas.pricing import load_price_book
     from tasks import enrichment
     from tasks.bulkhead import Bulkhead
+    from tasks.ledger.leases import USUAL_TIMES
 
     now = _now(settings, in_sandbox=settings.sandbox)
     enrichment.check_prices(job, load_price_book(), request.cap(job).currency, now, request.hours(job))
     async with (
         enrichment.completions_for(job, settings) as completions,
-        enrichment.lane_ledger(settings, pool_size=1),
+        enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s, pool_size=1),
         Bulkhead() as bulkhead,
     ):
         await enrichment.ask_provider(completions, job, request, settings)

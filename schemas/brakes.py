@@ -36,12 +36,12 @@ RETRY_PRICE = 5.0
 
 @dataclass
 class RetryBudget:
-    """Retries may not drown first tries (G12): a bucket that successes fill and retries empty.
+    """Retries that fail may not drown first tries (G12): a bucket that successes fill and retries empty.
 
-    A retry of an unbilled failure takes 5, of one that may be billed 10, a success gives 1. A retry that succeeds
-    gives 5 back, as in the AWS SDKs' standard mode: else the thousands that one storm turned away would come back
-    one in five seconds when nothing else is left. A trickle of one a second lets a lane find out that the provider
-    is back.
+    A retry of an unbilled failure takes 5, of one that may be billed 10, a success gives 1. A retry that is answered
+    gives 5 back: else the thousands that one storm turned away would come back one in five seconds when nothing else
+    is left. So retries in vain are at most a fifth of what succeeds, beyond what the bucket holds. A trickle of one
+    a second lets a lane find out that the provider is back.
     """
 
     capacity: float = 500.0
@@ -49,8 +49,9 @@ class RetryBudget:
     _level: float = 500.0
     _at_s: float = 0.0
 
-    def succeed(self, *, is_retry: bool = False) -> None:
-        self._level = min(self.capacity, self._level + (RETRY_PRICE if is_retry else 1))
+    def succeed(self, *, is_answered_retry: bool = False) -> None:
+        """A reply with usage came."""
+        self._level = min(self.capacity, self._level + (RETRY_PRICE if is_answered_retry else 1))
 
     def take(self, signal: Signal, now_s: float) -> float:
         """Take what a retry after `signal` costs. 0: go; else seconds to wait before asking again."""

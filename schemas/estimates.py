@@ -60,7 +60,7 @@ class TierTokens:
 class History:
     """What earlier runs of a job say: tokens and attempts per tier, over so many documents.
 
-    `is_partial`: no run of it has ended yet, so that what climbs, and costs most, may still be to come.
+    `is_partial`: one of them has not ended yet, so that what climbs, and costs most, may still be to come.
     """
 
     runs: int
@@ -248,7 +248,7 @@ def _history_lines(history: History) -> list[str]:
         f"{history.documents:,} documents{simulated}"
     ]
     if history.is_partial:
-        lines.append("no run of the job has ended yet: what climbs comes last, so this is likely too low")
+        lines.append("one of them has not ended yet: what climbs comes last, so this may be too low")
     return lines
 
 

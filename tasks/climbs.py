@@ -292,7 +292,8 @@ class Climber:
         """Let the brakes know what came of an attempt."""
         self.breaker.note(reply.signal, self.tick())
         if reply.usage is not None:
-            self.retry_budget.succeed(is_retry=position.purpose is Purpose.RETRY)
+            is_answered = reply.signal is Signal.ANSWERED
+            self.retry_budget.succeed(is_answered_retry=is_answered and position.purpose is Purpose.RETRY)
             self.unmetered = 0
         elif reply.signal in _METERED and reply.http_status == 200:
             self.unmetered += 1

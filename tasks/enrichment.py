@@ -69,7 +69,7 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
     book = load_price_book()
     async with (
         completions_for(job, settings) as completions,
-        lane_ledger(settings, times) as ledger,
+        lane_ledger(settings, times.once_within_s) as ledger,
         Bulkhead() as bulkhead,
     ):
         provider = await ask_provider(completions, job, request, settings)
@@ -119,7 +119,7 @@ async def work_lane(
     job, book = load_job(request.job, request.root), load_price_book()
     async with (
         completions_for(job, settings) as completions,
-        lane_ledger(settings, times, pool_size=LANE_CONNECTIONS) as ledger,
+        lane_ledger(settings, times.answer_within_s, pool_size=LANE_CONNECTIONS) as ledger,
         Bulkhead() as bulkhead,
     ):
         provider = await ask_provider(completions, job, request, settings)
@@ -154,7 +154,7 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
     """
     reasons = [end for end in ended if not end.is_done]
     try:
-        async with lane_ledger(settings, times) as ledger:
+        async with lane_ledger(settings, times.once_within_s) as ledger:
             await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
             is_over = await runs.settle(ledger, run.run_id) is not None
             if not is_over and not await leases.has_living(ledger, run.run_id):
@@ -184,12 +184,12 @@ def spill_of(settings: Settings) -> Path:
     return settings.home / "spill"
 
 
-def lane_ledger(
-    settings: Settings, times: LeaseTimes = USUAL_TIMES, *, pool_size: int = 4
-) -> AbstractAsyncContextManager[Ledger]:
-    """The ledger as lanes use it. Raises ConfigurationError where no database is set, LedgerUnavailable."""
-    url = require_database(settings)
-    return opened(url, Role.LANE, pool_size=pool_size, answer_within_s=times.answer_within_s)
+def lane_ledger(settings: Settings, within_s: float, *, pool_size: int = 4) -> AbstractAsyncContextManager[Ledger]:
+    """The ledger as lanes use it; `within_s` is how many seconds a transaction may take.
+
+    Raises ConfigurationError where no database is set, and LedgerUnavailable.
+    """
+    return opened(require_database(settings), Role.LANE, pool_size=pool_size, answer_within_s=within_s)
 
 
 def require_database(settings: Settings) -> SecretStr:
@@ -283,7 +283,7 @@ def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
 
     async def pause() -> None:
         try:
-            async with lane_ledger(settings) as ledger:
+            async with lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
                 await runs.change_state(ledger, run.run_id, "paused", "interrupted")
         except LedgerUnavailable:
             terminate_lanes()

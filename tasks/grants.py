@@ -9,7 +9,7 @@ vain, a lane keeps no grant that it does not reserve from, and those that died a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -49,13 +49,17 @@ class Reservation:
 
 @dataclass
 class Grants:
-    """The open grants of one lane. `tight_because` says why reservations wait where the cap has refused; None: no."""
+    """The open grants of one lane. `tight_because` says why reservations wait where the cap has refused; None: no.
+
+    `may_bury` says whether the lane knows enough to take lanes of other runs for dead.
+    """
 
     ledger: Ledger
     run: Run
     lane_id: LaneId
     patience: Patience = field(default_factory=Patience)
     tight_because: str | None = None
+    may_bury: Callable[[], bool] = lambda: True
     _explained_at: float = 0.0
     _open: dict[int, _Open] = field(default_factory=dict)
     _reserved_since: float = 0.0
@@ -144,7 +148,7 @@ class Grants:
         elif await self.patience.ask(budgets.is_exhausted, self.ledger, self.run.budget_id, worst):
             raise BudgetExhausted(await self._advice(worst))
         else:
-            if self.run.budget_name:  # the own run's dead are buried at every heartbeat
+            if self.run.budget_name and self.may_bury():  # the own run's dead are buried at every heartbeat
                 await self.patience.ask(leases.bury_sharing, self.ledger, self.run.run_id)
             await rest(self.patience.draining, ASK_AGAIN_S)
 

@@ -127,6 +127,8 @@ class Lane:
     _slots: asyncio.Semaphore = field(init=False)
     _ended: Ended | None = None
     _last_beat_s: float = field(init=False)
+    #: When the last outage ended that was so long that others may look dead by it.
+    _back_since_s: float = field(init=False)
     #: For questions that come before anything is sent: a lane that drains gives them up.
     _patience: Patience = field(init=False)
     #: Numbers of the shards under way.
@@ -138,7 +140,7 @@ class Lane:
         plan, loop = self.plan, asyncio.get_running_loop()
         ceilings = {tier.name: max(1, plan.job.concurrency[tier.name] // plan.lanes) for tier in plan.job.ladder}
         prefix_bytes = len(plan.job.prefix.encode())
-        self._last_beat_s = loop.time()
+        self._last_beat_s = self._back_since_s = loop.time()
         self.completions.offset = plan.clock_offset  # until the replies say otherwise
         self._patience = Patience()
         self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
@@ -148,7 +150,7 @@ class Lane:
             book=plan.book,
             price_ids=plan.price_ids,
             completions=self.completions,
-            grants=Grants(self.ledger, plan.run, self.lane_id, self._patience),
+            grants=Grants(self.ledger, plan.run, self.lane_id, self._patience, may_bury=lambda: self._may_bury),
             intents=Writer(self._commit_intents, linger_s=0.005),
             records=Writer(self._commit_records, linger_s=0.02),
             limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
@@ -337,22 +339,35 @@ class Lane:
             self.drain("fenced", "Postgres was away too long: run the same command to go on")
 
     async def _beat_on(self, session: leases.Session) -> None:
-        """Beat until the session breaks. Back from an outage, let the others come back, too, before burying any."""
-        times, run_id, since_s = self.plan.times, self.plan.run.run_id, self.climber.tick()
+        times = self.plan.times
         while True:
             async with asyncio.timeout(times.beat_within_s):  # TimeoutError is an OSError: the session is given up
                 state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
+            if self._silent_s > max(times.grace_s - times.beat_every_s, 3 * times.beat_every_s):
+                self._back_since_s = self.climber.tick()
             self._last_beat_s = self.climber.tick()
             if state is None:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")
             elif state != "running":
                 self.drain(state)
-            if self._last_beat_s - since_s >= times.grace_s:
-                async with asyncio.timeout(times.beat_within_s):
-                    await leases.bury_dead(
-                        self.ledger, run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s
-                    )
+            if self._may_bury:
+                await self._bury_dead()
             await asyncio.sleep(times.beat_every_s)
+
+    @property
+    def _may_bury(self) -> bool:
+        """Whether the lane may judge others. Back from an outage it lets them come back, too."""
+        return self._last_beat_s - self._back_since_s >= self.plan.times.grace_s
+
+    async def _bury_dead(self) -> None:
+        times = self.plan.times
+        try:
+            async with asyncio.timeout(times.beat_within_s):
+                await leases.bury_dead(
+                    self.ledger, self.plan.run.run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s
+                )
+        except (TimeoutError, LedgerUnavailable) as error:  # the next heartbeat tries again
+            log.warning("no dead lane could be buried", lane=self.lane_id, error=type(error).__name__)
 
     async def _give_back(self) -> None:
         """Give money back that lies idle while documents back off, or while the last shards are another lane's."""

@@ -45,6 +45,8 @@ WINDOW_S = 10.0
 ENOUGH_S, ENOUGH_DOCUMENTS = 5.0, 10
 #: A look at the ledger takes milliseconds; one that takes longer than this says that Postgres is away.
 AWAY_S = 3.0
+#: One that gets no answer for so long is given up, for another connection.
+LOOK_WITHIN_S = 10.0
 
 
 @dataclass
@@ -79,10 +81,11 @@ class Pace:
 def project(progress: Progress) -> Money | None:
     """What the whole run comes to if the rest costs what the documents so far did, those reused for nothing apart.
 
-    None while a tier is primed: the documents that wait to climb there are the dear ones, and are not paid yet.
+    None while a lane says that it primes a tier: the documents that wait to climb there are the dear ones, and they
+    are not paid yet.
     """
     paid = progress.done - progress.reused
-    if paid <= 0 or (progress.waiting_because or "").startswith(PRIMING):
+    if paid <= 0 or PRIMING in (progress.waiting_because or ""):
         return None
     rest = -(-progress.cost_pico * (progress.documents - progress.done) // paid)
     return Money(progress.cost_pico + rest, Currency(progress.currency))
@@ -267,7 +270,7 @@ class View:
         while not self._closing.is_set():
             if self._url is not None:
                 with suppress(FarthingError):  # what is shown says so, and the run goes on once Postgres is back
-                    async with opened(self._url, Role.AUDITOR, pool_size=1) as ledger:
+                    async with opened(self._url, Role.AUDITOR, pool_size=1, answer_within_s=LOOK_WITHIN_S) as ledger:
                         await self._look_often(ledger)
             await asyncio.sleep(POLL_EVERY_S / 2)
         printing.cancel()

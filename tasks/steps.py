@@ -23,6 +23,7 @@ from schemas.settings import Settings
 from tasks import enrichment
 from tasks.lanes import Ended
 from tasks.ledger import runs
+from tasks.ledger.leases import USUAL_TIMES
 from tasks.ledger.runs import Run
 from tasks.logs import configure, follow_in_prefect
 
@@ -109,7 +110,7 @@ async def settle_run(run: Run, ended: list[Ended]) -> Run:
 async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:
     """The outcome of a run whose Prefect server went away before it was told of one: what the ledger says."""
     ended = [Ended("prefect", PREFECT_GONE)]
-    async with enrichment.lane_ledger(settings, pool_size=1) as ledger:
+    async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
         run = await runs.find_run(ledger, RunId(run_id))
     settled = await enrichment.settle_run(settings, run, ended)
     return outcome(settled, ended)

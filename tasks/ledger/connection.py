@@ -95,14 +95,13 @@ class Ledger:
         self.answer_within_s = answer_within_s
 
     @asynccontextmanager
-    async def transaction(self, step: str | None = None, *, rows: int | None = 0) -> AsyncIterator[AsyncConnection]:
+    async def transaction(self, step: str | None = None, *, rows: int = 0) -> AsyncIterator[AsyncConnection]:
         """One transaction: committed, and so durable, when the block ends without an error.
 
         One that writes says which `step` it is, so that the fault harness can end the process around its COMMIT. One
-        that goes through many `rows` has the time that they may take; None: all the time there is, for one that waits
-        for more than Postgres. Raises LedgerUnavailable and PoisonValue.
+        that goes through many `rows` has the time that they may take. Raises LedgerUnavailable and PoisonValue.
         """
-        within_s = None if rows is None or self.answer_within_s is None else self.answer_within_s + rows / ROWS_PER_S
+        within_s = None if self.answer_within_s is None else self.answer_within_s + rows / ROWS_PER_S
         try:
             async with asyncio.timeout(within_s), self._transaction(step) as connection:
                 yield connection

@@ -7,20 +7,17 @@ from sqlalchemy import text
 from schemas.estimates import MILLION, History, TierTokens
 from tasks.ledger.connection import Ledger
 
-#: How many of the job's newest runs count: of those that ended, if any did.
+#: How many of the job's newest runs count.
 RUNS = 5
 
 _TIERS = text("""
-    WITH newest AS (
+    WITH recent AS (
         SELECT run_id, state FROM run_cost
-        WHERE job = :job AND is_simulated = :is_simulated AND attempts > 0
-        ORDER BY state = 'done' DESC, run_id DESC LIMIT :runs
-    ), recent AS (
-        SELECT run_id FROM newest WHERE state = 'done' OR NOT EXISTS (SELECT FROM newest WHERE state = 'done')
+        WHERE job = :job AND is_simulated = :is_simulated AND attempts > 0 ORDER BY run_id DESC LIMIT :runs
     )
     SELECT a.tier, count(*) AS attempts, ceil(avg(a.hit))::bigint AS hit, ceil(avg(a.miss))::bigint AS miss,
            ceil(avg(a.output))::bigint AS output, s.runs, s.documents,
-           NOT EXISTS (SELECT FROM newest WHERE state = 'done') AS is_partial
+           EXISTS (SELECT FROM recent WHERE state IN ('running', 'paused')) AS is_partial
     FROM attempt a
     JOIN recent USING (run_id)
     CROSS JOIN (

@@ -45,7 +45,8 @@ class LeaseTimes:
     """How a lane shows that it lives, and when it counts as dead, in seconds.
 
     One that could not show its heartbeat for `fence_after_s` makes no more intents. A heartbeat that hangs is given
-    up after `beat_within_s`, and what else a lane asks Postgres after `answer_within_s`, for another connection.
+    up after `beat_within_s`, and what else a lane asks Postgres after `answer_within_s`, for another connection. What
+    is asked once, before and after the work, has `once_within_s`: it may wait for another run that is being settled.
     """
 
     beat_every_s: float = 1.0
@@ -53,6 +54,7 @@ class LeaseTimes:
     grace_s: float = GRACE_S
     dead_after_s: float = DEAD_AFTER_S
     answer_within_s: float = 30.0
+    once_within_s: float = 600.0
 
     @property
     def beat_within_s(self) -> float:

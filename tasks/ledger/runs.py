@@ -22,7 +22,7 @@ from tasks.ledger.budgets import WantedBudget, find_budget
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_answers_digest, compute_digest
 from tasks.ledger.leases import end_lanes, lock_lanes
-from tasks.ledger.rows import append, as_json, bring
+from tasks.ledger.rows import append, as_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,9 @@ _UNFINISHED = text("""
     WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
     ORDER BY run_id DESC
 """)
+
+#: The event that says that all labels of a run came.
+LABELLED = "labelled"
 
 _LANES = text("SELECT lane_id FROM lane WHERE run_id = :run_id")
 
@@ -200,20 +203,24 @@ def _explain_changed_price(name: str) -> str:
 
 
 async def add_labels(ledger: Ledger, run_id: RunId, blocks: AsyncIterable[Sequence[tuple[int, str]]]) -> None:
-    """Keep what experts say about the run's documents, to measure results against. Safe to repeat."""
-    columns = ("run_id", "document_no", "label")
-    # Between two blocks it waits for files, which may be far away; nobody waits for what it holds.
-    async with ledger.transaction("add_labels", rows=None) as connection:
-        await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
-        async for block in blocks:
-            await bring(connection, tables.label, columns, ((run_id, number, label) for number, label in block))
-        await append(connection, tables.label, columns, ())
+    """Keep what experts say about the run's documents, to measure results against. Safe to repeat.
+
+    Each block in a transaction of its own: between two of them it waits for files, which may be far away.
+    """
+    columns, labels = ("run_id", "document_no", "label"), 0
+    async for block in blocks:
+        async with ledger.transaction("add_labels") as connection:
+            rows = ((run_id, number, label) for number, label in block)
+            await append(connection, tables.label, columns, rows)
+        labels += len(block)
+    await note(ledger, run_id, LABELLED, {"labels": labels}, key=LABELLED)
 
 
 async def has_labels(ledger: Ledger, run_id: RunId) -> bool:
-    """Whether labels of this run are in the ledger: all of them, since they come in one transaction."""
+    """Whether all labels of this run are in the ledger."""
+    event = tables.run_event.c
     async with ledger.transaction() as connection:
-        query = select(tables.label.c.run_id).where(tables.label.c.run_id == run_id).limit(1)
+        query = select(event.run_id).where(event.run_id == run_id, event.event_key == LABELLED)
         return (await connection.execute(query)).first() is not None
 
 

@@ -485,9 +485,10 @@ def retries_within_budget(e: Evidence) -> Iterator[str]:
     taken: Counter[int] = Counter()
     gained: Counter[int] = Counter()
     for a in e.attempts:
-        gained[a.lane_id] += 0 if a.hit is None else 5 if a.purpose == "retry" else 1
         before = e.by_key.get((a.run_id, a.document_no, a.attempt_no - 1))
-        if a.purpose == "retry" and before is not None and before.lane_id == a.lane_id:
+        is_retry = a.purpose == "retry" and before is not None and before.lane_id == a.lane_id
+        gained[a.lane_id] += 0 if a.hit is None else 5 if is_retry and a.signal == "answered" else 1
+        if is_retry:
             taken[a.lane_id] += RETRY_TAKES.get(before.signal, 5)
     for lane in e.lanes:
         lived = ((lane.ended_at or lane.heartbeat_at) - lane.started_at).total_seconds() + 1

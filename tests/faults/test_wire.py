@@ -23,7 +23,7 @@ from tests.faults.summary import Tally
 
 DOCUMENTS = 20
 #: Nobody's lease runs out because a line is slow; whoever does not answer is asked again soon.
-TIMES = LeaseTimes(beat_every_s=0.1, fence_after_s=8.0, grace_s=0.3, answer_within_s=1.0)
+TIMES = LeaseTimes(beat_every_s=0.1, fence_after_s=8.0, grace_s=0.3, answer_within_s=1.0, once_within_s=2.0)
 
 #: Nobody waits long for a reply.
 TIERS = "{flash: {max_tokens: 100, deadline_s: 1}, pro: {max_tokens: 100, deadline_s: 1}}"
@@ -164,6 +164,7 @@ def test_a_postgres_that_falls_silent_is_asked_again_over_another_connection(
 BARE_SILENCES = {
     "open": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"farthing job", nth=1, seconds=600),
     "opened": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"INSERT INTO farthing.input_file", nth=1, seconds=600),
+    "labels": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"COPY incoming_label", nth=1, seconds=600),
     "join": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"INSERT INTO farthing.lane", nth=1, seconds=600),
     "settle": Fault(Kind.BLACK_HOLE, Toward.SERVER, holding=b"ledger_digest=", nth=1, seconds=600),
 }

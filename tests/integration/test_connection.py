@@ -254,11 +254,10 @@ async def test_what_gets_no_answer_is_given_up_with_its_connection_and_may_be_as
             assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
 
 
-@pytest.mark.parametrize("rows", [10_000, None])
-async def test_what_goes_through_many_rows_has_the_time_that_they_may_take(ledger_url: str, rows: int | None) -> None:
+async def test_what_goes_through_many_rows_has_the_time_that_they_may_take(ledger_url: str) -> None:
     async with (
         lane_ledger(ledger_url, answer_within_s=0.5) as ledger,
-        ledger.transaction(rows=rows) as connection,
+        ledger.transaction(rows=10_000) as connection,
     ):
         assert (await connection.execute(text("SELECT 1 FROM pg_sleep(1)"))).scalar_one() == 1
 

@@ -222,7 +222,7 @@ async def test_labels_may_be_long_in_coming(ledger_url: str, monkeypatch: pytest
         yield [(1, "blue")]
 
     monkeypatch.setattr(connection, "_SESSION", ("idle_in_transaction_session_timeout TO '100ms'",))
-    async with lane_ledger(ledger_url) as ledger:
+    async with lane_ledger(ledger_url, answer_within_s=0.4) as ledger:
         run = await runs.open_run(ledger, opening())
         await runs.add_labels(ledger, run.run_id, slow_blocks())
         assert await runs.has_labels(ledger, run.run_id)

@@ -26,11 +26,19 @@ def test_what_a_storm_turned_away_comes_back_as_fast_as_it_is_answered() -> None
     budget = RetryBudget(capacity=20, _level=20)
     for _ in range(1000):
         assert budget.take(Signal.RATE_LIMITED, 0) == 0
-        budget.succeed(is_retry=True)
+        budget.succeed(is_answered_retry=True)
     for _ in range(3):
         assert budget.take(Signal.LOST, 0) == 0
-        budget.succeed(is_retry=True)  # half of it: what was lost may be paid twice
+        budget.succeed(is_answered_retry=True)  # half of it: what was lost may be paid twice
     assert budget.take(Signal.LOST, 0) == 5
+
+
+def test_a_retry_that_comes_to_nothing_gives_back_no_more_than_any_reply() -> None:
+    budget, made = RetryBudget(capacity=20, _level=20), 0
+    while budget.take(Signal.INTERRUPTED, 0) == 0:
+        budget.succeed()  # it was billed, and is no answer
+        made += 1
+    assert made == 4
 
 
 def test_the_trickle_lets_a_lane_find_out_that_the_provider_is_back() -> None:
