@@ -263,6 +263,6 @@ class _Reader:
 
 
 @asynccontextmanager
-async def _reopened(ledger: Ledger, _url: SecretStr, _role: Role, *, pool_size: int = 0) -> AsyncIterator[Ledger]:
+async def _reopened(ledger: Ledger, _url: SecretStr, _role: Role, **_how: object) -> AsyncIterator[Ledger]:
     """The connections that are there already: a new one costs Postgres more than all that a small run asks of it."""
     yield ledger
