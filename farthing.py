@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tasks.ledger.proof import Proof
     from tasks.ledger.spend import Audit, Progress, RunSummary
     from tasks.live import View
+    from tasks.steering import Capped, Limited, Steered
 
 T = TypeVar("T")
 
@@ -65,6 +66,9 @@ app.add_typer(sandbox)
 
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="A name under jobs/, or the path of a job file.")]
 Target = Annotated[str | None, typer.Argument(metavar="[JOB|RUN]", help="A job's name or a run's number.")]
+UnfinishedRun = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run's number, or a job's name where it has one run under way.")
+]
 RunNumber = Annotated[int | None, typer.Argument(metavar="[RUN]", help="A run's number (default: the newest).")]
 Partitions = Annotated[
     list[str] | None, typer.Option("--partition", "-p", metavar="P", help="Only this slice; may be repeated.")
@@ -513,13 +517,75 @@ def _watch(seen: Progress, in_sandbox: bool) -> Progress:
 
 
 @app.command()
+def pause(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
+    """Let a run begin nothing more and finish what is in flight, from wherever. Default: the only one that runs."""
+    from tasks import report, steering
+
+    async def order(ledger: Ledger) -> Steered:
+        return await steering.pause(ledger, await steering.find(ledger, *_parse_target(target), ("running",)))
+
+    steered = _ask(order, in_sandbox, as_lane=True)
+    _tell_steered(steered, report.paused_lines(steered), as_json)
+
+
+@app.command()
+def limit(
+    target: UnfinishedRun,
+    ceilings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[N|TIER=N …]", help="One number for every tier, as in a job file, or one per tier."),
+    ] = None,
+    reset: Annotated[bool, typer.Option("--reset", help="As many as the job says, again.")] = False,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say how many requests of a run may be in flight, over all its lanes, from now on and when it is resumed."""
+    from tasks import report, steering
+
+    if bool(ceilings) is reset:
+        raise ConfigurationError(
+            f"say how many may be in flight, like `farthing limit {target} 16` or flash=64 pro=8, or else --reset"
+        )
+
+    async def order(ledger: Ledger) -> Limited:
+        return await steering.limit(ledger, await steering.find(ledger, *_parse_target(target)), ceilings or None)
+
+    limited = _ask(order, in_sandbox, as_lane=True)
+    _tell_steered(limited, report.limited_lines(limited), as_json)
+
+
+@app.command()
+def budget(
+    target: UnfinishedRun,
+    cap: Annotated[str, typer.Argument(metavar="SUM", help='Like "5 USD" or "30 CNY"; a bare number is USD.')],
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give a run another hard cap, while it goes on or is paused. A shared budget: for all who name it."""
+    from tasks import report, steering
+
+    async def order(ledger: Ledger) -> Capped:
+        return await steering.cap(ledger, await steering.find(ledger, *_parse_target(target)), cap)
+
+    capped = _ask(order, in_sandbox, as_lane=True)
+    _tell_steered(capped, report.capped_lines(capped), as_json)
+
+
+def _tell_steered(steered: Steered, lines: str, as_json: bool) -> None:
+    if as_json:
+        print_json(steered.to_json())
+    else:
+        show(lines)
+
+
+@app.command()
 def verify(run: RunNumber = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
     """Prove what the ledger claims about a run, from its rows."""
     from tasks import report
     from tasks.ledger.connection import PermissionRefused
 
     try:
-        proof = _ask(lambda ledger: _prove(ledger, run), in_sandbox, is_proof=True)
+        proof = _ask(lambda ledger: _prove(ledger, run), in_sandbox, as_lane=True)
     except PermissionRefused:
         raise ConfigurationError(
             "verify reads the rows themselves, and this login may only read the views: use a login that is a member "
@@ -817,16 +883,16 @@ def _ledger_address(in_sandbox: bool) -> Iterator[SecretStr]:
         yield SecretStr(server.url)
 
 
-def _ask(question: Callable[[Ledger], Awaitable[T]], in_sandbox: bool, *, is_proof: bool = False) -> T:
-    """The answer of the ledger, asked as its auditor. A proof reads the rows themselves, which only a lane may."""
+def _ask(question: Callable[[Ledger], Awaitable[T]], in_sandbox: bool, *, as_lane: bool = False) -> T:
+    """The answer of the ledger, asked as its auditor. Only a lane may read the rows themselves, or steer a run."""
     with _ledger_address(in_sandbox) as url:
-        return wait_for(_ask_at(url, question, is_proof=is_proof))
+        return wait_for(_ask_at(url, question, as_lane=as_lane))
 
 
-async def _ask_at(url: SecretStr, question: Callable[[Ledger], Awaitable[T]], *, is_proof: bool = False) -> T:
+async def _ask_at(url: SecretStr, question: Callable[[Ledger], Awaitable[T]], *, as_lane: bool = False) -> T:
     from tasks.ledger.connection import Role, opened
 
-    async with opened(url, Role.LANE if is_proof else Role.AUDITOR, pool_size=1) as ledger:
+    async with opened(url, Role.LANE if as_lane else Role.AUDITOR, pool_size=1) as ledger:
         return await question(ledger)
 
 
@@ -940,7 +1006,7 @@ async def _conclude(url: SecretStr, run_id: int) -> tuple[Audit, Proof]:
     from tasks.ledger import spend
 
     audit = await _ask_at(url, lambda ledger: spend.audit(ledger, run=run_id))
-    return audit, await _ask_at(url, lambda ledger: _prove(ledger, run_id), is_proof=True)
+    return audit, await _ask_at(url, lambda ledger: _prove(ledger, run_id), as_lane=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
+from schemas.ceilings import MOST_IN_FLIGHT
 from schemas.errors import ConfigurationError, Problem
 from schemas.jobs import TIERS, Budget, Confidence, Escalate, Input, Tier, When, check_job_name, parse_cap
 
@@ -243,7 +244,7 @@ class JobFile(BaseModel):
     tolerance: Decimal = Field(default=Decimal("0.01"), ge=0, le=1)
     shard_rows: int = Field(default=1000, ge=1, le=_LONGEST_SHARD)
     concurrency: Annotated[
-        dict[str, Annotated[int, Field(ge=1, le=5000)]],
+        dict[str, Annotated[int, Field(ge=1, le=MOST_IN_FLIGHT)]],
         BeforeValidator(_spread_concurrency),
         Field(default=DEFAULT_CONCURRENCY, validate_default=True),
     ]

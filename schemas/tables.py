@@ -118,6 +118,8 @@ run = Table(
     _instant("opened_at", default=True),
     _instant("finished_at", nullable=True),
     Column("ledger_digest", Text),
+    Column("concurrency", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("limits", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
 )
 
 run_event = Table(

@@ -114,7 +114,10 @@ class Climber:
             work = replace(work, position=step.position)
 
     async def _attempt(self, work: Work) -> tuple[Step, Work]:
-        """One attempt, from its turn to its recorded outcome; none where the gate has shut in the meantime."""
+        """One attempt, from its turn to its recorded outcome.
+
+        None where the gate has shut in the meantime, or so few may be in flight now that this one has to queue again.
+        """
         asked = work
         tier = self.job.ladder[work.position.rung].name
         primer = self.primers[tier]
@@ -125,7 +128,7 @@ class Climber:
             prepared_at = self.now()
             call, reserved, price = self._prepare(work)
             async with self.grants.reserved(reserved.worst, rung=work.position.rung) as reservation:
-                if self.gate.look():
+                if self.gate.look() or place.is_surplus:
                     return Again(asked.position), asked
                 permit = await self._intend(work, reservation, price)
                 if isinstance(permit, ResultKey):

@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 from pydantic import SecretStr
 
+from schemas.ceilings import MOST_IN_FLIGHT
 from schemas.documents import Manifest
 from schemas.errors import (
     ConfigurationError,
@@ -204,7 +205,7 @@ def require_database(settings: Settings) -> SecretStr:
 
 @asynccontextmanager
 async def completions_for(job: Job, settings: Settings) -> AsyncIterator[Completions]:
-    """The door to the model, sized to the job. Raises ConfigurationError where the key is missing."""
+    """The door to the model. Raises ConfigurationError where the key is missing."""
     if settings.api_key is None:
         raise ConfigurationError(
             "no API key: set DEEPSEEK_API_KEY, or use --sandbox for an emulated DeepSeek that costs nothing"
@@ -212,7 +213,7 @@ async def completions_for(job: Job, settings: Settings) -> AsyncIterator[Complet
     async with Completions(
         settings.base_url,
         settings.api_key.get_secret_value(),
-        ceiling=sum(job.concurrency[tier.name] for tier in job.ladder),
+        ceiling=MOST_IN_FLIGHT * len(job.ladder),  # the limiters bind, and what they allow may be changed
         send_attempt_key=settings.sandbox,
     ) as completions:
         yield completions
@@ -258,8 +259,11 @@ def usable_prices(job: Job, book: PriceBook, currency: Currency) -> Iterator[Pri
 
 
 def allow_descriptors(plan: LanePlan) -> None:
-    """Raise the soft limit of open files: each attempt in flight is a socket, and 1,024 is a common default."""
-    wanted = sum(plan.job.concurrency.values()) + SPARE_DESCRIPTORS
+    """Raise the soft limit of open files: each attempt in flight is a socket, and 1,024 is a common default.
+
+    To the most that the run may ever be allowed, since a process cannot know what an operator will say.
+    """
+    wanted = MOST_IN_FLIGHT * len(plan.job.ladder) + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -30,6 +30,8 @@ STEPS = (
     "leave",
     "bury",
     "change_state",
+    "change_limits",
+    "change_cap",
     "note",
     "settle",
 )

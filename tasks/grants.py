@@ -32,10 +32,14 @@ ASK_AGAIN_S = 0.5
 
 @dataclass
 class _Open:
-    """One open grant: what is free of it, and how many reservations are out."""
+    """One open grant: what is free of it, and how many reservations are out.
+
+    `is_closing`: nothing more is reserved from it.
+    """
 
     free: int
     out: int = 0
+    is_closing: bool = False
 
 
 @dataclass
@@ -61,12 +65,16 @@ class Grants:
     tight_because: str | None = None
     may_bury: Callable[[], bool] = lambda: True
     _explained_at: float = 0.0
+    _cap: int = field(init=False)
     _open: dict[int, _Open] = field(default_factory=dict)
     _reserved_since: float = 0.0
     _reserved: int = 0
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _newcomers: asyncio.Lock = field(default_factory=asyncio.Lock)
     _given_back: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._cap = self.run.cap
 
     @asynccontextmanager
     async def reserved(self, worst: int, *, rung: int) -> AsyncIterator[Reservation]:
@@ -124,7 +132,8 @@ class Grants:
         now = asyncio.get_running_loop().time()
         if self.tight_because is None or now - self._explained_at > ASK_AGAIN_S:
             self._explained_at = now
-            self.tight_because = await self._explain("is nearly used", worst) + "; raise it with --budget"
+            raise_it = f"; raise it with `farthing budget {self.run.run_id} SUM`"
+            self.tight_because = await self._explain("is nearly used", worst) + raise_it
 
     async def _explain(self, how: str, worst: int) -> str:
         """How the budget stands, in sums that add up to its cap, and what the next attempt needs of it."""
@@ -165,9 +174,21 @@ class Grants:
             async with self._asking:
                 await self._close([grant_id for grant_id, grant in self._open.items() if not grant.out])
 
+    def hear(self, cap: int, *, is_overdrawn: bool) -> None:
+        """Take note of the budget's cap as it is now, and whether more than that is granted.
+
+        Then it was lowered: what is open already is closed as its replies come, and whoever needs money asks anew.
+        """
+        if is_overdrawn:
+            for grant in self._open.values():
+                grant.is_closing = True
+        if cap != self._cap:
+            self._cap = cap
+            self._given_back.set()  # whoever waits for money asks again
+
     def _take(self, worst: int) -> int | None:
         for grant_id, grant in self._open.items():
-            if grant.free >= worst:
+            if grant.free >= worst and not grant.is_closing:
                 grant.free -= worst
                 grant.out += 1
                 return grant_id

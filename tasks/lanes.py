@@ -26,6 +26,7 @@ import structlog
 
 from schemas.attempts import LaneId
 from schemas.brakes import Breaker, RetryBudget
+from schemas.ceilings import share
 from schemas.errors import FarthingError, LedgerUnavailable
 from schemas.jobs import Job, When
 from schemas.off_peak import guard_of, tariff_of
@@ -39,7 +40,7 @@ from tasks.grants import Grants
 from tasks.ledger import attempts, leases
 from tasks.ledger.attempts import Permit, Reusable, Withheld
 from tasks.ledger.connection import Ledger
-from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes
+from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes, Orders
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
 from tasks.off_peak import Gate, always
@@ -60,6 +61,11 @@ LET_GO_S = 5.0
 #: How long an interrupted lane that has nothing in flight waits for a Postgres that is away to come back.
 INTERRUPTED_WAIT_S = 5.0
 INTERRUPTED = "run the same command to go on"
+#: What to do next where somebody else ended the run, by its state.
+_ADVICE = {
+    "paused": INTERRUPTED,
+    "superseded": "the job or its input changed, and a newer run took this one's place: see `farthing status`",
+}
 #: Documents in progress per place in flight: some wait for a retry, some for their turn.
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
@@ -112,6 +118,12 @@ class LanePlan:
     random: Random | None = None
     when: When = When.NOW
 
+    @property
+    def ceilings(self) -> dict[str, int]:
+        """Requests in flight by tier, of all lanes together, as the run was found."""
+        named = {tier.name: self.job.concurrency[tier.name] for tier in self.job.ladder}
+        return {name: self.run.ceilings.get(name, ceiling) for name, ceiling in named.items()}
+
 
 @dataclass
 class Lane:
@@ -125,6 +137,8 @@ class Lane:
     spill: Spill | None = None
     climber: Climber = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
+    #: So many documents may be in progress.
+    _width: int = 0
     _ended: Ended | None = None
     _last_beat_s: float = field(init=False)
     #: When the last outage ended that was so long that others may look dead by it.
@@ -138,12 +152,13 @@ class Lane:
 
     def __post_init__(self) -> None:
         plan, loop = self.plan, asyncio.get_running_loop()
-        ceilings = {tier.name: max(1, plan.job.concurrency[tier.name] // plan.lanes) for tier in plan.job.ladder}
+        ceilings = {name: share(ceiling, plan.lanes) for name, ceiling in plan.ceilings.items()}
         prefix_bytes = len(plan.job.prefix.encode())
         self._last_beat_s = self._back_since_s = loop.time()
         self.completions.offset = plan.clock_offset  # until the replies say otherwise
         self._patience = Patience()
-        self._slots = asyncio.Semaphore(max(8, int(sum(ceilings.values()) * PROGRESS_PER_PLACE)))
+        self._slots = asyncio.Semaphore(0)
+        self._widen(sum(ceilings.values()))
         self.climber = Climber(
             job=plan.job,
             run=plan.run,
@@ -342,14 +357,14 @@ class Lane:
         times = self.plan.times
         while True:
             async with asyncio.timeout(times.beat_within_s):  # TimeoutError is an OSError: the session is given up
-                state = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
+                orders = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
             if self._silent_s > max(times.grace_s - times.beat_every_s, 3 * times.beat_every_s):
                 self._back_since_s = self.climber.tick()
             self._last_beat_s = self.climber.tick()
-            if state is None:
+            if orders is None:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")
-            elif state != "running":
-                self.drain(state)
+            else:
+                self._obey(orders)
             if self._may_bury:
                 await self._bury_dead()
             await asyncio.sleep(times.beat_every_s)
@@ -368,6 +383,23 @@ class Lane:
                 )
         except (TimeoutError, LedgerUnavailable) as error:  # the next heartbeat tries again
             log.warning("no dead lane could be buried", lane=self.lane_id, error=type(error).__name__)
+
+    def _obey(self, orders: Orders) -> None:
+        """Work as the run is to be worked on from now: not at all, with so much in flight, under this cap."""
+        if orders.state != "running":
+            self.drain(orders.state, _ADVICE.get(orders.state, ""))
+        lanes = max(self.plan.lanes, orders.lanes)  # some of those that were planned may have yet to come
+        for name, ceiling in self.plan.ceilings.items():
+            self.climber.limiters[name].allow(share(orders.ceilings.get(name, ceiling), lanes, orders.rank))
+        self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
+        self.climber.grants.hear(orders.cap, is_overdrawn=orders.is_overdrawn)
+
+    def _widen(self, in_flight: int) -> None:
+        """Let documents be in progress for so many in flight. Where there are more, they wait: none is put back."""
+        width = max(8, int(in_flight * PROGRESS_PER_PLACE))
+        for _ in range(width - self._width):
+            self._slots.release()
+        self._width = max(width, self._width)
 
     async def _give_back(self) -> None:
         """Give money back that lies idle while documents back off, or while the last shards are another lane's."""

@@ -11,6 +11,7 @@ nothing has changed that asks for as many objections as are sent until the first
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -34,6 +35,11 @@ class Place:
     ticket: int
     is_left: bool = False
 
+    @property
+    def is_surplus(self) -> bool:
+        """Whether there are more places than the ceiling allows now: whoever has not sent yet gives theirs back."""
+        return self.limiter.in_flight > self.limiter.ceiling
+
     def leave(self, signal: Signal | None = None, ceiling: int | None = None) -> None:
         """Give the place back; a second time does nothing."""
         if not self.is_left:
@@ -43,7 +49,7 @@ class Place:
 
 @dataclass
 class Limiter:
-    """The in-flight limit of one tier in one lane. `ceiling` is what the user and the provider's card allow it.
+    """The in-flight limit of one tier in one lane. `ceiling` is what the job, or an operator, allows it for now.
 
     `lanes` is how many lanes share the account, and so the ceilings that the provider states.
     """
@@ -52,7 +58,8 @@ class Limiter:
     lanes: int = 1
     in_flight: int = 0
     _limit: float = field(init=False)
-    _working_ceiling: float = field(init=False)
+    #: This lane's share of the ceiling that the provider stated last.
+    _believed: float = math.inf
     _calm: int = 0
     _is_slow_start: bool = True
     _tickets: int = 0
@@ -61,12 +68,24 @@ class Limiter:
 
     def __post_init__(self) -> None:
         self._limit = float(min(SLOW_START, self.ceiling))
-        self._working_ceiling = float(self.ceiling)
 
     @property
     def limit(self) -> int:
         """Attempts that may be in flight now."""
         return max(1, int(self._limit))
+
+    @property
+    def _working_ceiling(self) -> float:
+        return min(float(self.ceiling), self._believed)
+
+    def allow(self, ceiling: int) -> None:
+        """Another ceiling from now on. A higher one is climbed to as at the start, unless the provider objects.
+
+        What is in flight above a lower one is finished; only then is a place given again.
+        """
+        self.ceiling = ceiling
+        self._limit = min(self._limit, self._working_ceiling)
+        self._admit()
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[Place]:
@@ -114,7 +133,7 @@ class Limiter:
     def _believe(self, ceiling: int) -> None:
         """Take a ceiling that the provider stated for the account: this lane has its share of it."""
         self._is_slow_start = False
-        self._working_ceiling = float(max(1, min(self.ceiling, ceiling // self.lanes)))
+        self._believed = float(max(1, ceiling // self.lanes))
         self._limit = min(self._limit, self._working_ceiling)
 
     def _grow(self) -> None:
@@ -122,7 +141,7 @@ class Limiter:
             return  # the limit is not what holds us back, so a success says nothing about it
         self._calm += 1
         if self._calm >= CALM_ROUND_TRIPS * self._limit:
-            self._calm, self._working_ceiling, self._is_slow_start = 0, float(self.ceiling), True
+            self._calm, self._believed, self._is_slow_start = 0, math.inf, True
         elif self._limit < self._working_ceiling < self.ceiling and self._calm >= self._limit:
             self._is_slow_start = True  # this lane's share is known: another, which doubted its own, took of it
         step = 1.0 if self._is_slow_start else 1.0 / self._limit

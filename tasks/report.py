@@ -15,6 +15,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from schemas.ceilings import spell_ceilings
 from schemas.errors import UnknownPrice
 from schemas.estimates import Estimate, OffPeakEstimate
 from schemas.inert import escape_markdown, plain, plain_lines
@@ -23,6 +24,7 @@ from schemas.off_peak import spell
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
 from tasks.ledger.spend import Audit, Progress, RunSummary, SharedBudget, TierSpend, Waste
+from tasks.steering import Capped, Limited, Steered
 
 MILLION = 10**6
 
@@ -468,7 +470,18 @@ def resumed_line(progress: Progress, job_budget: Money | None) -> str | None:
         told = f"{budget}, as before"
     else:
         told = f"{budget}, as before, and not the {job_budget} of the job; --budget changes it"
+    limited = f"; in flight: {ceilings(progress)}" if progress.is_limited else ""
+    told += limited
     return f"resuming run {progress.run}: {ended:,} of {progress.documents:,} documents are done; budget: {told}"
+
+
+def ceilings(progress: Progress) -> str:
+    """How many requests may be in flight, and who says so."""
+    most = f"at most {spell_ceilings(progress.ceilings)}"
+    if not progress.is_limited:
+        return most
+    job = spell_ceilings(progress.concurrency) or "unknown"
+    return f"{most}, set by `farthing limit` (the job: {job}); --reset lifts it"
 
 
 def progress_table(progress: Progress) -> Table:
@@ -478,7 +491,7 @@ def progress_table(progress: Progress) -> Table:
         ("state", progress.state),
         ("documents", f"{progress.done:,} of {progress.documents:,} ({share(progress.done, progress.documents)})"),
         ("waits because", progress.waiting_because or "—"),
-        ("in flight", f"{progress.in_flight:,} in {progress.lanes} lane(s)"),
+        ("in flight", f"{progress.in_flight:,} in {progress.lanes} lane(s)" + _most(progress)),
         ("dead letters", f"{progress.dead_letters:,}"),
         ("escalated", f"{progress.escalated:,}"),
         ("spent", f"{Money(progress.cost_pico, currency)} of {Money(progress.budget_pico, currency)}"),
@@ -489,11 +502,64 @@ def progress_table(progress: Progress) -> Table:
     made = table(f"{progress.job}, run {progress.run}", ("", ""), rows, texts=(0, 1))
     made.add_section()
     for event in progress.events:
-        detail = ", ".join(f"{name} {plain(str(value))}" for name, value in event.detail.items())
+        detail = ", ".join(f"{name} {plain(_spell(value))}" for name, value in event.detail.items())
         _add_row(
             made, f"{event.happened_at.astimezone(UTC):%m-%d %H:%M:%S}", f"{event.kind.replace('_', ' ')} {detail}"
         )
     return made
+
+
+def paused_lines(steered: Steered) -> str:
+    """What `farthing pause` has done, and how the run goes on."""
+    seen = steered.seen
+    if not steered.is_changed:
+        return f"run {seen.run} is paused already ({seen.reason or 'no reason is kept'}); {_goes_on(seen)}"
+    at_work = (
+        f"its {seen.lanes} lane(s) begin nothing more, finish the {seen.in_flight:,} requests in flight, and leave"
+        if seen.lanes
+        else "no lane was at work"
+    )
+    return f"run {seen.run} is paused: {at_work}\n{_goes_on(seen)}"
+
+
+def limited_lines(limited: Limited) -> str:
+    """What may be in flight now, and until when that holds."""
+    seen = limited.seen
+    before = f", was {spell_ceilings(limited.was) or 'as the job says'}" if limited.is_changed else " already"
+    now = spell_ceilings(limited.ceilings)
+    told = f"at most {now}" if now else "as many as the job says"
+    holds = f"that holds when the run is resumed, too, until `farthing limit {seen.run} --reset` or another number"
+    lines = [f"run {seen.run} may have in flight, over all its lanes: {told}{before}"]
+    return "\n".join([*lines, holds] if limited.ceilings != seen.concurrency else lines)
+
+
+def capped_lines(capped: Capped) -> str:
+    """What the budget is now, how it stands, and what that means for the run."""
+    seen, currency = capped.seen, Currency(capped.currency)
+    now, was, spent, held = (
+        Money(pico, currency) for pico in (capped.budget_pico, capped.was_pico, capped.spent_pico, capped.held_pico)
+    )
+    whose = f"{capped.budget_name}, the budget that run {seen.run} shares," if capped.budget_name else "the budget"
+    change = f"{now}, was {was}" if capped.is_changed else f"{now} already"
+    lines = [f"run {seen.run}: {whose} is {change}; {spent} spent, {held} held for what is in flight"]
+    if capped.budget_pico <= capped.spent_pico:
+        lines.append("nothing new is begun under it")
+    elif seen.state == "paused":
+        lines.append(f"{_goes_on(seen)} under it")
+    return "\n".join(lines)
+
+
+def _goes_on(seen: Progress) -> str:
+    return f"the same `farthing run {seen.job}` command goes on"
+
+
+def _most(progress: Progress) -> str:
+    return f", {ceilings(progress)}" if progress.ceilings else ""
+
+
+def _spell(value: object) -> str:
+    """A detail of an event, for people."""
+    return spell_ceilings(dict(sorted(value.items()))) if isinstance(value, dict) else str(value)
 
 
 def run_report(audit: Audit, proof: Proof) -> list[RenderableType]:

@@ -21,7 +21,7 @@ from schemas.errors import FarthingError, Unforeseen
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
-from tasks.lanes import Ended
+from tasks.lanes import INTERRUPTED, Ended
 from tasks.ledger import runs
 from tasks.ledger.leases import USUAL_TIMES
 from tasks.ledger.runs import Run
@@ -119,6 +119,8 @@ async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:
 def outcome(run: Run, ended: list[Ended]) -> dict[str, Any]:
     """What the flow returns: plain values, since Prefect hands them on."""
     advice = [end.advice for end in ended if end.advice and run.state != "done"]
+    if run.state == "paused" and run.reason == runs.OPERATOR:
+        advice = [f"`farthing pause` stopped this run: {INTERRUPTED}"]
     return {
         "run_id": run.run_id,
         "state": run.state,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -62,6 +62,23 @@ class LeaseTimes:
 
 
 USUAL_TIMES = LeaseTimes()
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """What holds for the lanes of a run, as each hears with its heartbeat.
+
+    `ceilings` are requests in flight by tier, of the whole run; of its `lanes` that have not ended this one is number
+    `rank`, from 0. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is granted, since the
+    cap was lowered.
+    """
+
+    state: str
+    ceilings: Mapping[str, int]
+    cap: int
+    is_overdrawn: bool
+    lanes: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +173,17 @@ _DECLARE_UNKNOWN = text("""
     FROM tally t WHERE lane.lane_id = t.lane_id
 """)
 
+#: One row of the run, one of its budget, and one for each lane that it ever had.
 _BEAT = text("""
-    UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because
-    WHERE lane_id = :lane_id AND ended_at IS NULL
-    RETURNING (SELECT state FROM run WHERE run.run_id = lane.run_id)
+    WITH beating AS (
+        UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because
+        WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id
+    )
+    SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
+           (SELECT count(*) FROM lane l WHERE l.run_id = m.run_id AND l.ended_at IS NULL) AS lanes,
+           (SELECT count(*) FROM lane l WHERE l.run_id = m.run_id AND l.ended_at IS NULL
+            AND l.lane_id < m.lane_id) AS rank
+    FROM beating m JOIN run r USING (run_id) JOIN budget b USING (budget_id)
 """)
 
 
@@ -198,12 +222,12 @@ async def alive(
             raise PassingFailure(busy) from None
 
 
-async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str | None) -> str | None:
-    """Show that the lane lives, and what it waits for. Returns the run's state; None if the lane was buried."""
+async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str | None) -> Orders | None:
+    """Show that the lane lives, and what it waits for. Returns what holds now; None if the lane was buried."""
     row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting}
-    state: str | None = (await session.execute(_BEAT, row)).scalar_one_or_none()
+    told = (await session.execute(_BEAT, row)).one_or_none()
     await session.commit()
-    return state
+    return None if told is None else Orders(*told)
 
 
 async def claim(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, insert, select, text, update
@@ -44,7 +44,7 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as the ledger has it."""
+    """A run as the ledger has it. `ceilings` are requests in flight by tier: the job's, and what was said instead."""
 
     run_id: RunId
     job: str
@@ -57,6 +57,16 @@ class Run:
     is_simulated: bool
     is_resumed: bool = False
     budget_name: str | None = None
+    ladder: tuple[str, ...] = ()
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChange:
+    """Requests in flight by tier, over all lanes of a run: what holds from now on, and what did before."""
+
+    now: Mapping[str, int]
+    was: Mapping[str, int]
 
 
 _UNFINISHED = text("""
@@ -86,6 +96,16 @@ _EVENT = text("""
     INSERT INTO run_event (run_id, kind, detail, event_key)
     VALUES (:run_id, :kind, CAST(:detail AS jsonb), :key) ON CONFLICT DO NOTHING
 """)
+
+_STEERED = text("""
+    SELECT state, concurrency, limits, concurrency || limits AS ceilings FROM run WHERE run_id = :run_id
+    FOR NO KEY UPDATE
+""")
+
+#: The states of a run that is not over. Of one that is, nothing can be changed.
+UNDER_WAY = ("running", "paused")
+#: Why a run is paused where somebody asked for it from elsewhere.
+OPERATOR = "operator"
 
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
 
@@ -127,6 +147,35 @@ async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | 
         return await _change_state(connection, run_id, state, reason)
 
 
+async def change_limits(ledger: Ledger, run_id: RunId, limits: Mapping[str, int] | None) -> LimitChange | None:
+    """Let so many requests of the run be in flight by tier, with an event that says so; other tiers keep theirs.
+
+    Its lanes hear it with their next heartbeat, and whoever resumes the run is bound by it, too. None for `limits`:
+    what the job says holds again. Returns None for a run that is over. Safe to repeat.
+    """
+    async with ledger.transaction("change_limits") as connection:
+        found = (await connection.execute(_STEERED, {"run_id": run_id})).one()
+        if found.state not in UNDER_WAY:
+            return None
+        kept = {} if limits is None else {**found.limits, **limits}
+        change = LimitChange({**found.concurrency, **kept}, found.ceilings)
+        await connection.execute(update(tables.run).where(tables.run.c.run_id == run_id).values(limits=kept))
+        if change.now != change.was:
+            await _note(connection, run_id, "limit_changed", {"now": change.now, "was": change.was})
+        return change
+
+
+async def change_cap(ledger: Ledger, run_id: RunId, cap: int) -> int | None:
+    """Give the run's budget another cap, in pico units, with an event that says so; returns what it was.
+
+    It is the same for all who share the budget. What is granted already stays so until the lanes hear of it. Returns
+    None for a run that is over. Safe to repeat.
+    """
+    async with ledger.transaction("change_cap") as connection:
+        found = (await connection.execute(_STEERED, {"run_id": run_id})).one()
+        return await _change_cap(connection, run_id, cap) if found.state in UNDER_WAY else None
+
+
 async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, Any], *, key: str) -> None:
     """Append an event. `detail` must be fit to be shown: no document text, no API key (G15).
 
@@ -152,7 +201,7 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
         if (await connection.execute(unfinished.limit(1))).first():
             return None
         state, digest = (await connection.execute(_STATE, {"run_id": run_id})).one()
-        if state not in ("running", "paused"):
+        if state not in UNDER_WAY:
             return digest if state == "done" else None
         await end_lanes(connection, run_id, [lane.lane_id for lane in lanes], "run done")
         until = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
@@ -252,6 +301,7 @@ async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
     await connection.execute(upsert(tables.prompt_version).on_conflict_do_nothing(), [_prompt_version(job)])
     budget_id, cap = await find_budget(connection, _wanted_budget(opening))
     row = _identity(opening) | {
+        "concurrency": concurrency(job),
         "policy": policy(job),
         "selection": dict(opening.selection),
         "state": "running",
@@ -300,6 +350,11 @@ def _prompt_version(job: Job) -> dict[str, Any]:
     }
 
 
+def concurrency(job: Job) -> dict[str, int]:
+    """Requests in flight by tier, as the job says, in the order of its ladder."""
+    return {tier.name: job.concurrency[tier.name] for tier in job.ladder}
+
+
 def compared_fields(job: Job) -> list[str]:
     """The answer fields by which two answers agree: those whose confidence counts, else all but the self-report."""
     if job.confidence.fields:
@@ -320,13 +375,21 @@ async def _resume(connection: AsyncConnection, run_id: int, opening: Opening) ->
     done = select(func.coalesce(func.sum(tables.lane.c.done), 0)).where(tables.lane.c.run_id == run_id)
     ended = int((await connection.execute(done)).scalar_one())
     await _change_state(connection, run_id, "running", None, kind="resumed", detail={"documents": ended})
-    budget_id, was = (await connection.execute(_CAP, {"run_id": run_id})).one()
-    cap = was if opening.keeps_cap else opening.cap
+    said = concurrency(opening.job)
+    await connection.execute(update(tables.run).where(tables.run.c.run_id == run_id).values(concurrency=said))
+    if not opening.keeps_cap:
+        await _change_cap(connection, run_id, opening.cap)
     if opening.job.budget_name is not None:
         await find_budget(connection, _wanted_budget(opening))  # raises where this job does not agree with others
+
+
+async def _change_cap(connection: AsyncConnection, run_id: int, cap: int) -> int:
+    """Returns what the cap was. One that is as asked for is no event."""
+    budget_id, was = (await connection.execute(_CAP, {"run_id": run_id})).one()
     if cap != was:
         await connection.execute(update(tables.budget).where(tables.budget.c.budget_id == budget_id).values(cap=cap))
         await _note(connection, run_id, "cap_changed", {"cap": cap, "was": was})
+    return int(was)
 
 
 async def _change_state(
@@ -340,7 +403,7 @@ async def _change_state(
 ) -> bool:
     """In one statement, so that whoever reads, decides and writes at the same moment changes nothing twice."""
     run = tables.run.c
-    moves: list[ColumnElement[bool]] = [run.state.in_(["running", "paused"])]
+    moves: list[ColumnElement[bool]] = [run.state.in_(UNDER_WAY)]
     if kind != "resumed":  # a run whose process died is still `running`, and resuming it is worth an event
         moves.append(run.state != state)
     changed = await connection.execute(
@@ -362,7 +425,11 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
     r, b = tables.run.c, tables.budget.c
     found = (
         await connection.execute(
-            select(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated, b.name)
+            select(
+                *(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated, b.name),
+                r.policy["ladder"].label("ladder"),
+                r.concurrency.op("||")(r.limits).label("ceilings"),
+            )
             .join_from(tables.run, tables.budget, r.budget_id == b.budget_id)
             .where(r.run_id == run_id)
         )
@@ -381,4 +448,6 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
         is_simulated=found.is_simulated,
         is_resumed=is_resumed,
         budget_name=found.name,
+        ladder=tuple(found.ladder),
+        ceilings=found.ceilings,
     )

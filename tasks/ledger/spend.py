@@ -7,7 +7,7 @@ lane, so that looking costs nothing. Money is integers of pico units; what is un
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -188,7 +188,11 @@ class Event:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, as of its lanes' last commits. `lanes` is how many of them live."""
+    """How far a run is, as of its lanes' last commits. `lanes` is how many of them live.
+
+    `ceilings` are how many requests may be in flight, by tier and over all lanes; `concurrency` is the job's word
+    on it, which an operator may have overruled.
+    """
 
     run: int
     job: str
@@ -216,6 +220,13 @@ class Progress:
     finished_at: datetime | None
     events: tuple[Event, ...]
     shared_budget: SharedBudget | None = None
+    ceilings: dict[str, int] = field(default_factory=dict)
+    concurrency: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether an operator has said how many requests may be in flight."""
+        return self.ceilings != self.concurrency
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object, as `Audit.to_json`."""
@@ -369,7 +380,7 @@ _SUMS = """
 
 _PROGRESS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
-           o.opened_at, o.finished_at, o.budget_name, s.*
+           o.opened_at, o.finished_at, o.budget_name, o.ladder, o.ceilings, o.concurrency, s.*
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
@@ -433,6 +444,9 @@ async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) ->
             row["attempts"] += left["attempts"]
             row["unknown_pico"] += left["bounds"]
         row["waiting_because"] = _waiting_because(row["state"], row["reason"], row["lanes"], row.pop("lanes_wait"))
+        ladder = row.pop("ladder")
+        for name in ("ceilings", "concurrency"):
+            row[name] = {tier: row[name][tier] for tier in ladder if tier in row[name]}  # jsonb keeps no order
         events = await _read_rows(connection, _EVENTS, Event, {"run": run_id, "most": RECENT_EVENTS})
         shared = await _read_shared(connection, row.pop("budget_name"), row["is_simulated"], [run_id])
         return Progress(events=events, shared_budget=shared, **row)

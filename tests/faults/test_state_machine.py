@@ -34,7 +34,7 @@ from schemas.records import DocumentState, Intent, Lease, Record, ResultKey, Sto
 from tasks.ledger import attempts, budgets, leases, runs
 from tasks.ledger.attempts import Permitted, Reusable
 from tasks.ledger.connection import Ledger
-from tasks.ledger.leases import ClaimedShard
+from tasks.ledger.leases import ClaimedShard, Orders
 from tasks.ledger.runs import Run
 from tests.faults.simulation.model import LONG_AGO, Model, Totals
 from tests.faults.summary import Tally
@@ -360,6 +360,17 @@ class LedgerMachine(RuleBasedStateMachine):
     def change_state(self, state: str) -> None:
         self.both("change_state", self.run_id, state, "operator")
 
+    @rule(limits=st.sampled_from(({"flash": 3}, {"pro": 40}, {"flash": 1, "pro": 1}, None)))
+    def change_limits(self, limits: dict[str, int] | None) -> None:
+        self.both("change_limits", self.run_id, limits)
+
+    @rule(cap=st.sampled_from((CAP // 4, CAP, 2 * CAP)))
+    def change_cap(self, cap: int) -> None:
+        """As an operator does while lanes are at work; a run that is over keeps what it had."""
+        if self.both("change_cap", self.run_id, cap) is not None:
+            self.cap = cap
+            self.caps.append(cap)
+
     @rule()
     def settle(self) -> None:
         self.both("settle", self.run_id)
@@ -470,7 +481,7 @@ def _key(intent: Intent) -> tuple[int, int]:
     return intent.document_no, intent.attempt_no
 
 
-async def _beat(ledger: Ledger, *arguments: Any) -> str | None:
+async def _beat(ledger: Ledger, *arguments: Any) -> Orders | None:
     async with ledger.engine.connect() as session:
         return await leases.beat(session, *arguments)
 

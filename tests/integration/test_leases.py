@@ -13,8 +13,9 @@ from schemas.records import DocumentState, Lease, Record
 from tasks.ledger import leases, runs
 from tasks.ledger.attempts import Fenced
 from tasks.ledger.connection import Ledger, PassingFailure
+from tasks.ledger.leases import Orders
 from tasks.ledger.runs import Run
-from tests.ledgers import COST, RESERVED, Hand, lane_ledger, make_manifest, opening, sql, value
+from tests.ledgers import CAP, COST, RESERVED, Hand, lane_ledger, make_manifest, opening, sql, value
 
 
 async def make_run(ledger: Ledger, documents: int = 6, shard_rows: int = 3) -> Run:
@@ -69,7 +70,8 @@ async def test_a_lane_without_a_heartbeat_is_buried_though_its_session_lives(led
     run = await make_run(ledger)
     hand = await Hand.join(ledger, run)
     async with leases.alive(ledger, hand.lane_id) as session:
-        assert await leases.beat(session, hand.lane_id, 3, "because") == "running"
+        told = await leases.beat(session, hand.lane_id, 3, "because")
+        assert told == Orders("running", {"flash": 8, "pro": 8}, CAP, is_overdrawn=False, lanes=1, rank=0)
         assert sql(ledger_url, "SELECT in_flight, waiting_because FROM lane") == [(3, "because")]
         sql(ledger_url, "UPDATE lane SET heartbeat_at = clock_timestamp() - interval '31 seconds'")
         assert await leases.bury_dead(ledger, run.run_id) == 1

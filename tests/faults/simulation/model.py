@@ -19,8 +19,8 @@ from schemas.ladder import PastAttempt, Verdict
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.ledger.attempts import Fenced, PaidAnswer, Permit, Permitted, Reusable
 from tasks.ledger.budgets import Grant, Room
-from tasks.ledger.leases import DEAD_AFTER_S, GRACE_S, ClaimedShard
-from tasks.ledger.runs import Opening, Run, policy
+from tasks.ledger.leases import DEAD_AFTER_S, GRACE_S, ClaimedShard, Orders
+from tasks.ledger.runs import UNDER_WAY, LimitChange, Opening, Run, concurrency, policy
 
 #: Run, document, attempt.
 Key = tuple[int, int, int]
@@ -91,7 +91,12 @@ class RunRow:
     shards: list[ShardRow]
     state: str = "running"
     reason: str | None = None
+    limits: dict[str, int] = field(default_factory=dict)
     events: set[str] = field(default_factory=set)
+
+    @property
+    def ceilings(self) -> dict[str, int]:
+        return {**concurrency(self.opening.job), **self.limits}
 
     @property
     def is_unfinished(self) -> bool:
@@ -139,6 +144,7 @@ class Model:
                 self.runs[number].state = "superseded"
         if same:
             row = self.runs[same[0]]
+            row.opening = opening
             row.state, row.reason, self.budgets[row.budget_id].cap = "running", None, opening.cap
             return self._read(same[0], is_resumed=True)
         run_id, budget_id = self._number(), self._number()
@@ -155,6 +161,22 @@ class Model:
             return False
         row.state, row.reason = state, reason
         return True
+
+    def change_limits(self, run_id: RunId, limits: dict[str, int] | None) -> LimitChange | None:
+        row = self.runs[run_id]
+        if row.state not in UNDER_WAY:
+            return None
+        was = row.ceilings
+        row.limits = {} if limits is None else {**row.limits, **limits}
+        return LimitChange(row.ceilings, was)
+
+    def change_cap(self, run_id: RunId, cap: int) -> int | None:
+        row = self.runs[run_id]
+        if row.state not in UNDER_WAY:
+            return None
+        budget = self.budgets[row.budget_id]
+        was, budget.cap = budget.cap, cap
+        return was
 
     def note(self, run_id: RunId, _kind: str, _detail: object, *, key: str) -> None:
         self.runs[run_id].events.add(key)
@@ -182,6 +204,8 @@ class Model:
             cap,
             opening.is_simulated,
             is_resumed,
+            ladder=tuple(tier.name for tier in opening.job.ladder),
+            ceilings=row.ceilings,
         )
 
     # Lanes and leases.
@@ -191,12 +215,16 @@ class Model:
         self.lanes[number] = LaneRow(run_id, self.clock())
         return LaneId(number)
 
-    def beat(self, lane_id: LaneId, _in_flight: int, _waiting: str | None) -> str | None:
+    def beat(self, lane_id: LaneId, _in_flight: int, _waiting: str | None) -> Orders | None:
         lane = self.lanes[lane_id]
         if lane.ended_because is not None:
             return None
         lane.beat_at = self.clock()
-        return self.runs[lane.run_id].state
+        run = self.runs[lane.run_id]
+        budget = self.budgets[run.budget_id]
+        mates = [n for n, row in self.lanes.items() if row.run_id == lane.run_id and row.ended_because is None]
+        rank = sum(number < lane_id for number in mates)
+        return Orders(run.state, run.ceilings, budget.cap, budget.granted > budget.cap, len(mates), rank)
 
     def claim(self, run_id: RunId, lane_id: LaneId, working: Collection[int] | None = None) -> ClaimedShard | None:
         if self.lanes[lane_id].ended_because is not None:
