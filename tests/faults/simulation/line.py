@@ -47,10 +47,10 @@ class Line:
         await self._arrive(name)
         if name == "record":
             _refuse_poison(arguments[2])
+        granted = self._granted(name, arguments)
         answer = getattr(world.model, name)(*arguments, **named)
+        self._watch_cap(granted, self._granted(name, arguments))
         await self.step(f"{name} after")
-        if name == "open_grant" and answer is not None:
-            self._watch_cap(arguments[2])
         if world.chance.random() < 0.3:
             await asyncio.sleep(world.chance.uniform(0, 0.01))
         if self._is_cut or world.happens(world.plan.forgotten, "answer lost"):
@@ -103,10 +103,18 @@ class Line:
         if name == "intend" and self.lane is not None and self.lane.is_draining:
             self.world.problems.append(f"lane {self.lane_id} asked for intents while it drained")
 
-    def _watch_cap(self, budget_id: int) -> None:
-        budget = self.world.model.budgets[budget_id]
-        if budget.granted > budget.cap:
-            self.world.problems.append(f"{budget.granted} granted of {budget.cap}")
+    def _granted(self, name: str, arguments: Sequence[Any]) -> tuple[int, int]:
+        """How much is granted of the budget that a grant is asked of, and its cap."""
+        if name != "open_grant":
+            return 0, 0
+        budget = self.world.model.budgets[arguments[2]]
+        return budget.granted, budget.cap
+
+    def _watch_cap(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        """Under a cap that was lowered in the meantime nothing is granted; what was before stays."""
+        granted, cap = after
+        if granted > cap and after != before:
+            self.world.problems.append(f"{granted} granted of {cap}")
 
 
 def _refuse_poison(records: Sequence[Any]) -> None:

@@ -71,7 +71,7 @@ class Plan:
     def draw(cls, chance: Random) -> Plan:
         documents = chance.choice((1, 4, 8, 12, 25))
         calm_after_s = chance.uniform(5, 60)
-        kinds = ("kill", "cut", "interrupt", "interrupt_twice", "pause", "bury", "storm")
+        kinds = ("kill", "cut", "interrupt", "interrupt_twice", "pause", "bury", "storm", "limit", "cap")
         mishaps = (
             (chance.uniform(0, calm_after_s), chance.choice(kinds)) for _ in range(chance.choice((0, 1, 2, 4)))
         )

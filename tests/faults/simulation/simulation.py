@@ -47,6 +47,8 @@ TIMES = LeaseTimes(beat_every_s=4.0, fence_after_s=12.0, grace_s=6.0, dead_after
 SCALE = 0.05
 #: A start that takes longer than this has hung; after the faults stopped, so many more have to be enough.
 START_WITHIN_S, STARTS_WITHIN = 900.0, 8
+#: The one run of a simulation.
+RUN = RunId(1)
 #: Documents that are read together.
 BLOCK = 5
 
@@ -110,6 +112,8 @@ class Simulation:
     ends: list[str] = field(default_factory=list)
     #: The cap is lowered and raised between starts; what was granted under a higher one stays granted.
     highest_cap: int = 0
+    #: Of any tier, over all lanes.
+    highest_ceiling: int = 0
     _lines: list[Line] = field(default_factory=list)
     _ghosts: list[asyncio.Task[Ended]] = field(default_factory=list)
 
@@ -146,6 +150,7 @@ class Simulation:
         self.provider = Provider(self.world)
         prompt = JOB.prompt + (" Think of red, of green, and of blue." * 60 if self.plan.is_long_prefix else "")
         each = {tier.name: self.plan.concurrency for tier in JOB.ladder}
+        self.highest_ceiling = self.plan.concurrency
         ladder = tuple(tier.model_copy(update={"deadline_s": 20.0, "max_tokens": 64}) for tier in JOB.ladder)
         self.job = replace(JOB, prompt=prompt, concurrency=each, ladder=ladder)
 
@@ -244,11 +249,26 @@ class Simulation:
                 await asyncio.sleep(world.chance.uniform(0, 1))
                 line.work.cancel()
             case "pause":
-                world.model.change_state(RunId(world.model.lanes[line.lane_id].run_id), "paused", "operator")
+                world.model.change_state(RUN, "paused", "operator")
+            case "limit" | "cap":
+                self._steer(kind)
             case "bury":
                 world.model.lanes[line.lane_id].beat_at = LONG_AGO
             case "storm":
                 world.storm_until = world.clock() + world.chance.uniform(1, 10)
+
+    def _steer(self, kind: str) -> None:
+        """As an operator does from another terminal."""
+        model, chance = self.world.model, self.world.chance
+        if kind == "limit":
+            each = {tier.name: chance.choice((1, 2, 5, 40)) for tier in JOB.ladder}
+            change = model.change_limits(RUN, chance.choice((each, {"flash": 3}, None)))
+            self.highest_ceiling = max([self.highest_ceiling, *(change.now.values() if change else ())])
+        else:
+            cap = model.budgets[model.runs[RUN].budget_id].cap
+            cap = max(1, int(cap * chance.choice((0.1, 0.5, 2))))
+            self.highest_cap = max(self.highest_cap, cap)
+            model.change_cap(RUN, cap)
 
 
 SETTINGS = Settings(database_url=SecretStr("postgresql://nobody@nowhere/nothing"))
