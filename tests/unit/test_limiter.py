@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, deque
 
 from schemas.attempts import Signal
-from tasks.limiter import CALM_ROUND_TRIPS, DECREASE, SLOW_START, Limiter
+from tasks.limiter import CALM_ROUND_TRIPS, DECREASE, SLOW_START, Limiter, Place
 
 
 async def fill(limiter: Limiter) -> list[int]:
@@ -242,3 +242,53 @@ async def test_a_waiter_cancelled_in_the_queue_is_passed_over() -> None:
     limiter.release(ticket)
     await second
     assert limiter.in_flight == 1
+
+
+async def test_below_a_lowered_ceiling_nobody_is_let_in_before_enough_have_left() -> None:
+    limiter = Limiter(ceiling=16)
+    tickets = await fill(limiter)
+    waiting = asyncio.create_task(limiter.acquire())
+    await asyncio.sleep(0)
+    limiter.allow(3)
+    for ticket in tickets[:13]:
+        limiter.release(ticket, Signal.ANSWERED)
+    await asyncio.sleep(0)
+    assert (limiter.in_flight, limiter.limit, waiting.done()) == (3, 3, False)
+    limiter.release(tickets[13], Signal.ANSWERED)
+    await waiting
+    assert limiter.in_flight == 3
+
+
+async def test_a_place_taken_before_the_ceiling_fell_is_surplus_until_enough_are_given_back() -> None:
+    limiter = Limiter(ceiling=4)
+    places = [Place(limiter, await limiter.acquire()) for _ in range(4)]
+    assert not any(place.is_surplus for place in places)
+    limiter.allow(2)
+    assert all(place.is_surplus for place in places)
+    for place in places[:2]:
+        place.leave()
+    assert not any(place.is_surplus for place in places)
+
+
+async def test_a_raised_ceiling_is_reached_as_fast_as_from_a_start_and_waiters_are_let_in_at_once() -> None:
+    limiter = Limiter(ceiling=2)
+    tickets = await fill(limiter)
+    limiter.allow(64)
+    seen = []
+    for _ in range(6):
+        tickets = await round_trip(limiter, tickets)
+        seen.append(limiter.limit)
+    assert seen == [4, 8, 16, 32, 64, 64]
+
+
+async def test_what_the_provider_stated_outlives_a_ceiling_that_was_lowered_and_raised() -> None:
+    limiter = Limiter(ceiling=100)
+    release_all(limiter, await fill(limiter))
+    limiter.release(await limiter.acquire(), Signal.RATE_LIMITED, ceiling=6)
+    limiter.allow(2)
+    assert limiter.limit == 2
+    limiter.allow(100)
+    tickets = await fill(limiter)
+    for _ in range(4):
+        tickets = await round_trip(limiter, tickets)
+    assert limiter.limit == 6
