@@ -5,11 +5,14 @@ No network; and no servers but where it takes a ledger and a bill to show that n
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,11 +22,14 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sqlalchemy import make_url
 
 from farthing import PRICED, _sandbox_clock, main
 from sandbox import service
 from sandbox.bill import bill_path, read_lines
 from schemas.settings import Settings
+from tasks.ledger import runs
+from tests.ledgers import lane_ledger, opening, run_everything
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-not-to-be-shown"
@@ -82,8 +88,9 @@ def tickets(farthing: Terminal) -> Path:
 def test_help_names_every_command(farthing: Terminal) -> None:
     left = farthing("--help")
     assert left.exit_code == 0
-    for command in ("demo", "run", "estimate", "audit", "status", "verify", "prices", "sandbox", "db", "new"):
-        assert f"\n  {command} " in left.stdout
+    told = set(re.findall(r"^  ([a-z]+)  ", left.stdout, flags=re.MULTILINE))
+    reading = {"estimate", "audit", "status", "verify", "prices"}
+    assert told == {"demo", "run", "pause", "limit", "budget", *reading, "sandbox", "db", "new"}
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -315,3 +322,150 @@ def test_after_the_last_known_calendar_the_sandbox_goes_on_at_an_instant_that_ha
     monkeypatch.setattr("tasks.completions.utc_now", lambda: datetime(2026, 11, 24, tzinfo=UTC))
     assert _sandbox_clock(Settings()) is None
     assert _sandbox_clock(Settings(sandbox_clock=datetime(2026, 11, 25, 2, tzinfo=UTC))).hour == 2
+
+
+@pytest.fixture
+def steer(farthing: Terminal, ledger_url: str) -> Callable[..., Left]:
+    """A terminal beside a ledger where run 1 is done, and run 2 of the same job is running, with nobody at work."""
+
+    async def make() -> None:
+        async with lane_ledger(ledger_url) as ledger:
+            await run_everything(ledger)
+            await runs.open_run(ledger, opening())
+
+    asyncio.run(make())
+    return lambda *arguments: farthing(*arguments, FARTHING_DATABASE_URL=ledger_url)
+
+
+@pytest.mark.parametrize("target", [(), ("2",), ("colours",)])
+def test_a_pause_says_what_happens_and_how_the_run_goes_on(steer: Callable[..., Left], target: tuple[str]) -> None:
+    left = steer("pause", *target)
+    assert (left.exit_code, left.stdout) == (
+        0,
+        "run 2 is paused: no lane was at work\nthe same `farthing run colours` command goes on\n",
+    )
+    again = steer("pause", "2")
+    assert (again.exit_code, again.stdout) == (
+        0,
+        "run 2 is paused already (operator); the same `farthing run colours` command goes on\n",
+    )
+    status = steer("status", "2", "--json").json
+    assert (status["state"], status["reason"]) == ("paused", "operator")
+
+
+def test_a_pause_is_one_object_for_scripts(steer: Callable[..., Left]) -> None:
+    left = steer("pause", "--json")
+    assert left.json == {
+        "changed": True,
+        "run": 2,
+        "job": "colours",
+        "state": "paused",
+        "reason": "operator",
+        "lanes": 0,
+        "in_flight": 0,
+    }
+    assert steer("pause", "2", "--json").json["changed"] is False
+
+
+def test_a_limit_is_shown_kept_and_lifted(steer: Callable[..., Left]) -> None:
+    left = steer("limit", "2", "flash=3")
+    assert left.exit_code == 0
+    assert left.stdout.splitlines()[0] == (
+        "run 2 may have in flight, over all its lanes: at most 3 flash, 8 pro, was 8 flash, 8 pro"
+    )
+    shown = " ".join(steer("status", "2").stdout.split())
+    assert "0 in 0 lane(s), at most 3 flash, 8 pro, set by `farthing limit` (the job: 8 flash, 8 pro)" in shown
+    assert "limit changed now 3 flash, 8 pro, was 8 flash, 8 pro" in shown
+    again = steer("limit", "colours", "4", "--json").json
+    assert (again["changed"], again["ceilings"], again["was"]) == (
+        True,
+        {"flash": 4, "pro": 4},
+        {"flash": 3, "pro": 8},
+    )
+    status = steer("status", "2", "--json").json
+    assert (status["ceilings"], status["concurrency"]) == ({"flash": 4, "pro": 4}, {"flash": 8, "pro": 8})
+    lifted = steer("limit", "2", "--reset")
+    assert lifted.stdout == (
+        "run 2 may have in flight, over all its lanes: at most 8 flash, 8 pro, was 4 flash, 4 pro\n"
+    )
+    assert "set by" not in steer("status", "2").stdout
+
+
+def test_a_budget_is_changed_and_says_how_it_stands(steer: Callable[..., Left]) -> None:
+    left = steer("budget", "2", "2.5 USD")
+    assert (left.exit_code, left.stdout) == (
+        0,
+        "run 2: the budget is $2.50, was $1.00; $0.00 spent, $0.00 held for what is in flight\n",
+    )
+    found = steer("budget", "2", "3", "--json").json
+    assert (found["changed"], found["budget_pico"], found["was_pico"], found["currency"], found["spent_pico"]) == (
+        True,
+        3 * 10**12,
+        25 * 10**11,
+        "USD",
+        0,
+    )
+    assert steer("status", "2", "--json").json["budget_pico"] == 3 * 10**12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("pause", "1"), "run 1 of colours is done: there is nothing to pause"),
+        (("limit", "1", "4"), "run 1 of colours is done: nothing of it will be in flight again"),
+        (("budget", "1", "4"), "run 1 of colours is done: it will spend nothing more"),
+        (("pause", "9"), "there is no run 9 in this ledger; jobs it knows: colours"),
+        (("pause", "sizes"), "there is no run that is running"),
+        (("limit", "2"), "like `farthing limit 2 16` or flash=64 pro=8, or else --reset"),
+        (("limit", "2", "4", "--reset"), "or else --reset"),
+        (("limit", "2", "0"), "limit: 0 requests in flight are too few; write 1 to 5000"),
+        (("limit", "2", "prof=4"), "limit: 'prof' is not in the run's ladder, which is flash, pro"),
+        (("budget", "2", "30 CNY"), "sums are never converted: write one like `25 USD`"),
+        (("budget", "2", "lots"), "budget: 'lots' is not a sum of money"),
+        (("budget", "2"), "SUM"),
+    ],
+)
+def test_an_order_that_cannot_be_carried_out_is_one_line_and_changes_nothing(
+    steer: Callable[..., Left], ledger_url: str, arguments: tuple[str, ...], advice: str
+) -> None:
+    def rows() -> list[tuple[Any, ...]]:
+        with psycopg.connect(ledger_url, options="-c search_path=farthing") as ledger:
+            query = (
+                "SELECT state, limits, cap, (SELECT count(*) FROM run_event) FROM run JOIN budget USING (budget_id)"
+            )
+            return ledger.execute(query).fetchall()
+
+    before = rows()
+    left = steer(*arguments)
+    assert (left.exit_code, left.stdout) == (2, "")
+    assert [line for line in left.stderr.splitlines() if line.startswith("error: ")] == left.stderr.splitlines()
+    assert len(left.stderr.splitlines()) == 1
+    assert advice in left.stderr
+    assert rows() == before
+
+
+@pytest.mark.parametrize("command", [("pause",), ("limit", "1", "4"), ("budget", "1", "4 USD")])
+def test_steering_without_any_ledger_says_how_to_get_one(farthing: Terminal, command: tuple[str, ...]) -> None:
+    for sandbox in ((), ("--sandbox",)):
+        left = farthing(*command, *sandbox)
+        assert left.exit_code == 2
+        assert "run `farthing demo` first" in left.stderr
+
+
+def test_whoever_may_only_audit_cannot_steer_and_is_told_what_it_takes(
+    steer: Callable[..., Left], farthing: Terminal, ledger_url: str
+) -> None:
+    name = f"finance_{uuid.uuid4().hex}"
+    with psycopg.connect(ledger_url, autocommit=True) as superuser:
+        superuser.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{SECRET}'")
+        superuser.execute(f"GRANT farthing_auditor TO {name}")
+        theirs = make_url(ledger_url).set(username=name, password=SECRET).render_as_string(hide_password=False)
+        try:
+            assert farthing("status", "2", FARTHING_DATABASE_URL=theirs).exit_code == 0
+            left = farthing("pause", "2", FARTHING_DATABASE_URL=theirs)
+        finally:
+            superuser.execute(f"DROP ROLE {name}")
+    assert left.exit_code == 2
+    assert "GRANT farthing_lane" in left.stderr
+    assert SECRET not in left.stderr
+    assert steer("status", "2", "--json").json["state"] == "running"

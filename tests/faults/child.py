@@ -26,7 +26,7 @@ from schemas.attempts import RunId
 from schemas.errors import FarthingError
 from schemas.requests import RunRequest
 from schemas.settings import Settings
-from tasks import enrichment
+from tasks import enrichment, steering
 from tasks.completions import Completions, utc_now
 from tasks.documents import orders
 from tasks.failpoints import VARIABLE
@@ -47,7 +47,8 @@ STACKS, TASKS = signal.SIGUSR1, signal.SIGUSR2
 class Order:
     """What a child is to do. `run_id` skips the planning, as a lane on another machine does.
 
-    `spoils` changes the input once the run is open, as a careless user would. `serve` is what the processes that
+    `spoils` changes the input once the run is open, as a careless user would; `steers` its limit and its cap, as an
+    operator would from elsewhere. `serve` is what the processes that
     read do, forked; None: they are started, as for a user. `time_scale` is how fast the provider's world runs for the
     lane: at 0 it waits for nothing. `limits` are the process's resources (`resource.RLIMIT_…`), for good;
     `clock_jump_s` is by how much this machine's clock is set in mid-run.
@@ -60,6 +61,7 @@ class Order:
     failpoint: str | None = None
     run_id: int | None = None
     spoils: bool = False
+    steers: bool = False
     limits: Mapping[int, int] = field(default_factory=dict)
     clock_jump_s: float = 0.0
     serve: Callable[[int, int], None] | None = orders.serve
@@ -112,10 +114,18 @@ async def _enrich(order: Order) -> int:
     if order.spoils:
         with (order.root / "documents.parquet").open("ab") as file:
             file.write(b"spoiled")
+    if order.steers:
+        await _steer(order, run)
     ended = await enrichment.work_lane(request, settings, run, show=_show, times=order.times)
     print(f"lane ended: {ended.reason} {ended.advice}", file=sys.stderr, flush=True)
     settled = await enrichment.settle_run(settings, run, [ended], order.times)
     return 0 if settled.state == "done" else 3
+
+
+async def _steer(order: Order, run: Run) -> None:
+    async with opened(SecretStr(order.database_url), Role.LANE) as ledger:
+        await steering.limit(ledger, run.run_id, ["3"])
+        await steering.cap(ledger, run.run_id, "2 USD")
 
 
 def _jump(seconds: float) -> None:

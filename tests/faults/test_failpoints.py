@@ -50,10 +50,17 @@ def spoiled(stage: Stage, failpoint: str) -> int:
     return stage.run(failpoint=failpoint, spoils=True)
 
 
+def steered(stage: Stage, failpoint: str) -> int:
+    """An operator changes what the run may."""
+    return stage.run(failpoint=failpoint, steers=True)
+
+
 SCENES: dict[str, Callable[[Stage, str], int]] = {
     "bury": after_a_crash,
     "close_grants": near_the_cap,
     "change_state": near_the_cap,
+    "change_limits": steered,
+    "change_cap": steered,
     "fail": spoiled,
 }
 

@@ -25,6 +25,7 @@ from tasks.ledger.spend import (
     Waste,
 )
 from tasks.live import Pace, duration, line, panel, project
+from tasks.steering import Capped, Limited, Steered
 from tests.ledgers import JOB
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
@@ -332,3 +333,62 @@ def test_what_waiting_saved_is_told_where_a_lane_waited_and_not_elsewhere() -> N
     assert "saved against peak prices" not in report.markdown(AUDIT)
     waited = report.markdown(replace(AUDIT, off_peak_attempts=1_234, off_peak_saved_pico=2 * PICO))
     assert "| saved against peak prices | $2.00 by working off-peak, 1,234 attempts |" in waited
+
+
+def test_progress_says_how_many_may_be_in_flight_and_who_said_so() -> None:
+    by_job = replace(PROGRESS, ceilings={"flash": 256, "pro": 64}, concurrency={"flash": 256, "pro": 64})
+    assert "42 in 1 lane(s), at most 256 flash, 64 pro " in shown(report.progress_table(by_job))
+    limited = replace(by_job, ceilings={"flash": 16, "pro": 64})
+    told = "at most 16 flash, 64 pro, set by `farthing limit` (the job: 256 flash, 64 pro); --reset lifts it"
+    assert told in shown(report.progress_table(limited))
+    assert "at most" not in shown(report.progress_table(PROGRESS)).split("not known")[0]  # nobody kept it then
+
+
+def test_a_run_that_goes_on_says_that_it_is_limited() -> None:
+    resumed = Event(NOW, "resumed", {"documents": 250})
+    free = replace(PROGRESS, events=(resumed,), ceilings={"flash": 8}, concurrency={"flash": 8})
+    assert "in flight" not in (report.resumed_line(free, None) or "")
+    limited = report.resumed_line(replace(free, ceilings={"flash": 2}), None)
+    assert (limited or "").endswith(
+        "in flight: at most 2 flash, set by `farthing limit` (the job: 8 flash); --reset lifts it"
+    )
+
+
+def test_a_limit_that_changed_is_told_tier_by_tier_and_nothing_in_it_acts() -> None:
+    event = Event(NOW, "limit_changed", {"now": {"flash": 4, "[red]pro": 2}, "was": {"flash": 256}})
+    text = shown(report.progress_table(replace(PROGRESS, events=(event,))))
+    assert "limit changed now 2 [red]pro, 4 flash, was 256 flash" in text
+
+
+def test_a_pause_says_who_is_still_at_work() -> None:
+    paused = replace(PROGRESS, state="paused", reason="operator", lanes=2)
+    assert report.paused_lines(Steered(paused, is_changed=True)) == (
+        "run 7 is paused: its 2 lane(s) begin nothing more, finish the 42 requests in flight, and leave\n"
+        "the same `farthing run tickets` command goes on"
+    )
+
+
+def test_a_limit_says_how_long_it_holds_and_one_that_is_the_job_s_does_not() -> None:
+    seen = replace(PROGRESS, concurrency={"flash": 256})
+    limited = Limited(seen, True, {"flash": 4}, {"flash": 256})
+    assert report.limited_lines(limited) == (
+        "run 7 may have in flight, over all its lanes: at most 4 flash, was 256 flash\n"
+        "that holds when the run is resumed, too, until `farthing limit 7 --reset` or another number"
+    )
+    again = replace(limited, is_changed=False, was={"flash": 4})
+    assert "at most 4 flash already\n" in report.limited_lines(again)
+    assert report.limited_lines(replace(limited, ceilings={"flash": 256}, was={"flash": 4})).count("\n") == 0
+
+
+def test_a_cap_says_how_the_budget_stands_and_what_the_run_does_about_it() -> None:
+    capped = Capped(PROGRESS, True, 2 * PICO, 5 * PICO, PICO, PICO // 2, "USD", None)
+    assert report.capped_lines(capped) == (
+        "run 7: the budget is $2.00, was $5.00; $1.00 spent, $0.500 held for what is in flight"
+    )
+    assert report.capped_lines(replace(capped, budget_pico=PICO)).endswith("\nnothing new is begun under it")
+    paused = replace(capped, seen=replace(PROGRESS, state="paused", reason="budget"))
+    assert report.capped_lines(paused).endswith("\nthe same `farthing run tickets` command goes on under it")
+    same = replace(capped, is_changed=False, was_pico=2 * PICO, budget_name="tickets-2026-11")
+    assert report.capped_lines(same).startswith(
+        "run 7: tickets-2026-11, the budget that run 7 shares, is $2.00 already; "
+    )
