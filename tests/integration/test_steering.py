@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,14 +62,19 @@ async def at_work(
     works = (enrichment.work_lane(asked, world.settings, run, times=TIMES) for _ in range(lanes))
     working = asyncio.gather(*works)
     try:
-        async with asyncio.timeout(30):
-            while world.server.house.account.peak[FLASH] < run.ceilings["flash"]:
-                assert not working.done()
-                await asyncio.sleep(0.01)
+        await until(lambda: working.done() or world.server.house.account.peak[FLASH] >= run.ceilings["flash"])
+        assert not working.done()
         yield run, working
     finally:
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait for it; what never comes fails the test."""
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def settle(world: World, run: Run, working: asyncio.Future[list[Ended]]) -> tuple[Run, list[Ended]]:
@@ -151,11 +156,31 @@ async def test_a_limit_holds_over_all_lanes_within_a_heartbeat_downwards_and_upw
 
 
 async def test_more_may_be_in_flight_than_the_job_says(world: World) -> None:
-    """The pool of connections and the documents in progress grow with it."""
+    """The pool of connections and the documents in progress grow with it, which were enough for 24."""
+    world.server.house.latency = Latency(Pace(1.0, reply_s=1.0), seed=1)
     async with at_work(world) as (run, _), ledger_of(world) as ledger:
-        await steering.limit(ledger, run.run_id, ["24"])
-        await asyncio.sleep(HEARD_S)
-        assert 2 * USUAL < (await most_in_flight(world))[FLASH] <= 24
+        await steering.limit(ledger, run.run_id, ["40"])
+        await until(lambda: world.server.house.account.peak[FLASH] > 24)
+        assert (await most_in_flight(world))[FLASH] <= 40
+
+
+async def test_who_had_a_place_before_the_limit_fell_and_waits_for_money_queues_again(world: World) -> None:
+    """Else all of them would be sent at once when the money comes."""
+    job = world.root / "jobs" / "colours" / "job.yaml"
+    job.write_text(job.read_text().replace("below: 0.6", "below: 0"))
+    world.server.house.latency = Latency(Pace(1.0, reply_s=1.0), seed=1)
+    account = world.server.house.account
+    async with at_work(world) as (run, _), ledger_of(world) as ledger:
+        room = await budgets.find_room(ledger, run.budget_id)
+        cap = room.spent + 4 * world.value("SELECT max(reserved) FROM attempt_intent WHERE tier = 'flash'")
+        await runs.change_cap(ledger, run.run_id, cap)
+        await until(lambda: account.in_flight[FLASH] <= 4)
+        assert "is nearly used" in world.value("SELECT waiting_because FROM lane")
+        await steering.limit(ledger, run.run_id, ["3"])
+        await until(lambda: account.in_flight[FLASH] <= 3)
+        await asyncio.sleep(4 * BEAT_S)
+        await steering.cap(ledger, run.run_id, "1 USD")
+        assert (await most_in_flight(world))[FLASH] == 3
 
 
 async def test_a_limit_holds_for_whoever_resumes_the_run_and_is_told(world: World) -> None:
