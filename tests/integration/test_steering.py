@@ -17,7 +17,7 @@ from schemas.errors import ConfigurationError
 from schemas.money import Currency, Money
 from tasks import enrichment, report, steering
 from tasks.grants import Grants
-from tasks.lanes import Ended
+from tasks.lanes import Ended, Lane
 from tasks.ledger import budgets, leases, runs
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import LeaseTimes
@@ -195,6 +195,20 @@ async def test_a_limit_holds_for_whoever_resumes_the_run_and_is_told(world: Worl
         assert (await most_in_flight(world))[FLASH] == 2
     told = "at most 2 flash, 8 pro, set by `farthing limit` (the job: 8 flash, 8 pro); --reset lifts it"
     assert report.resumed_line(seen, None).endswith(f"in flight: {told}")  # type: ignore[union-attr]  # it is resumed
+
+
+async def test_a_lane_begins_with_the_limit_before_its_first_heartbeat(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_lane: Lane) -> None:
+        await asyncio.Event().wait()
+
+    run = await world.open()
+    async with ledger_of(world) as ledger:
+        await steering.limit(ledger, run.run_id, ["flash=2"])
+    monkeypatch.setattr(Lane, "_beat", hang)
+    async with at_work(world):
+        assert (await most_in_flight(world))[FLASH] == 2
 
 
 async def test_two_starts_of_a_run_share_what_may_be_in_flight(world: World) -> None:
