@@ -22,7 +22,10 @@ ALL = "every column"
 #: What nobody promised to notice, and why.
 NOT_PROMISED = {
     "budget": dict.fromkeys(("name", "declared", "is_simulated"), "how jobs find it; its cap counts (G9)"),
-    "run": {"reason": "why it is not done; a done run has none"},
+    "run": {
+        "reason": "why it is not done; a done run has none",
+        **dict.fromkeys(("concurrency", "limits"), "how much could be in flight at once, not what was"),
+    },
     "lane": {
         **dict.fromkeys(
             ("host", "pid", "started_at", "heartbeat_at", "ended_at", "ended_because"), "who worked, not what it cost"
