@@ -175,7 +175,7 @@ async def test_who_had_a_place_before_the_limit_fell_and_waits_for_money_queues_
         cap = room.spent + 4 * world.value("SELECT max(reserved) FROM attempt_intent WHERE tier = 'flash'")
         await runs.change_cap(ledger, run.run_id, cap)
         await until(lambda: account.in_flight[FLASH] <= 4)
-        assert "is nearly used" in world.value("SELECT waiting_because FROM lane")
+        await until(lambda: "is nearly used" in (world.value("SELECT waiting_because FROM lane") or ""))
         await steering.limit(ledger, run.run_id, ["3"])
         await until(lambda: account.in_flight[FLASH] <= 3)
         await asyncio.sleep(4 * BEAT_S)
