@@ -170,7 +170,10 @@ BARE_SILENCES = {
 }
 
 
-@pytest.mark.parametrize("name", BARE_SILENCES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("labels", "settle") else pytest.mark.long) for name in BARE_SILENCES],
+)
 def test_a_postgres_that_is_silent_before_and_after_the_work_ends_the_start_in_good_order(
     name: str, lines: Lines, seed: int, tally: Tally
 ) -> None:
