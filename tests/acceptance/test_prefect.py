@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,17 +135,26 @@ def wait_for_logs(server: Server, sought: str, flow_run_id: str) -> list[dict[st
     raise AssertionError(f"{sought!r} is not in {lines}")
 
 
-def test_two_lanes_in_processes_share_one_run_under_one_server(server: Server) -> None:
+AUDIT = "import asyncio, flows.audit; print(asyncio.run(flows.audit.audit('obligations')))"
+
+
+def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does_not_prove(server: Server) -> None:
     farthing = (sys.executable, "-m", "farthing")
-    arguments = ("run", "obligations", "--sandbox", "--limit", "900", "--lanes", "2", "--json")
-    audit = json.loads(server.command(*farthing, *arguments))
-    assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 900)
-    (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": [f"run-{audit['run']}"]}})
-    of_this = {"flow_runs": {"id": {"any_": [artifact["flow_run_id"]]}}}
-    names = {task["name"] for task in server.post("task_runs/filter", **of_this)}
-    assert {"lane-1", "lane-2"} <= names
-    proof = json.loads(server.command(*farthing, "verify", str(audit["run"]), "--json"))
-    assert proof["proved"] is True
+    said = json.loads(server.command(*farthing, "run", "obligations", "--sandbox", "--limit", "20", "--json"))
+    with postgres.running(Path(server.environment["FARTHING_HOME"])) as ledger:
+        beside = replace(server, environment=server.environment | {"FARTHING_DATABASE_URL": ledger.url})
+        told = beside.command(sys.executable, "-c", AUDIT)
+        assert f"'proved': [{said['run']}" in told
+        (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["audit-obligations"]}})
+        assert "Where the money went" in artifact["data"]
+        assert f"Run {said['run']}: The ledger proves" in artifact["data"]
+        with psycopg.connect(ledger.url) as connection:
+            connection.execute("SET session_replication_role = replica")
+            connection.execute("UPDATE farthing.attempt_outcome SET cost = cost + 1 WHERE run_id = %s", [said["run"]])
+        with pytest.raises(AssertionError, match=f"the ledger does not prove run {said['run']}"):
+            beside.command(sys.executable, "-c", AUDIT)
+    flow_runs = server.post("flow_runs/filter", flow_runs={"name": {"any_": ["audit-obligations"]}})
+    assert sorted(found["state_type"] for found in flow_runs) == ["COMPLETED", "FAILED"]
 
 
 def test_prefect_deploy_all_works_as_it_stands(server: Server) -> None:
@@ -182,7 +191,9 @@ def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succ
     audit = json.loads(stdout)
     assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 1500)
     assert left == [("died",), ("done",)]
-    assert audit["advice"] == ""  # the run is done: there is nothing to go on with
+    assert (audit["proved"], audit["advice"]) == (True, "")  # the run is done: there is nothing to go on with
+    names = {task["name"] for task in server.post("task_runs/filter")}
+    assert {"lane-1", "lane-2"} <= names
 
 
 def find_working_lane(url: str, running: subprocess.Popen[str]) -> int:

@@ -140,6 +140,7 @@ def kill_at_half(farthing: Farthing, running: subprocess.Popen[bytes]) -> int:
     return look(farthing, "SELECT count(*) FROM farthing.attempt WHERE billing = 'open'")
 
 
+@pytest.mark.long  # a minute and a half
 def test_ctrl_c_in_a_terminal_pauses_a_second_one_gives_up_and_the_same_command_finishes(farthing: Farthing) -> None:
     """Ctrl-C reaches the whole group: the command drains, and neither it nor what it started may die of it."""
     command = ("run", "licences", "--sandbox", "--limit", str(DOCUMENTS))

@@ -185,7 +185,7 @@ async def test_progress_says_what_an_audit_says_once_the_run_is_done(ledger: Led
     ):
         assert getattr(seen, name) == getattr(counted, name), name
     assert (seen.lanes, seen.in_flight, seen.waiting_because) == (0, 0, None)
-    assert [event.kind for event in seen.events] == ["done", "opened"]
+    assert [event.kind for event in seen.events] == ["done", "labelled", "opened"]
     assert json.loads(json.dumps(seen.to_json()))["done"] == 6
 
 

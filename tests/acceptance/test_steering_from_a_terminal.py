@@ -74,7 +74,7 @@ def wait_for_lanes(desk: Desk, running: subprocess.Popen[str], lanes: int) -> No
         stdout, _ = asked.communicate(timeout=60)
         if asked.returncode == 0 and (seen := json.loads(stdout))["lanes"] == lanes and seen["attempts"] > 3:
             return
-        time.sleep(0.5)
+        time.sleep(2)
     raise AssertionError("the run did not begin")
 
 
