@@ -101,6 +101,7 @@ def farthing(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     subprocess.run(stop, cwd=ROOT, env=made.environment, check=True)
 
 
+@pytest.mark.long  # a minute and a half
 def test_after_kill_9_the_same_command_finishes_and_only_what_was_in_flight_is_paid_again(
     farthing: Farthing, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,7 +172,7 @@ BARE_SILENCES = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=() if name in ("labels", "settle") else pytest.mark.long) for name in BARE_SILENCES],
+    [pytest.param(name, marks=() if name == "settle" else pytest.mark.long) for name in BARE_SILENCES],
 )
 def test_a_postgres_that_is_silent_before_and_after_the_work_ends_the_start_in_good_order(
     name: str, lines: Lines, seed: int, tally: Tally
@@ -182,6 +182,7 @@ def test_a_postgres_that_is_silent_before_and_after_the_work_ends_the_start_in_g
     tell(tally, lines)
 
 
+@pytest.mark.long
 def test_lanes_that_lost_postgres_together_come_back_together_and_bury_nobody(
     lines: Lines, seed: int, tally: Tally
 ) -> None:
