@@ -190,6 +190,7 @@ async def test_no_random_cap_is_passed_and_less_than_one_reservation_is_left(
     tell(tally, played)
 
 
+@pytest.mark.long
 async def test_two_jobs_on_one_budget_pass_no_random_cap(table: Purses, seed: int, tally: Tally) -> None:
     played = await play_pairs(table, seed, range(SHORT_PAIRS))
     await judge(table, played, seed)

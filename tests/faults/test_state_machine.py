@@ -44,7 +44,7 @@ DOCUMENTS, SHARD_ROWS = 7, 3
 #: So few reservations that the cap is met in every example.
 CAP = 12 * RESERVED
 #: Examples and steps in each, in the short form and in the long one.
-SHORT, LONG = (20, 20), (500, 50)
+SHORT, LONG = (10, 20), (500, 50)
 MODULES = (attempts, budgets, leases, runs)
 #: Which lane, and which of its shards, documents and grants: counted on, and round again.
 AT, WHICH = st.integers(0, 2), st.integers(0, 20)
