@@ -46,6 +46,8 @@ REPLY_WITHIN_S = 5
 #: Not decided here: a stage's provider has a second in no time, so the retry budget of a lane refills a thousand
 #: times as fast as the checker could count against it. Whether it binds is the brakes' unit tests' to say.
 UNDECIDED = frozenset({"I9"})
+#: What a stage says that cannot even be set up, since both proofs are of a run that nothing befell, too.
+BROKEN_UNHURT = "a run without faults breaks its promise"
 
 JOB = f"""\
 name: colours
@@ -175,7 +177,8 @@ class Stage:
         """A run without faults, which all others are compared with."""
         self.scene()
         assert self.run() == 0, self.told()
-        assert self.violations() == []
+        found = self.violations()
+        assert found == [], f"{BROKEN_UNHURT}: {found}"
         self.baseline = results(self.database_url, self.run_id)
         assert len(self.baseline) == self.documents
 
