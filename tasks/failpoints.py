@@ -33,6 +33,7 @@ STEPS = (
     "change_limits",
     "change_cap",
     "note",
+    "close_run",
     "settle",
 )
 #: An attempt that has its permit; whose reply has begun to come; whose reply is here and recorded nowhere.

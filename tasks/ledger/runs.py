@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas import tables
-from schemas.attempts import RunId
+from schemas.attempts import LaneId, RunId
 from schemas.documents import Manifest
 from schemas.errors import ConfigurationError
 from schemas.jobs import Job
@@ -84,6 +84,8 @@ _UNFINISHED = text("""
 LABELLED = "labelled"
 
 _LANES = text("SELECT lane_id FROM lane WHERE run_id = :run_id")
+
+_LEFT = text("SELECT shard_no FROM shard WHERE run_id = :run_id AND state NOT IN ('done', 'failed') LIMIT 1")
 
 _STATE = text("SELECT state, ledger_digest FROM run WHERE run_id = :run_id FOR NO KEY UPDATE")
 
@@ -188,22 +190,22 @@ async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, An
 async def settle(ledger: Ledger, run_id: RunId) -> str | None:
     """Finish a run whose shards have all ended: state `done`, with a digest over its rows. None if some have not.
 
-    Lanes that are still there are ended, since nothing is left for them, and every grant is closed. Whoever writes
-    to the run later waits for this, so the digest's instant divides its rows exactly. Safe to repeat.
+    Lanes that are still there are ended, since nothing is left for them, and every grant is closed: before the
+    digest, which may take minutes, so that other runs on the same budget do not wait for it. Whoever writes to the
+    run later does, so the digest's instant divides its rows exactly. Safe to repeat.
     """
-    unfinished = select(tables.shard.c.shard_no).where(
-        tables.shard.c.run_id == run_id, tables.shard.c.state.not_in(["done", "failed"])
-    )
     run = await find_run(ledger, run_id)
-    async with ledger.transaction("settle", rows=run.documents) as connection:
-        lanes = (await connection.execute(_LANES, {"run_id": run_id})).all()
-        await lock_lanes(connection, [lane.lane_id for lane in lanes])
-        if (await connection.execute(unfinished.limit(1))).first():
+    async with ledger.transaction("close_run") as connection:
+        lanes = await _lock_all_lanes(connection, run_id)
+        if (await connection.execute(_LEFT, {"run_id": run_id})).first():
             return None
+        if run.state in UNDER_WAY:
+            await end_lanes(connection, run_id, lanes, "run done")
+    async with ledger.transaction("settle", rows=run.documents) as connection:
+        await _lock_all_lanes(connection, run_id)
         state, digest = (await connection.execute(_STATE, {"run_id": run_id})).one()
         if state not in UNDER_WAY:
             return digest if state == "done" else None
-        await end_lanes(connection, run_id, [lane.lane_id for lane in lanes], "run done")
         until = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
         digest = await compute_digest(connection, run_id, until)
         await connection.execute(
@@ -214,6 +216,13 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
         answers = await compute_answers_digest(connection, run_id, until)
         await _note(connection, run_id, "done", {"ledger_digest": digest, "answers_digest": answers})
         return str(digest)
+
+
+async def _lock_all_lanes(connection: AsyncConnection, run_id: RunId) -> list[LaneId]:
+    """Every lane that the run ever had, its row held until the transaction ends."""
+    lanes = [LaneId(lane.lane_id) for lane in await connection.execute(_LANES, {"run_id": run_id})]
+    await lock_lanes(connection, lanes)
+    return lanes
 
 
 async def register_prices(ledger: Ledger, prices: Iterable[Price]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import psycopg
 import pytest
 from pydantic import SecretStr
 
@@ -187,3 +188,28 @@ async def test_both_runs_are_shown_and_proven_over_the_sum_of_both(ledger: Ledge
     sql(ledger_url, "UPDATE budget SET granted = granted - 1")
     for each in (run, other):
         assert (await prove(ledger, each.run_id, BOOK)).guarantees["G9"] is False
+
+
+async def test_a_run_that_is_being_settled_keeps_nobody_from_the_shared_budget(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    """Its digest reads every row, which takes minutes where there are millions."""
+    first, second = await two_runs(ledger)
+    hand, neighbour = await Hand.join(ledger, first), await Hand.join(ledger, second)
+    for _ in range(2):
+        await hand.answer_shard()
+    async with lane_ledger(ledger_url) as other, await psycopg.AsyncConnection.connect(ledger_url) as slow:
+        await slow.execute("LOCK TABLE farthing.answer IN ACCESS EXCLUSIVE MODE")  # only the digest reads it
+        settling = asyncio.create_task(runs.settle(other, first.run_id))
+        waits = "datname = current_database() AND wait_event = 'relation'"
+        while not value(ledger_url, f"SELECT count(*) FROM pg_stat_activity WHERE {waits}"):
+            await asyncio.sleep(0.02)
+        need = {"need": RESERVED, "want": RESERVED}
+        grant = await asyncio.wait_for(
+            budgets.open_grant(ledger, second.run_id, neighbour.lane_id, second.budget_id, **need), timeout=5
+        )
+        assert grant is not None
+        assert not settling.done()
+        await slow.rollback()
+        assert await settling is not None
+    assert value(ledger_url, f"SELECT granted FROM budget WHERE budget_id = {first.budget_id}") > 0
