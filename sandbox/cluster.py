@@ -71,6 +71,8 @@ class Cluster:
 
     place: Path
     programs: Programs
+    #: Whether it survives a power cut. One whose data is thrown away need not, and answers sooner.
+    is_durable: bool = True
 
     @property
     def data(self) -> Path:
@@ -171,6 +173,8 @@ class Cluster:
             self.log.replace(self.log.with_name("log.old"))
         self._write("log", "")
         settings = SETTINGS | {"port": str(port), "cluster_name": self._name()}
+        if not self.is_durable:
+            settings |= {"fsync": "off", "full_page_writes": "off"}
         options = shlex.join(f"--{name}={value}" for name, value in settings.items())
         # Relative names: pg_ctl puts them into a shell line between double quotes, and a home may hold a `$`.
         started = self._run("pg_ctl", "-w", f"-t{PATIENCE:.0f}", "-Ddata", "-llog", "-o", options, "start")

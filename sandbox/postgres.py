@@ -50,11 +50,12 @@ class Server:
 
 
 @contextmanager
-def running(home: Path, *, throwaway: bool = False) -> Iterator[Server]:
+def running(home: Path, *, throwaway: bool = False, durable: bool = True) -> Iterator[Server]:
     """Use the Postgres of `home`: started if it is not running, stopped when its last user leaves.
 
     May be nested, and entered again to revive a server that died: the address stays the same while its port is
-    free. With `throwaway` the last one to leave deletes the data too.
+    free. With `throwaway` the last one to leave deletes the data too. Unless `durable`, a server that this starts
+    does not survive a power cut: it never waits for the disk.
 
     Raises:
         SandboxError: it is not installed, cannot run on this machine, or does not start.
@@ -63,7 +64,7 @@ def running(home: Path, *, throwaway: bool = False) -> Iterator[Server]:
     with closing(_Lock(folder / "users")) as users:
         with _transition(folder):
             users.share()
-            server = _started(folder)
+            server = _started(folder, durable)
         try:
             yield server
         finally:
@@ -230,11 +231,11 @@ def _refuse_if_used(folder: Path, force: bool) -> None:
             raise SandboxError(f"the Postgres of {folder.parent} is in use; end what uses it first")
 
 
-def _started(folder: Path) -> Server:
+def _started(folder: Path, durable: bool = True) -> Server:
     runner = account(_data(folder))
     place = _place(folder, runner)
     _make(place)
-    cluster = Cluster(place, programs(runner, place))
+    cluster = Cluster(place, programs(runner, place), durable)
     server = _server(cluster, cluster.start())
     _ensure_database(server)
     return server

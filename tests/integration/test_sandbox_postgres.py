@@ -194,7 +194,8 @@ def test_reset_deletes_the_data(home: Path) -> None:
 
 
 def test_a_throwaway_server_leaves_nothing(home: Path) -> None:
-    with running(home, throwaway=True) as server:
+    with running(home, throwaway=True, durable=False) as server:
+        assert query(server.url, "SHOW fsync") == [("off",)]
         with running(home, throwaway=True):
             pass
         assert query(server.url, "SELECT 1") == [(1,)]
