@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,36 @@ def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does
     assert sorted(found["state_type"] for found in flow_runs) == ["COMPLETED", "FAILED"]
 
 
-def test_prefect_deploy_all_works_as_it_stands(server: Server) -> None:
-    prefect = (sys.executable, "-m", "prefect", "--no-prompt")
-    server.command(*prefect, "work-pool", "create", "farthing", "--type", "process")
-    server.command(*prefect, "deploy", "--all")
+def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, tmp_path: Path) -> None:
+    """All but those that start the server, which is this module's, and activate the environment, which is on."""
+    text = (ROOT / "README.md").read_text("utf-8").split("\n## On a schedule\n")[1]
+    commands = [line.removeprefix("$ ") for line in text.split("```")[1].splitlines()[1:]]
+    own = ("source ", "prefect server start", "export PREFECT_API_URL")
+    played = [line for line in commands if not line.startswith(own)]
+    assert len(commands) - len(played) == len(own)
+    environment = server.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    told = tmp_path / "told"
+    with told.open("wb") as log:
+        shell = subprocess.Popen(
+            ["bash", "-ec", "\n".join(played)],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            assert shell.wait(300) == 0, told.read_text()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)  # the worker, too
+            Server(server.url, environment).command("farthing", "sandbox", "down", "--force")
     assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
+    (flow_run,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["enrich"]}})
+    assert (flow_run["state_type"], flow_run["parameters"]) == ("COMPLETED", {"job": "obligations", "limit": 100})
+    shown = {"flow_run_id": {"any_": [flow_run["id"]]}, "type": {"any_": ["markdown"]}}
+    (report,) = server.post("artifacts/filter", artifacts=shown)
+    assert "obligations, run" in report["data"]
 
 
 def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succeeds(server: Server) -> None:
