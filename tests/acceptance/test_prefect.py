@@ -99,22 +99,51 @@ def test_every_deployment_loads_strictly_and_takes_its_parameters(
     assert flow.validate_parameters(deployment["parameters"]).items() >= deployment["parameters"].items()
 
 
-def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server) -> None:
-    farthing = (sys.executable, "-m", "farthing")
-    audit = json.loads(server.command(*farthing, "run", "licences", "--sandbox", "--limit", "60", "--json"))
-    assert (audit["state"], audit["documents"]) == ("done", 60)
+@pytest.fixture(scope="module")
+def played(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The README's commands, and the URL of the ledger that they leave.
 
-    key = f"run-{audit['run']}"
-    shown = {"key": {"any_": [key, f"{key}-cost", f"{key}-report"]}}
+    All but those that start the server, which is this module's, and activate the environment, which is on.
+    """
+    text = (ROOT / "README.md").read_text("utf-8").split("\n## On a schedule\n")[1]
+    commands = [line.removeprefix("$ ") for line in text.split("```")[1].splitlines()[1:]]
+    own = ("source ", "prefect server start", "export PREFECT_API_URL")
+    played = [line for line in commands if not line.startswith(own)]
+    assert len(commands) - len(played) == len(own)
+    environment = server.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    told = tmp_path_factory.mktemp("played") / "told"
+    with told.open("wb") as log:
+        outputs = {"stdout": log, "stderr": log}
+        shell = subprocess.Popen(
+            ["bash", "-ec", "\n".join(played)], cwd=ROOT, env=environment, start_new_session=True, **outputs
+        )
+    try:
+        assert shell.wait(600) == 0, told.read_text()
+        with postgres.running(Path(server.environment["FARTHING_HOME"])) as ledger:
+            yield ledger.url
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGKILL)  # the worker, too
+        Server(server.url, environment).command("farthing", "sandbox", "down", "--force")
+
+
+def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, played: str) -> None:
+    assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
+    (flow_run,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["enrich"]}})
+    assert (flow_run["state_type"], flow_run["parameters"]) == ("COMPLETED", {"job": "obligations", "limit": 100})
+
+
+def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server, played: str) -> None:
+    shown = {"key": {"any_": ["run-1", "run-1-cost", "run-1-report"]}}
     artifacts = {artifact["key"]: artifact for artifact in server.post("artifacts/filter", artifacts=shown)}
-    assert artifacts.keys() == {key, f"{key}-cost", f"{key}-report"}
-    assert artifacts[key]["type"] == "progress"
-    assert "SIMULATED" in artifacts[f"{key}-report"]["data"]
-    assert "flash" in artifacts[f"{key}-cost"]["data"]
+    assert artifacts.keys() == {"run-1", "run-1-cost", "run-1-report"}
+    assert artifacts["run-1"]["type"] == "progress"
+    assert "SIMULATED" in artifacts["run-1-report"]["data"]
+    assert "flash" in artifacts["run-1-cost"]["data"]
 
-    of_this = {"flow_runs": {"id": {"any_": [artifacts[key]["flow_run_id"]]}}}
+    of_this = {"flow_runs": {"id": {"any_": [artifacts["run-1"]["flow_run_id"]]}}}
     (flow_run,) = server.post("flow_runs/filter", **of_this)
-    assert (flow_run["state_type"], flow_run["name"]) == ("COMPLETED", "enrich-licences")
+    assert (flow_run["state_type"], flow_run["name"]) == ("COMPLETED", "enrich-obligations")
     tasks = {task["name"].split("-")[0]: task for task in server.post("task_runs/filter", **of_this)}
     assert {"open", "lane", "shard", "settle"} <= tasks.keys()
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
@@ -139,55 +168,20 @@ def wait_for_logs(server: Server, sought: str, flow_run_id: str) -> list[dict[st
 AUDIT = "import asyncio, flows.audit; print(asyncio.run(flows.audit.audit('obligations')))"
 
 
-def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does_not_prove(server: Server) -> None:
-    farthing = (sys.executable, "-m", "farthing")
-    said = json.loads(server.command(*farthing, "run", "obligations", "--sandbox", "--limit", "20", "--json"))
-    with postgres.running(Path(server.environment["FARTHING_HOME"])) as ledger:
-        beside = replace(server, environment=server.environment | {"FARTHING_DATABASE_URL": ledger.url})
-        told = beside.command(sys.executable, "-c", AUDIT)
-        assert f"'proved': [{said['run']}" in told
-        (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["audit-obligations"]}})
-        assert "Where the money went" in artifact["data"]
-        assert f"Run {said['run']}: The ledger proves" in artifact["data"]
-        with psycopg.connect(ledger.url) as connection:
-            connection.execute("SET session_replication_role = replica")
-            connection.execute("UPDATE farthing.attempt_outcome SET cost = cost + 1 WHERE run_id = %s", [said["run"]])
-        with pytest.raises(AssertionError, match=f"the ledger does not prove run {said['run']}"):
-            beside.command(sys.executable, "-c", AUDIT)
+def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does_not_prove(
+    server: Server, played: str
+) -> None:
+    (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["audit-obligations"]}})
+    assert "Where the money went" in artifact["data"]
+    assert "Run 1: The ledger proves" in artifact["data"]
+    with psycopg.connect(played) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute("UPDATE farthing.attempt_outcome SET cost = cost + 1 WHERE run_id = 1")
+    beside = replace(server, environment=server.environment | {"FARTHING_DATABASE_URL": played})
+    with pytest.raises(AssertionError, match="the ledger does not prove run 1"):
+        beside.command(sys.executable, "-c", AUDIT)
     flow_runs = server.post("flow_runs/filter", flow_runs={"name": {"any_": ["audit-obligations"]}})
     assert sorted(found["state_type"] for found in flow_runs) == ["COMPLETED", "FAILED"]
-
-
-def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, tmp_path: Path) -> None:
-    """All but those that start the server, which is this module's, and activate the environment, which is on."""
-    text = (ROOT / "README.md").read_text("utf-8").split("\n## On a schedule\n")[1]
-    commands = [line.removeprefix("$ ") for line in text.split("```")[1].splitlines()[1:]]
-    own = ("source ", "prefect server start", "export PREFECT_API_URL")
-    played = [line for line in commands if not line.startswith(own)]
-    assert len(commands) - len(played) == len(own)
-    environment = server.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    told = tmp_path / "told"
-    with told.open("wb") as log:
-        shell = subprocess.Popen(
-            ["bash", "-ec", "\n".join(played)],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        try:
-            assert shell.wait(300) == 0, told.read_text()
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(shell.pid, signal.SIGKILL)  # the worker, too
-            Server(server.url, environment).command("farthing", "sandbox", "down", "--force")
-    assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
-    (flow_run,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["enrich"]}})
-    assert (flow_run["state_type"], flow_run["parameters"]) == ("COMPLETED", {"job": "obligations", "limit": 100})
-    shown = {"flow_run_id": {"any_": [flow_run["id"]]}, "type": {"any_": ["markdown"]}}
-    (report,) = server.post("artifacts/filter", artifacts=shown)
-    assert "obligations, run" in report["data"]
 
 
 def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succeeds(server: Server) -> None:

@@ -33,7 +33,8 @@ pytestmark = pytest.mark.xdist_group("provider")
 DOCUMENTS = 80
 #: By this one the emulated models are blank, wrong and unsure within so few documents.
 SEED_OF_ANSWERS = 6
-TIMES = LeaseTimes(beat_every_s=0.1, grace_s=0.3)
+#: Nobody is killed here, so nobody has to be buried at once.
+TIMES = LeaseTimes(beat_every_s=0.5, grace_s=1.5)
 
 
 class Tried(NamedTuple):
