@@ -139,7 +139,7 @@ class Proxy:
         chance = random.Random(f"{self.seed}.{self.connections}")
         try:
             upstream = await asyncio.open_connection("127.0.0.1", self.before, limit=CHUNK)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             _end(writer, is_reset=True)
             return
         with suppress(
@@ -176,9 +176,11 @@ class _Link:
         finally:
             for pump in pumps:
                 pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            _end(self.client[1], is_reset=is_reset)
-            _end(self.server[1], is_reset=is_reset)
+            try:
+                await asyncio.gather(*pumps, return_exceptions=True)
+            finally:  # the proxy may close meanwhile
+                _end(self.client[1], is_reset=is_reset)
+                _end(self.server[1], is_reset=is_reset)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, toward: Toward) -> None:
         """Pass on until the stream ends, then its end too."""
