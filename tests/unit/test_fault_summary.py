@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.faults.summary import FLOORS, REPORT, SCALE, Tally, gather, grouped, lines, markdown, show, ungrouped
+from tests.faults.summary import (
+    BEGIN,
+    END,
+    FLOORS,
+    REPORT,
+    REPORT_FILE,
+    SCALE,
+    Tally,
+    gather,
+    grouped,
+    lines,
+    markdown,
+    missed,
+    show,
+    ungrouped,
+)
+
+ROOT = Path(__file__).parents[2]
 
 
 def report(
@@ -106,3 +124,10 @@ def test_a_report_becomes_a_table_that_says_which_run_it_was() -> None:
     assert table.startswith("`make faults SEED=7 SCALE=0.5`, 2026-11-24: 2 tests passed, no violation.")
     assert "| SIGKILL | 1,200 |" in table
     assert "| took | 1 s |" in table
+
+
+def test_the_readme_shows_a_whole_run_that_broke_nothing() -> None:
+    told = json.loads(REPORT_FILE.read_text("utf-8"))
+    assert (told["scale"], told["tests"]["failed"], missed(told)) == ("1", [], [])
+    shown = (ROOT / "README.md").read_text("utf-8").split(BEGIN)[1].split(END)[0]
+    assert shown.strip() == markdown(told).strip()
