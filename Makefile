@@ -35,8 +35,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One more than there are cores, since many tests wait: for a heartbeat, for a server, for a process to end.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup -m "not long"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not long"
 
 # Two at a time, on any machine: they kill processes and servers of their own, and what is measured is measured in
 # company. SEED plays other faults, or the same again; SCALE is the share of the full counts, like 0.1.

@@ -20,7 +20,6 @@ from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
 from tasks.lanes import Ended
-from tasks.ledger.connection import upgrade
 from tasks.ledger.runs import Run
 from tests.forked_readers import forked_readers
 
@@ -92,19 +91,19 @@ def write_documents(root: Path, texts: Sequence[str | None], ids: Sequence[str |
 
 
 @asynccontextmanager
-async def make_world(root: Path, database_url: str, documents: int = 60) -> AsyncIterator[World]:
+async def make_world(root: Path, ledger_url: str, documents: int = 60) -> AsyncIterator[World]:
+    """A world over a migrated database."""
     job = root / "jobs" / "colours"
     job.mkdir(parents=True)
     (job / "job.yaml").write_text(JOB)
     (job / "prompt.md").write_text(PROMPT)
     (job / "answer.schema.json").write_text(SCHEMA)
     write_documents(root, [f"document {number} is about a colour" for number in range(documents)])
-    upgrade(SecretStr(database_url))
     server = build(read_options([f"--home={root}", "--time-scale=0", f"--clock={CLOCK}", "--cache-build=0"]))
     runner = await start(server.app())
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     settings = Settings(
-        database_url=SecretStr(database_url),
+        database_url=SecretStr(ledger_url),
         DEEPSEEK_API_KEY=SecretStr("sk-sandbox-test"),
         DEEPSEEK_BASE_URL=f"http://127.0.0.1:{runner.addresses[0][1]}",
         sandbox=True,
@@ -112,7 +111,7 @@ async def make_world(root: Path, database_url: str, documents: int = 60) -> Asyn
     )
     try:
         with forked_readers():
-            yield World(root, server, settings, database_url)
+            yield World(root, server, settings, ledger_url)
     finally:
         await runner.cleanup()
         server.house.bill.close()

@@ -130,7 +130,10 @@ def played(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, played: str) -> None:
     assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
     (flow_run,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["enrich"]}})
-    assert (flow_run["state_type"], flow_run["parameters"]) == ("COMPLETED", {"job": "obligations", "limit": 100})
+    assert (flow_run["state_type"], flow_run["parameters"]) == (
+        "COMPLETED",
+        {"job": "obligations", "limit": 100, "lanes": 2},
+    )
 
 
 def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server, played: str) -> None:
@@ -144,8 +147,9 @@ def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Serve
     of_this = {"flow_runs": {"id": {"any_": [artifacts["run-1"]["flow_run_id"]]}}}
     (flow_run,) = server.post("flow_runs/filter", **of_this)
     assert (flow_run["state_type"], flow_run["name"]) == ("COMPLETED", "enrich-obligations")
-    tasks = {task["name"].split("-")[0]: task for task in server.post("task_runs/filter", **of_this)}
-    assert {"open", "lane", "shard", "settle"} <= tasks.keys()
+    tasks = {task["name"]: task for task in server.post("task_runs/filter", **of_this)}
+    assert {"lane-1", "lane-2", "shard-00000"} <= tasks.keys()
+    assert {"open", "settle"} <= {name.partition("-")[0] for name in tasks}
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
 
     messages = " ".join(line["message"] for line in wait_for_logs(server, "shard done", flow_run["id"]))
@@ -182,51 +186,3 @@ def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does
         beside.command(sys.executable, "-c", AUDIT)
     flow_runs = server.post("flow_runs/filter", flow_runs={"name": {"any_": ["audit-obligations"]}})
     assert sorted(found["state_type"] for found in flow_runs) == ["COMPLETED", "FAILED"]
-
-
-def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succeeds(server: Server) -> None:
-    """A pool that loses a process ends its others, so each lane has one of its own."""
-    home = f"{server.environment['FARTHING_HOME']}-killed"
-    running = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "farthing",
-            "run",
-            "licences",
-            *["--sandbox", "--lanes", "2", "--json", "--limit", "1500"],
-        ],
-        cwd=ROOT,
-        env=server.environment | {"FARTHING_TIME_SCALE": "0.5", "FARTHING_HOME": home},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with postgres.running(Path(home)) as ledger:
-        os.kill(find_working_lane(ledger.url, running), signal.SIGKILL)
-        stdout, stderr = running.communicate(timeout=240)
-        with psycopg.connect(ledger.url) as connection:
-            left = connection.execute("SELECT ended_because FROM farthing.lane ORDER BY 1").fetchall()
-    assert running.returncode == 0, stderr
-    audit = json.loads(stdout)
-    assert (audit["state"], audit["results"] + audit["dead_letters"]) == ("done", 1500)
-    assert left == [("died",), ("done",)]
-    assert (audit["proved"], audit["advice"]) == (True, "")  # the run is done: there is nothing to go on with
-    names = {task["name"] for task in server.post("task_runs/filter")}
-    assert {"lane-1", "lane-2"} <= names
-
-
-def find_working_lane(url: str, running: subprocess.Popen[str]) -> int:
-    """The process of a lane that has answered something, while both are at work."""
-    query = "SELECT pid FROM farthing.lane WHERE attempts > 20 AND (SELECT count(*) FROM farthing.lane) = 2 LIMIT 1"
-    for _ in range(1200):
-        assert running.poll() is None, running.stderr and running.stderr.read()
-        try:
-            with psycopg.connect(url) as connection:
-                row = connection.execute(query).fetchone()
-        except psycopg.errors.UndefinedTable:
-            row = None
-        if row is not None:
-            return int(row[0])
-        time.sleep(0.1)
-    raise AssertionError("the lanes did not start")

@@ -47,7 +47,7 @@ STOPPING = ("401", "402", "403", "404", "usage_over_max_tokens")
 
 
 #: One server serves all of these tests, so one worker runs them.
-pytestmark = pytest.mark.xdist_group("canary")
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("canary")]
 
 
 @dataclass(frozen=True)

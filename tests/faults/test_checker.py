@@ -70,16 +70,16 @@ def sql(url: str, statements: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def honest(postgres: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def honest(postgres: Server, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A run in which replies were lost, refused and cut, worked on by two lanes; its folder and its database."""
     root, name = tmp_path_factory.mktemp("honest"), f"honest_{uuid.uuid4().hex}"
-    asyncio.run(_work(root, create_database(postgres, name)))
+    asyncio.run(_work(root, create_database(postgres, name, template=template)))
     yield root, name
     drop_database(postgres, name)
 
 
-async def _work(root: Path, database_url: str) -> None:
-    async with make_world(root, database_url, documents=40) as world:
+async def _work(root: Path, ledger_url: str) -> None:
+    async with make_world(root, ledger_url, documents=40) as world:
         world.plan_mishaps(
             {"kind": "reset_after", "every": 1, "match": "1.3.1"},
             {"kind": "rate_limited", "share": 0.2, "seed": 5},

@@ -84,8 +84,8 @@ class Overheard:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, database_url: str) -> AsyncIterator[World]:
-    async with make_world(tmp_path, database_url) as made:
+async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
+    async with make_world(tmp_path, ledger_url) as made:
         texts = [*(f"ordinary {number} is about a colour" for number in range(ORDINARY)), *TEXTS.values()]
         ids = [*(f"d{number}" for number in range(ORDINARY)), *(f"{name} {HOSTILE[name][:40]}" for name in TEXTS)]
         pq.write_table(

@@ -179,6 +179,32 @@ def test_ctrl_c_in_a_terminal_pauses_a_second_one_gives_up_and_the_same_command_
     assert_left_nothing(farthing)
 
 
+@pytest.mark.long
+def test_one_lane_process_killed_of_two_is_taken_over_and_the_command_still_succeeds(farthing: Farthing) -> None:
+    """A pool that loses a process ends its others, so each lane has one of its own."""
+    documents = 1500  # two shards, so that both lanes have one
+    command = ("run", "licences", "--sandbox", "--lanes", "2", "--limit", str(documents))
+    with postgres.running(farthing.home):
+        running = farthing.start(*command)
+        pid = 0
+        while not pid:
+            assert running.poll() is None, "the run ended before a lane could be killed"
+            time.sleep(0.1)
+            pid = look(farthing, WORKING)
+        os.kill(pid, signal.SIGKILL)
+        assert running.wait(240) == 0
+        left = look_at(farthing, "SELECT min(ended_because), max(ended_because) FROM farthing.lane")
+        assert left == ("died", "done")
+        code, audit = farthing.ask("audit", "1")
+        assert (code, audit["state"], audit["results"] + audit["dead_letters"]) == (0, "done", documents)
+        assert farthing.ask("verify")[1]["proved"] is True
+
+
+#: The process of a lane that has answered something, while both are at work.
+WORKING = """SELECT coalesce(max(pid), 0) FROM farthing.lane
+             WHERE attempts > 20 AND (SELECT count(*) FROM farthing.lane) = 2"""
+
+
 def await_documents(farthing: Farthing, running: subprocess.Popen[bytes], many: int) -> None:
     """Return when so many documents of the run that goes on have ended and more are in flight."""
     query = "SELECT (SELECT count(*) FROM farthing.document), (SELECT sum(in_flight) FROM farthing.lane)"

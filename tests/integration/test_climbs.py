@@ -26,8 +26,8 @@ from tests.world import World, make_world
 
 
 @pytest.fixture
-async def world(tmp_path: Path, database_url: str) -> AsyncIterator[World]:
-    async with make_world(tmp_path, database_url) as made:
+async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
+    async with make_world(tmp_path, ledger_url) as made:
         yield made
 
 

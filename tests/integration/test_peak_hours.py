@@ -34,8 +34,8 @@ OFF_PEAK: dict[str, Any] = {"when": When.OFF_PEAK}
 
 
 @pytest.fixture
-async def world(tmp_path: Path, database_url: str) -> AsyncIterator[World]:
-    async with make_world(tmp_path, database_url, documents=DOCUMENTS) as made:
+async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
+    async with make_world(tmp_path, ledger_url, documents=DOCUMENTS) as made:
         await set_clock(made, BEFORE)
         yield made
 

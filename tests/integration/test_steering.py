@@ -37,9 +37,9 @@ HEARD_S = 4 * REPLY_S
 
 
 @pytest.fixture
-async def world(tmp_path: Path, database_url: str) -> AsyncIterator[World]:
+async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
     """As many in flight as may be, for as long as there are documents."""
-    async with make_world(tmp_path, database_url, documents=DOCUMENTS) as made:
+    async with make_world(tmp_path, ledger_url, documents=DOCUMENTS) as made:
         job = tmp_path / "jobs" / "colours" / "job.yaml"
         job.write_text(job.read_text().replace("concurrency: 16", f"concurrency: {USUAL}"))
         made.server.house.latency = Latency(Pace(1.0, reply_s=REPLY_S), seed=1)
@@ -100,14 +100,13 @@ def assert_all_is_well(world: World, run_id: int) -> None:
     assert world.value("SELECT sum(cost_pico) FROM attempt") == sum(world.bill().values())
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
 async def test_a_paused_run_begins_nothing_more_finishes_what_is_in_flight_and_goes_on_when_asked(
-    world: World, lanes: int
+    world: World,
 ) -> None:
-    async with at_work(world, lanes) as (run, working), ledger_of(world) as ledger:
+    async with at_work(world, lanes=2) as (run, working), ledger_of(world) as ledger:
         steered = await steering.pause(ledger, run.run_id)
         settled, ended = await settle(world, run, working)
-    assert (steered.is_changed, steered.seen.state, steered.seen.lanes) == (True, "paused", lanes)
+    assert (steered.is_changed, steered.seen.state, steered.seen.lanes) == (True, "paused", 2)
     assert (settled.state, settled.reason, {end.reason for end in ended}) == ("paused", "operator", {"paused"})
     late = """SELECT count(*) FROM attempt_intent WHERE intended_at > interval '0.5 s' +
               (SELECT happened_at FROM run_event WHERE kind = 'paused')"""
@@ -126,11 +125,10 @@ async def test_a_paused_run_begins_nothing_more_finishes_what_is_in_flight_and_g
     assert_all_is_well(world, run.run_id)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
 async def test_a_limit_holds_over_all_lanes_within_a_heartbeat_downwards_and_upwards(
-    world: World, lanes: int
+    world: World,
 ) -> None:
-    async with at_work(world, lanes) as (run, working), ledger_of(world) as ledger:
+    async with at_work(world, lanes=2) as (run, working), ledger_of(world) as ledger:
         await steering.limit(ledger, run.run_id, ["3"])
         await asyncio.sleep(HEARD_S)
         low = await most_in_flight(world)
