@@ -191,6 +191,7 @@ def test_a_read_that_hangs_keeps_no_lane_and_outlives_none(stage: Stage, tally: 
     tally.count("reads that hang")
 
 
+@pytest.mark.long
 def test_a_reader_that_a_user_s_run_starts_survives_the_terminal_and_dies_with_its_lane(
     stage: Stage, tally: Tally
 ) -> None:

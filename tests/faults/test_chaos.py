@@ -256,7 +256,7 @@ def share(full: int, scale: float) -> int:
 
 def test_a_run_killed_again_and_again_still_ends_and_proves(calm: Stage, seed: int, tally: Tally) -> None:
     round = Round(seed, calm)
-    storm(round, "SIGKILL", 12, lanes=2)
+    storm(round, "SIGKILL", 24, lanes=2)
     tally.count_all(round.faults)
 
 

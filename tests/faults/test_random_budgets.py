@@ -27,7 +27,7 @@ from tests.faults.summary import Tally
 AT_ONCE = 6
 #: What chance may still make of a run; after so many pauses it gets all the money it wants.
 PAUSES = 2
-SHORT, LONG, PARTS = 10, 1000, 8
+SHORT, LONG, PARTS = 6, 1000, 8
 SHORT_PAIRS, LONG_PAIRS = 2, 60
 
 

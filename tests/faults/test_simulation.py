@@ -18,7 +18,7 @@ from tests.faults.simulation.simulation import Simulation
 from tests.faults.summary import Tally
 
 #: Seeds in the short form, which every commit plays, and in the long one.
-SHORT, LONG = 200, 10_000
+SHORT, LONG = 100, 10_000
 
 
 @pytest.fixture(autouse=True)

@@ -150,7 +150,9 @@ SILENCES = {
 }
 
 
-@pytest.mark.parametrize("name", SILENCES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "intents" else pytest.mark.long) for name in SILENCES]
+)
 def test_a_postgres_that_falls_silent_is_asked_again_over_another_connection(
     name: str, lines: Lines, seed: int, tally: Tally
 ) -> None:

@@ -92,7 +92,6 @@ def raise_some(stage: Stage, chance: random.Random, seed: int) -> int:
     raise AssertionError(f"seed {seed}: nobody buried a stopped lane: {stage.told()}")
 
 
-@pytest.mark.xdist_group("zombies")  # its stage takes longer to set up than it takes
 def test_lanes_that_wake_up_after_their_burial_commit_nothing(stage: Stage, seed: int, tally: Tally) -> None:
     tally.count("zombie lane", raise_some(stage, random.Random(seed), seed))
 
@@ -106,7 +105,7 @@ def test_many_zombies_break_no_promise(part: int, stage: Stage, seed: int, scale
     tally.count("zombie lane", zombies)
 
 
-@pytest.mark.xdist_group("zombies")  # its stage takes longer to set up than it takes
+@pytest.mark.long
 def test_without_clock_or_heartbeat_a_buried_lane_still_sends_nothing(stage: Stage, tally: Tally) -> None:
     """The epoch alone has to bite: the lane wakes between its burial and the next claim of its shards."""
     stage.scene()
