@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import psycopg
+from sqlalchemy import text
 
 from schemas.attempts import Signal
 from schemas.records import Record
@@ -155,3 +158,42 @@ async def test_a_budget_is_exhausted_when_a_need_does_not_fit_and_no_living_lane
     assert not await budgets.is_exhausted(ledger, run.budget_id, left + 1)
     await hand.leave()
     assert await budgets.is_exhausted(ledger, run.budget_id, left + 1)
+
+
+async def test_closing_a_grant_looks_each_attempt_up_though_postgres_knows_only_earlier_runs(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    """Statistics that are older than a run once made it join two of the run's tables row by row."""
+    run = await runs.open_run(ledger, opening())
+    hand = await Hand.join(ledger, run)
+    for earlier in range(1001, 1004):
+        sql(ledger_url, INTENTS, earlier, 0, 0)
+        sql(ledger_url, OUTCOMES, earlier)
+    sql(ledger_url, "ANALYZE attempt_intent, attempt_outcome, attempt_unknown")
+    sql(ledger_url, INTENTS, run.run_id, hand.lane_id, hand.grant_id)
+    sql(ledger_url, OUTCOMES, run.run_id)
+    explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {budgets._SETTLE.text}")
+    async with ledger.transaction() as connection:
+        key = {"run_id": run.run_id, "lanes": [hand.lane_id], "grants": []}
+        (plan,) = (await connection.execute(explained, key)).scalar_one()
+    assert sum(vain_comparisons(plan["Plan"])) < MANY
+
+
+#: Attempts of a run, as plain as they come: by run, lane and grant.
+MANY = 2000
+INTENTS = f"""
+    INSERT INTO attempt_intent (run_id, document_no, attempt_no, tier, purpose, shard_no, epoch, lane_id, grant_id,
+                                price_id, reserved)
+    SELECT %s, n, 1, 'flash', 'answer', 0, 1, %s, %s, 1, 1 FROM generate_series(1, {MANY}) n
+"""
+OUTCOMES = """
+    INSERT INTO attempt_outcome (run_id, document_no, attempt_no, signal, sent_at, completed_at, cost)
+    SELECT run_id, document_no, 1, 'answered', now(), now(), 1 FROM attempt_intent WHERE run_id = %s
+"""
+
+
+def vain_comparisons(node: dict[str, Any]) -> Iterator[float]:
+    """How many pairs of rows each join of a plan looked at, and found that they do not belong together."""
+    yield node.get("Rows Removed by Join Filter", 0) * node["Actual Loops"]
+    for child in node.get("Plans", []):
+        yield from vain_comparisons(child)
