@@ -10,12 +10,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
 from fnmatch import fnmatchcase
 
 from schemas.errors import ConfigurationError, Problem
 
 _WILDCARD = re.compile(r"[*?\[]")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 
 
 def has_wildcard(pattern: str) -> bool:
@@ -82,14 +84,92 @@ def select_partitions(paths: Sequence[str], key: str | None, wanted: Sequence[st
     """The paths that are in one of the partitions a user named, in their order; all of them if none was named.
 
     A partition is named by its value (`2026-01-01`), by any hive folder (`day=2026-01-01`), or, where the input has
-    no partition key, by the file's path or last name. Raises ConfigurationError for names that select nothing.
+    no partition key, by the file's path or last name; a whole path means that file alone. Raises ConfigurationError
+    for names that select nothing.
     """
     if not wanted:
         return list(paths)
     names = {path: _partition_names(path, key) for path in paths}
     if unknown := [name for name in dict.fromkeys(wanted) if not any(name in known for known in names.values())]:
         raise ConfigurationError(*(_explain_unknown(name, names, key) for name in unknown))
-    return [path for path in paths if not names[path].isdisjoint(wanted)]
+    others = set(wanted) - set(paths)
+    return [path for path in paths if path in wanted or not names[path].isdisjoint(others)]
+
+
+def name_partitions(paths: Sequence[str], key: str | None) -> dict[str, str]:
+    """The partition that each path is in, by the name that means it and nothing else: its value, or a file's path.
+
+    Raises ConfigurationError for files that are in none.
+    """
+    named = {path: path if key is None else partition_of(path, key) for path in paths}
+    if astray := [path for path, name in named.items() if name is None]:
+        raise ConfigurationError(
+            *(Problem(path, f"is in no folder {key}=…, which input.partition asks for") for path in astray[:8])
+        )
+    return {path: name for path, name in named.items() if name is not None}
+
+
+def choose_partitions(
+    paths: Sequence[str], key: str | None, *, wanted: Sequence[str] = (), first: str | None, last: str | None
+) -> list[str]:
+    """The names of the partitions that a user means, in the order of their files.
+
+    `wanted` are names or globs (none: any), `first` and `last` bound them, both included: as dates where all
+    partitions are dates, else as text. What bounds a file is its last name without the suffix. Raises
+    ConfigurationError for names, globs and bounds that select nothing.
+    """
+    named = name_partitions(paths, key)
+    known = {path: {*_partition_names(path, key), name} for path, name in named.items()}
+    if nothing := [
+        name for name in dict.fromkeys(wanted) if not any(_means(name, names) for names in known.values())
+    ]:
+        raise ConfigurationError(*(_explain_unknown(name, known, key) for name in nothing))
+    meant = [path for path in paths if not wanted or any(_means(name, known[path]) for name in wanted)]
+    places = {path: named[path] if key is not None else _stem(path) for path in paths}
+    _check_bounds(first, last, list(places.values()))
+    chosen = [
+        path for path in meant if (first is None or places[path] >= first) and (last is None or places[path] <= last)
+    ]
+    if not chosen:
+        raise ConfigurationError(
+            Problem("partition", _explain_empty_range(first, last, sorted(set(places.values()))))
+        )
+    return list(dict.fromkeys(named[path] for path in chosen))
+
+
+def _means(wanted: str, names: set[str]) -> bool:
+    return wanted in names or (has_wildcard(wanted) and any(fnmatchcase(name, wanted) for name in names))
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].partition(".")[0]
+
+
+def _is_date(value: str) -> bool:
+    """Whether it is written 2026-01-31: dates of that form are in order as text is."""
+    try:
+        return bool(_DATE.fullmatch(value)) and bool(date.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+def _check_bounds(first: str | None, last: str | None, places: Sequence[str]) -> None:
+    if places and all(map(_is_date, places)):
+        bounds = {"from": first, "to": last}
+        if wrong := {name: bound for name, bound in bounds.items() if bound is not None and not _is_date(bound)}:
+            raise ConfigurationError(
+                *(
+                    Problem(name, f"{bound!r} is not a date; write it like 2026-01-31")
+                    for name, bound in wrong.items()
+                )
+            )
+    if first is not None and last is not None and first > last:
+        raise ConfigurationError(Problem("from", f"{first} comes after {last}, which --to says; swap them"))
+
+
+def _explain_empty_range(first: str | None, last: str | None, known: Sequence[str]) -> str:
+    asked = " and ".join(f"{word} {bound}" for word, bound in (("from", first), ("up to", last)) if bound is not None)
+    return f"none is {asked}; {suggest(first or last or '', known)}"
 
 
 def _partition_names(path: str, key: str | None) -> set[str]:

@@ -41,7 +41,7 @@ PROGRAM = ("-P", "-m", "tasks.documents")
 _DEATHS = 2
 #: Waiting for a block is worth a word after so long.
 SLOW_AFTER_S = 10.0
-#: So many labels travel together; they are short.
+#: So many labels, or names of files, travel together; they are short.
 _LABELS = 5000
 #: How long a killed process may take to go. One that waits for a dead disk does not even hear that.
 _GONE_WITHIN_S = 1.0
@@ -123,6 +123,19 @@ class Bulkhead:
             return None
         opened = self._reader.opened if self._reader is not None else ""
         return f"reading {opened or 'the input'} for {seconds:.0f} s"
+
+    async def list_files(self, input: Input, *, root: Path = Path(".")) -> list[str]:
+        """What `tasks.documents.planning.list_files` returns and raises."""
+        names: list[str] = []
+        try:
+            async with aclosing(self._read(Order("list_files", {"input": input, "root": root}, _LABELS))) as blocks:
+                async for block in blocks:
+                    names += block
+        except ReaderDied as died:
+            raise ConfigurationError(Problem("input.path", _explain(died))) from None
+        except InputUnavailable as error:
+            raise ConfigurationError(str(error)) from None
+        return names
 
     async def plan(
         self,

@@ -56,6 +56,12 @@ def plan(
         return replace(manifest, duplicates=find_duplicates(place, input, manifest, survey.hashes))
 
 
+def list_files(input: Input, *, root: Path = Path(".")) -> list[str]:
+    """The names of the input's files, sorted; none is opened. Raises ConfigurationError where there is none."""
+    with planning_faults():
+        return list_names(find_place(input.path, root, None))
+
+
 class _Survey:
     """What planning has seen so far: files, shards, and one hash per document."""
 

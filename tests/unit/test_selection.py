@@ -1,9 +1,19 @@
 """Which files a pattern and the named partitions select."""
 
+from typing import Any
+
 import pytest
 
 from schemas.errors import ConfigurationError
-from schemas.selection import depth_below, fixed_folder, hive_values, matches, select_partitions
+from schemas.selection import (
+    choose_partitions,
+    depth_below,
+    fixed_folder,
+    hive_values,
+    matches,
+    name_partitions,
+    select_partitions,
+)
 
 DAYS = ["t/day=2026-01-01/a.parquet", "t/day=2026-01-01/b.parquet", "t/day=2026-01-02/a.parquet"]
 
@@ -83,3 +93,51 @@ def test_every_unknown_partition_is_named_with_what_was_meant() -> None:
     assert len(caught.value.problems) == 2
     assert "'2026-01-03' is not in the input; did you mean 2026-01-0" in str(caught.value)
     assert "'x' is not in the input; There is: 2026-01-01, 2026-01-02" in str(caught.value)
+
+
+FILES = ["t/2026-01-01.parquet", "t/2026-01-02.parquet", "t/x/2026-01-02.parquet"]
+CHOICES = [
+    (DAYS, "day", {}, ["2026-01-01", "2026-01-02"]),
+    (DAYS, "day", {"first": "2026-01-02"}, ["2026-01-02"]),
+    (DAYS, "day", {"last": "2026-01-01"}, ["2026-01-01"]),
+    (DAYS, "day", {"first": "2026-01-01", "last": "2026-01-02"}, ["2026-01-01", "2026-01-02"]),
+    (DAYS, "day", {"wanted": ["day=2026-01-02"]}, ["2026-01-02"]),
+    (DAYS, "day", {"wanted": ["2026-01-0?"], "last": "2026-01-01"}, ["2026-01-01"]),
+    (["t/lot=b/x", "t/lot=c/x", "t/lot=d/x"], "lot", {"first": "bb", "last": "c"}, ["c"]),
+    (FILES, None, {"last": "2026-01-01"}, FILES[:1]),
+    (FILES, None, {"first": "2026-01-02"}, FILES[1:]),
+    (FILES, None, {"wanted": ["2026-01-02.parquet"]}, FILES[1:]),
+    (FILES, None, {"wanted": ["t/x/*"]}, FILES[2:]),
+]
+ALL: dict[str, Any] = {"wanted": (), "first": None, "last": None}
+
+
+@pytest.mark.parametrize(("paths", "key", "asked", "chosen"), CHOICES)
+def test_partitions_are_chosen_by_name_glob_and_bounds(
+    paths: list[str], key: str | None, asked: dict[str, Any], chosen: list[str]
+) -> None:
+    assert choose_partitions(paths, key, **ALL | asked) == chosen
+
+
+@pytest.mark.parametrize(
+    ("paths", "key", "asked", "words"),
+    [
+        (DAYS, "day", {"wanted": ["2026-01-03"]}, "'2026-01-03' is not in the input; did you mean 2026-01-0"),
+        (DAYS, "day", {"wanted": ["2027-*"]}, r"'2027-\*' is not in the input"),
+        (DAYS, "day", {"first": "1 January"}, "'1 January' is not a date; write it like 2026-01-31"),
+        (DAYS, "day", {"first": "2026-02-01"}, "none is from 2026-02-01; .*There is: 2026-01-01, 2026-01-02"),
+        (DAYS, "day", {"first": "2026-01-02", "last": "2026-01-01"}, "comes after 2026-01-01"),
+        (["t/a.parquet", *DAYS], "day", {}, "t/a.parquet: is in no folder day=…"),
+    ],
+)
+def test_what_chooses_no_partition_is_refused(
+    paths: list[str], key: str | None, asked: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        choose_partitions(paths, key, **ALL | asked)
+
+
+def test_a_whole_path_means_that_file_alone() -> None:
+    paths = ["a.parquet", "x/a.parquet"]
+    assert select_partitions(paths, None, ["a.parquet"]) == ["a.parquet"]
+    assert name_partitions(paths, None) == {path: path for path in paths}
