@@ -15,6 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
@@ -29,14 +30,15 @@ if TYPE_CHECKING:
 
     from sandbox.service import Option
     from schemas.estimates import History, Size
-    from schemas.jobs import Job
+    from schemas.jobs import Job, When
     from schemas.money import Currency
     from schemas.pricing import Price, PriceBook
-    from schemas.requests import RunRequest
+    from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
+    from tasks.backfills import Plan
     from tasks.ledger.connection import Ledger
     from tasks.ledger.proof import Proof
-    from tasks.ledger.spend import Audit, Progress, RunSummary
+    from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
     from tasks.live import View
     from tasks.steering import Capped, Limited, Steered
 
@@ -223,11 +225,9 @@ def _request(
     """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
     from pydantic import ValidationError
 
-    from schemas.jobs import When
     from schemas.requests import RunRequest
 
-    slices = tuple(partitions or ())
-    when = None if off_peak is None else When.OFF_PEAK if off_peak else When.NOW
+    slices, when = tuple(partitions or ()), _hours(off_peak)
     try:
         return RunRequest(job=job, partitions=slices, limit=limit, budget=budget, lanes=lanes, when=when)
     except ValidationError as error:
@@ -247,6 +247,223 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
         audit, proof = _resumably(lambda: wait_for(_conclude(_database(settings), outcome["run_id"])), lambda: True)
     _report(outcome, audit, proof, as_json=as_json, is_demo=is_demo)
     raise typer.Exit(_exit_code(audit, proof, job))
+
+
+@app.command()
+def backfill(
+    job: JobName,
+    first: Annotated[
+        str | None, typer.Option("--from", metavar="P", help="The first partition, like 2026-01-01.")
+    ] = None,
+    last: Annotated[
+        str | None, typer.Option("--to", metavar="P", help="The last partition, itself included.")
+    ] = None,
+    partition: Annotated[
+        list[str] | None,
+        typer.Option("--partition", "-p", metavar="P", help="Only this slice, or those of a glob; may be repeated."),
+    ] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Those too whose text, prompt or model changed since.")
+    ] = False,
+    dead: Annotated[
+        bool, typer.Option("--dead", help="Those too that have dead letters, to try them again.")
+    ] = False,
+    if_cheaper_than: Annotated[
+        str | None, typer.Option("--if-cheaper-than", metavar="SUM", help="Start nothing if more is expected.")
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", min=1, max=64, metavar="N", help="Partitions that are run at a time.")
+    ] = 2,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", metavar="SUM", help="A hard cap on all runs together. Default: the job's."),
+    ] = None,
+    off_peak: OffPeak = None,
+    when_model_changes: Annotated[
+        str,
+        typer.Option(
+            "--when-model-changes", metavar="pause|go-on", help="What to do if the provider begins to serve another."
+        ),
+    ] = "pause",
+    in_sandbox: InSandbox = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before money is spent.")] = False,
+    only_list: Annotated[
+        bool, typer.Option("--list", help="Say what is due and what it may cost; run nothing.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run partitions that never ran or did not finish, each as a run of its own; or go on with the same backfill."""
+    request = _backfill_request(
+        job=job,
+        first=first,
+        last=last,
+        partitions=tuple(partition or ()),
+        changed=changed,
+        dead=dead,
+        if_cheaper_than=if_cheaper_than,
+        parallel=parallel,
+        budget=budget,
+        when=_hours(off_peak),
+        when_model_changes=when_model_changes,
+    )
+    loaded = _load_job(job, in_sandbox)
+    if only_list:
+        return _tell_plan(_list_partitions(request, loaded, in_sandbox), as_json)
+    _backfill(request, loaded, is_in_sandbox=in_sandbox, is_agreed=yes, is_quiet=quiet, as_json=as_json)
+
+
+def _backfill_request(**asked: Any) -> BackfillRequest:
+    """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
+    from pydantic import ValidationError
+
+    from schemas.requests import BackfillRequest
+
+    try:
+        return BackfillRequest(**asked)
+    except ValidationError as error:
+        raise ConfigurationError(*_explain(error, "--")) from None
+
+
+def _hours(off_peak: bool | None) -> When | None:
+    from schemas.jobs import When
+
+    return None if off_peak is None else When.OFF_PEAK if off_peak else When.NOW
+
+
+def _list_partitions(request: BackfillRequest, job: Job, in_sandbox: bool) -> Plan:
+    """How the partitions stand, by the ledger if there is one. Nothing is sent, and no key is needed."""
+    from schemas.pricing import load_price_book
+    from tasks import backfills
+
+    settings = _settings()
+    has_ledger = settings.database_url is not None or _has_sandbox_ledger(settings)
+    is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
+    now = _now(settings, in_sandbox)
+
+    async def plan(ledger: Ledger | None) -> Plan:
+        return await backfills.plan(request, job, ledger, load_price_book(), now, is_simulated=is_simulated)
+
+    return _ask(plan, in_sandbox, as_lane=True) if has_ledger else wait_for(plan(None))
+
+
+def _tell_plan(plan: Plan, as_json: bool) -> None:
+    from tasks import report
+
+    if as_json:
+        print_json(report.plan_json(plan))
+    else:
+        show(report.plan_table(plan))
+
+
+def _backfill(
+    request: BackfillRequest, job: Job, *, is_in_sandbox: bool, is_agreed: bool, is_quiet: bool, as_json: bool
+) -> None:
+    """Price, ask, run and report; leaves with the exit code of all runs together."""
+    with ExitStack() as stack:
+        with _view(job.name, is_quiet) as view:
+            settings = _settings()
+            if is_in_sandbox:
+                settings = stack.enter_context(_sandbox(settings, view.phase))
+            view.phase("looking at the partitions")
+            plan = wait_for(_check_backfill(request, job, settings))
+        if not as_json or not plan.due:
+            _tell_plan(plan, as_json)
+        if not plan.due:
+            return tell("nothing is due")
+        plan.refuse_dear()
+        _agree(plan, is_agreed)
+        with _view(job.name, is_quiet) as view:
+            outcome = _resumably(lambda: _run_backfill(request, settings, view), lambda: view.has_seen_run)
+            view.phase("proving the ledger")
+            found = wait_for(_conclude_backfill(_database(settings), outcome["backfill_id"]))
+    _report_backfill(outcome, job, *found, as_json=as_json)
+    raise typer.Exit(_backfill_exit_code(outcome, job, *found))
+
+
+async def _check_backfill(request: BackfillRequest, job: Job, settings: Settings) -> Plan:
+    """All that can be wrong, another process at work included. The flow checks again, since others start it too."""
+    from tasks import backfills
+    from tasks.ledger.backfills import held
+
+    async with (
+        backfills.coordinator_ledger(settings) as ledger,
+        held(ledger, job.name, is_simulated=settings.sandbox),
+    ):
+        return await backfills.check(request, job, settings, ledger)
+
+
+def _agree(plan: Plan, is_agreed: bool) -> None:
+    """Ask whether to spend. Raises ConfigurationError where nobody is there to ask."""
+    if is_agreed:
+        return
+    what = f"{len(plan.due)} runs, {plan.expected} expected"
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            f"{what}, and nobody is here to ask whether to start: nothing was; say --yes if you mean it"
+        )
+    typer.confirm(f"{what}: start?", abort=True, err=True)
+
+
+def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> dict[str, Any]:
+    """The runs themselves, under Prefect. Prefect only shows: without it the ledger still has all that was done."""
+    view.phase("starting Prefect")
+    _prepare_prefect(settings)
+    from httpx import TransportError  # Prefect's client; ours is httpx2
+
+    from tasks.prefect_server import start_temporary_server
+
+    server = start_temporary_server()
+    from flows.backfill import backfill as flow  # meanwhile: both take seconds
+    from tasks.steps import PREFECT_GONE
+
+    if server is not None:
+        server.wait()
+    view.follow_backfill(_database(settings))
+    asked = request.model_dump() | {"partitions": list(request.partitions), "root": str(request.root)}
+
+    async def work() -> dict[str, Any]:
+        return dict(await flow(**asked))
+
+    try:
+        return wait_for(work())
+    except TransportError:
+        _fail(PREFECT_GONE, PAUSED)
+
+
+async def _conclude_backfill(url: SecretStr, backfill_id: int) -> tuple[list[BackfillRun], list[Proof]]:
+    """What each run came to, and whether the ledger proves those."""
+    from tasks.ledger import spend
+
+    found = await _ask_at(url, lambda ledger: spend.list_backfill(ledger, backfill_id))
+    return found, [await _ask_at(url, partial(_prove, run_id=each.run), as_lane=True) for each in found]
+
+
+def _report_backfill(
+    outcome: dict[str, Any], job: Job, found: list[BackfillRun], proofs: list[Proof], *, as_json: bool
+) -> None:
+    from tasks import report
+    from tasks.ledger.spend import by_partition
+
+    spent = by_partition(found)
+    if as_json:
+        print_json(report.backfill_json(job.name, outcome, spent, proofs, job.budget.currency))
+    else:
+        show(*report.backfill_report(outcome, spent, proofs, job.budget.currency))
+    for partition, why in outcome["failed"].items():
+        tell(f"{partition} failed: {why}")
+    if outcome["advice"]:
+        tell(outcome["advice"])
+
+
+def _backfill_exit_code(outcome: dict[str, Any], job: Job, found: list[BackfillRun], proofs: list[Proof]) -> int:
+    from tasks.ledger.spend import by_partition
+
+    if not all(proof.proved for proof in proofs):
+        return LedgerMismatch.exit_code
+    if outcome["state"] != "done":
+        return PAUSED
+    return int(any(each.dead_letters > job.tolerance * each.documents for each in by_partition(found)))
 
 
 def _load_job(name: str, is_in_sandbox: bool = False) -> Job:
@@ -849,7 +1066,7 @@ def _explain(error: ValidationError, prefix: str) -> list[str]:
 
 def _spell(prefix: str, name: str) -> str:
     """A field as a user wrote it: `--budget`, `FARTHING_TIME_SCALE`."""
-    return prefix + (name.upper() if prefix.isupper() else name)
+    return prefix + (name.upper() if prefix.isupper() else name.replace("_", "-"))
 
 
 def _database(settings: Settings) -> SecretStr:

@@ -107,6 +107,12 @@ class InputUnreadable(InputChanged):
     reason = "input_unreadable"
 
 
+class BackfillAtWork(FarthingError):
+    """Another process works on a backfill of the same job; two at once would take each other's runs away."""
+
+    exit_code = 3
+
+
 class LeaseLost(FarthingError):
     """Another lane owns this shard now; what this lane holds may no longer be committed."""
 

@@ -238,7 +238,12 @@ def _assumptions(size: Size, rows: Mapping[str, Price], history: History | None)
     ]
     if skipped:
         lines.append(f"{skipped:,} documents have an id that an earlier one has, and are not sent")
-    return lines + (_history_lines(history) if history and history.tiers else _assumed_lines(size))
+    return lines + basis(size, history)
+
+
+def basis(size: Size, history: History | None) -> list[str]:
+    """Where the tokens of an attempt, and the attempts of a document, are from."""
+    return _history_lines(history) if history and history.tiers else _assumed_lines(size)
 
 
 def _history_lines(history: History) -> list[str]:

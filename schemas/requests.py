@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from schemas.backfills import Drift
 from schemas.jobs import Job, When
 from schemas.money import Money
+
+
+def _check_sum(given: str | None) -> str | None:
+    if given is not None and Money.parse(given).pico == 0:
+        raise ValueError("a budget of nothing can pay for nothing; write a sum, like `25 USD`")
+    return given
+
+
+#: A sum of money as a user writes it.
+Sum = Annotated[str | None, AfterValidator(_check_sum)]
 
 
 class RunRequest(BaseModel):
@@ -18,6 +29,7 @@ class RunRequest(BaseModel):
     `job` is a name under `jobs/` or a path; `partitions` names slices of the input (none: all of it); `limit`
     takes the first so many documents; `budget` overrides the job's ("25 USD"), and a resumed run without one keeps
     what it had; `lanes` is how many processes work; `when` overrides the job's, for this start of the run only.
+    `backfill` is the number of the backfill that the run is a part of, whose budget it draws on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,17 +37,11 @@ class RunRequest(BaseModel):
     job: str = Field(min_length=1)
     partitions: tuple[str, ...] = ()
     limit: int | None = Field(default=None, ge=1)
-    budget: str | None = None
+    budget: Sum = None
     lanes: int = Field(default=1, ge=1, le=64)
     root: Path = Path(".")
     when: When | None = None
-
-    @field_validator("budget")
-    @classmethod
-    def _check_budget(cls, budget: str | None) -> str | None:
-        if budget is not None and Money.parse(budget).pico == 0:
-            raise ValueError("a budget of nothing can pay for nothing; write a sum, like `25 USD`")
-        return budget
+    backfill: int | None = None
 
     def cap(self, job: Job) -> Money:
         """The budget of a new run: what was asked for, else the job's own."""
@@ -62,3 +68,62 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
     return value.isoformat() if isinstance(value, date) else value
+
+
+class BackfillRequest(BaseModel):
+    """A backfill as it is asked for: one run for each partition of a job's input that is due.
+
+    `partitions` are names or globs, `first` and `last` bound them, both included. Partitions never run or unfinished
+    are due; with `changed` those whose text, prompt or model is another by now, with `dead` those with dead letters.
+    Nothing starts where more than `if_cheaper_than` or the `budget` is expected; the budget holds for all runs
+    together (default: the job's). `parallel` of them go at a time.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: str = Field(min_length=1)
+    first: str | None = None
+    last: str | None = None
+    partitions: tuple[str, ...] = ()
+    changed: bool = False
+    dead: bool = False
+    if_cheaper_than: Sum = None
+    parallel: int = Field(default=2, ge=1, le=64)
+    budget: Sum = None
+    when: When | None = None
+    when_model_changes: Drift = Drift.PAUSE
+    root: Path = Path(".")
+
+    @property
+    def most(self) -> Money | None:
+        """The sum above which nothing starts."""
+        return Money.parse(self.if_cheaper_than) if self.if_cheaper_than else None
+
+    def cap(self, job: Job) -> Money:
+        """What all runs together may cost, as `RunRequest.cap`."""
+        return Money.parse(self.budget) if self.budget else job.budget
+
+    def hours(self, job: Job) -> When:
+        """When attempts may be made, as `RunRequest.hours`."""
+        return self.when or job.when
+
+    def identity(self) -> dict[str, Any]:
+        """Which partitions are meant, as plain values: the same is the same backfill, which is resumed."""
+        return {
+            "first": self.first,
+            "last": self.last,
+            "partitions": sorted(self.partitions),
+            "changed": self.changed,
+            "dead": self.dead,
+        }
+
+    def run(self, partition: str | None = None, backfill: int | None = None) -> RunRequest:
+        """The run of one partition. Without one: what any of them is, but for that."""
+        return RunRequest(
+            job=self.job,
+            partitions=() if partition is None else (partition,),
+            budget=self.budget,
+            root=self.root,
+            when=self.when,
+            backfill=backfill,
+        )

@@ -1,8 +1,8 @@
 """The ledger's tables as SQLAlchemy sees them. The migrations make them; a test holds the two together.
 
 Money is BIGINT pico units of the run's currency. Intents, outcomes, unknowns, answers, grants, closes,
-adjustments and events are only ever appended; `run`, `shard`, `lane` and `budget` have named columns that
-change. A document that is not terminal has no row in `document`: what is missing is the shard's range less
+adjustments and events are only ever appended; `run`, `backfill`, `shard`, `lane` and `budget` have named columns
+that change. A document that is not terminal has no row in `document`: what is missing is the shard's range less
 the rows.
 """
 
@@ -120,6 +120,30 @@ run = Table(
     Column("ledger_digest", Text),
     Column("concurrency", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     Column("limits", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("backfill_id", BigInteger),
+    Column("reuses", JSONB),
+)
+
+backfill = Table(
+    "backfill",
+    metadata,
+    Column("backfill_id", BigInteger, Identity(), primary_key=True),
+    Column("job", Text, nullable=False),
+    Column("is_simulated", Boolean, nullable=False),
+    Column("asked", JSONB, nullable=False),
+    Column("partitions", ARRAY(Text), nullable=False),
+    Column("documents", BigInteger, nullable=False),
+    Column("currency", Text, nullable=False),
+    Column("cap", BigInteger, nullable=False),
+    Column("budget_name", Text),
+    Column("reuses", JSONB),
+    Column("state", Text, nullable=False),
+    Column("reason", Text),
+    Column("lanes", Integer, nullable=False, server_default=text("0")),
+    Column("host", Text),
+    Column("pid", Integer),
+    _instant("opened_at", default=True),
+    _instant("finished_at", nullable=True),
 )
 
 run_event = Table(

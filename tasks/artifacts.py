@@ -73,6 +73,22 @@ async def show_audit(audit: spend.Audit, proofs: list[Proof]) -> None:
         log.warning("prefect shows no audit", job=audit.job, error=type(error).__name__)
 
 
+async def show_backfill(backfill_id: int, settings: Settings) -> None:
+    """Publish the table of a backfill's partitions, once it has ended."""
+    url = require_database(settings)
+    try:
+        async with opened(url, Role.AUDITOR, pool_size=1, answer_within_s=REPORT_WITHIN_S) as ledger:
+            found = await spend.list_backfill(ledger, backfill_id)
+        currency = Currency(found[0].currency) if found else Currency.USD
+        await acreate_table_artifact(
+            report.partition_rows(spend.by_partition(found), currency),
+            key=f"backfill-{backfill_id}",
+            description="Partitions of this backfill",
+        )
+    except Exception as error:
+        log.warning("prefect shows no partitions", backfill=backfill_id, error=type(error).__name__)
+
+
 async def _show_progress(run: Run, settings: Settings) -> None:
     async with opened(require_database(settings), Role.AUDITOR, pool_size=1) as ledger:
         try:

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -40,7 +40,8 @@ from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
 from tasks.jobs import find_place, load_job
 from tasks.lanes import GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
-from tasks.ledger import leases, runs
+from tasks.ledger import backfills, leases, runs
+from tasks.ledger.backfills import Backfill
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
 from tasks.ledger.runs import Opening, Run
@@ -91,6 +92,8 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
             is_simulated=settings.sandbox,
             keeps_cap=request.budget is None,
         )
+        if request.backfill is not None:
+            opening = part_of(await backfills.find_backfill(ledger, request.backfill), opening)
         run = await runs.open_run(ledger, opening)
         await leases.bury_superseded(ledger, run.job)
         await spill.load(ledger, run.run_id, spill_of(settings))
@@ -99,6 +102,14 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
         if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
             await runs.add_labels(ledger, run.run_id, read_labels(bulkhead, job, manifest, request.root))
         return run
+
+
+def part_of(backfill: Backfill, opening: Opening) -> Opening:
+    """A run of this backfill: it draws on its budget, whose cap was settled when that was opened."""
+    job = opening.job
+    if backfill.budget_name != job.budget_name:
+        job = replace(job, budget_name=backfill.budget_name, budget=backfill.declared)
+    return replace(opening, job=job, keeps_cap=True, backfill_id=backfill.backfill_id, reuses=backfill.reuses)
 
 
 async def read_labels(
@@ -130,7 +141,7 @@ async def work_lane(
             book=book,
             price_ids=await runs.register_prices(ledger, usable_prices(job, book, provider.currency)),
             root=request.root,
-            lanes=request.lanes,
+            lanes=max(request.lanes, run.sharing),
             scale=settings.time_scale,
             clock_offset=provider.clock_offset,
             show=show,

@@ -16,6 +16,7 @@ KILLED = 137
 
 #: Every transaction that writes: each has a point before its COMMIT and one after it.
 STEPS = (
+    "open_backfill",
     "open_run",
     "add_labels",
     "register_prices",
@@ -35,6 +36,7 @@ STEPS = (
     "note",
     "close_run",
     "settle",
+    "change_backfill",
 )
 #: An attempt that has its permit; whose reply has begun to come; whose reply is here and recorded nowhere.
 ATTEMPT = ("send.before", "send.under_way", "send.after")

@@ -388,7 +388,8 @@ class Lane:
         """Work as the run is to be worked on from now: not at all, with so much in flight, under this cap."""
         if orders.state != "running":
             self.drain(orders.state, _ADVICE.get(orders.state, ""))
-        lanes = max(self.plan.lanes, orders.lanes)  # some of those that were planned may have yet to come
+        planned = 0 if self.plan.run.sharing else self.plan.lanes  # a backfill's orders count those to come, too
+        lanes = max(planned, orders.lanes)  # some of those that were planned may have yet to come
         for name, ceiling in self.plan.ceilings.items():
             self.climber.limiters[name].allow(share(orders.ceilings.get(name, ceiling), lanes, orders.rank))
         self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
@@ -441,8 +442,9 @@ class Lane:
 
     @property
     def _reusable(self) -> Reusable:
-        job = self.plan.job
-        return Reusable(job.prompt_version, job.ladder[-1].name, job.escalate.below, self.plan.run.is_simulated)
+        job, run = self.plan.job, self.plan.run
+        policy = (job.ladder[-1].name, job.escalate.below)
+        return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses)
 
 
 async def _let_go(*tasks: asyncio.Task[Any]) -> None:

@@ -95,6 +95,7 @@ def line(progress: Progress, pace: Pace) -> str:
     """Progress in one line, for logs and pipes."""
     cost, projected = _money(progress, progress.cost_pico), project(progress)
     parts = [
+        f"{progress.partitions.done}/{progress.partitions.all} partitions" if progress.partitions else None,
         f"{progress.done:,}/{progress.documents:,} documents",
         f"{pace.rate:,.0f}/s" if pace.rate is not None else None,
         f"{left} left" if (left := _left(progress, pace)) else None,
@@ -106,7 +107,7 @@ def line(progress: Progress, pace: Pace) -> str:
         f"in flight {progress.in_flight:,}",
         f"waiting: {_wait(progress)}" if _wait(progress) else None,
     ]
-    return plain(f"run {progress.run}: " + " · ".join(part for part in parts if part))
+    return plain(f"{progress.name}: " + " · ".join(part for part in parts if part))
 
 
 def panel(progress: Progress, pace: Pace) -> RenderableType:
@@ -115,7 +116,7 @@ def panel(progress: Progress, pace: Pace) -> RenderableType:
     bar = ProgressBar(total=max(1, progress.documents), completed=progress.done, width=40)
     rate = "" if pace.rate is None else f"{pace.rate:,.0f}/s"
     left = _left(progress, pace)
-    name = Text(plain(f"{progress.job} · run {progress.run}"), "bold")
+    name = Text(plain(f"{progress.job} · {progress.name}"), "bold")
     head.add_row(name, bar, f"{progress.done:,}/{progress.documents:,}", rate, f"{left} left" if left else "")
     parts: list[RenderableType] = [head, _figures(progress)]
     if progress.is_simulated:
@@ -128,7 +129,9 @@ def panel(progress: Progress, pace: Pace) -> RenderableType:
 def _figures(progress: Progress) -> Table:
     unknown, projected = progress.unknown_pico, project(progress)
     spent = str(_money(progress, progress.cost_pico))
-    figures = {
+    partitions = progress.partitions
+    figures = {} if partitions is None else {"partitions": f"{partitions.done}/{partitions.all}"}
+    figures |= {
         "spent": spent + (f" (+ at most {_money(progress, unknown)} open)" if unknown else ""),
         "projected": str(projected or "—"),
         "budget": str(_money(progress, progress.budget_pico)),
@@ -180,6 +183,7 @@ class View:
         self._phase, self._phase_since = "", tick()
         self._url: SecretStr | None = None
         self._run_id: int | None = None
+        self._is_of_backfill = False
         self._progress: Progress | None = None
         self._budget: Money | None = None
         self._looked_at = tick()
@@ -221,6 +225,11 @@ class View:
         `budget` is the job's, which a run that is resumed need not have.
         """
         self._run_id, self._budget, self._looked_at, self._url = run_id, budget, self._tick(), url
+
+    def follow_backfill(self, url: SecretStr) -> None:
+        """Show the progress of the job's backfill that somebody works on, as soon as there is one."""
+        self._is_of_backfill = True
+        self.follow(url)
 
     @property
     def has_seen_run(self) -> bool:
@@ -289,7 +298,7 @@ class View:
             await asyncio.sleep(LINE_EVERY_S if self._progress else POLL_EVERY_S)
 
     async def _look(self, ledger: Ledger) -> None:
-        progress = await self._find(ledger) if self._run_id is None else await spend.progress(ledger, self._run_id)
+        progress = await self._ask(ledger)
         if progress is None:
             return
         if self._progress is None and (said := report.resumed_line(progress, self._budget)):
@@ -301,6 +310,11 @@ class View:
         self._progress = progress
         if progress.state != "running":
             self._ended.set()
+
+    async def _ask(self, ledger: Ledger) -> Progress | None:
+        if self._is_of_backfill:
+            return await spend.progress_of_backfill(ledger, self._job)
+        return await self._find(ledger) if self._run_id is None else await spend.progress(ledger, self._run_id)
 
     def _is_settling(self, progress: Progress) -> bool:
         """Whether the lanes of this command have left. A run that is only watched has none and waits for a start."""

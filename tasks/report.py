@@ -5,16 +5,18 @@ Pure: nothing is read or printed in here. Every sum is printed by `Money`, every
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from schemas.backfills import Price as BackfillPrice
+from schemas.backfills import State
 from schemas.ceilings import spell_ceilings
 from schemas.errors import UnknownPrice
 from schemas.estimates import Estimate, OffPeakEstimate
@@ -23,8 +25,11 @@ from schemas.money import Currency, Money
 from schemas.off_peak import spell
 from schemas.pricing import Band, Price, PriceBook
 from tasks.ledger.proof import Proof
-from tasks.ledger.spend import Audit, Progress, RunSummary, SharedBudget, TierSpend, Waste
+from tasks.ledger.spend import Audit, PartitionSpend, Progress, RunSummary, SharedBudget, TierSpend, Waste
 from tasks.steering import Capped, Limited, Steered
+
+if TYPE_CHECKING:
+    from tasks.backfills import Plan  # which brings in all that a run needs
 
 MILLION = 10**6
 
@@ -560,6 +565,156 @@ def _most(progress: Progress) -> str:
 def _spell(value: object) -> str:
     """A detail of an event, for people."""
     return spell_ceilings(dict(sorted(value.items()))) if isinstance(value, dict) else str(value)
+
+
+# Backfills
+
+
+def plan_table(plan: Plan) -> Table:
+    """How each partition stands, and what a run of those that are due is expected to cost."""
+    costs = plan.price.by_partition
+    rows = [
+        (
+            each.partition,
+            each.words + (f", at work in run {each.at_work}" if each.at_work else ""),
+            f"{each.documents:,}",
+            f"{each.to_send:,}" if each.partition in costs else "",
+            str(costs[each.partition]) if each.partition in costs else "—",
+        )
+        for each in plan.standings
+    ]
+    due, all_ = len(plan.due), len(plan.standings)
+    title = f"{plan.job.name}: {due} of {all_} partitions are due, {plan.price.cost} expected"
+    columns = ("partition", "state", "documents", "to send", "expected")
+    return table(title, columns, rows, "\n".join(_plan_notes(plan)) or None, texts=(0, 1))
+
+
+def _plan_notes(plan: Plan) -> list[str]:
+    notes = []
+    if plan.unfinished is not None:
+        done, all_ = len(plan.unfinished.done), len(plan.unfinished.partitions)
+        notes.append(f"goes on with backfill {plan.unfinished.backfill_id}: {done} of its {all_} partitions are done")
+    if plan.gone:
+        notes.append(f"not in the input any more, and left out: {', '.join(plan.gone)}")
+    if plan.due:
+        notes.append(f"between {plan.price.low} and {plan.price.high}; the budget has {plan.room} left")
+        notes += _cheaper_later(plan.price)
+        notes += plan.price.basis
+    notes += _not_due(plan)
+    return [f"· {note}" for note in notes]
+
+
+def _cheaper_later(price: BackfillPrice) -> list[str]:
+    if price.off_peak is None or price.off_peak_begins is None or price.off_peak.pico >= price.cost.pico:
+        return []
+    return [f"now {price.cost}, from {spell(price.off_peak_begins)} {price.off_peak}, with --off-peak"]
+
+
+def _not_due(plan: Plan) -> list[str]:
+    """How to run what is left out."""
+    due = {each.partition for each in plan.due}
+    left = [each.state for each in plan.standings if each.partition not in due and each.at_work is None]
+    changed = sum(state in (State.CHANGED_TEXT, State.CHANGED_PROMPT, State.CHANGED_MODEL) for state in left)
+    dead = sum(state is State.DEAD_LETTERS for state in left)
+    notes = [f"{changed} changed since they were run: --changed runs them again"] if changed else []
+    return notes + ([f"{dead} have dead letters: --dead tries those again"] if dead else [])
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """A plan as scripts rely on it; sums in pico units."""
+    price, costs = plan.price, plan.price.by_partition
+    return {
+        "job": plan.job.name,
+        "backfill": None if plan.unfinished is None else plan.unfinished.backfill_id,
+        "partitions": [
+            {
+                "partition": each.partition,
+                "state": each.state.value,
+                "due": each.partition in costs,
+                "documents": each.documents,
+                "ended": each.ended,
+                "dead_letters": each.dead,
+                "to_send": each.to_send,
+                "cost_pico": costs[each.partition].pico if each.partition in costs else 0,
+                "runs": list(each.runs),
+                "at_work": each.at_work,
+            }
+            for each in plan.standings
+        ],
+        "due": [each.partition for each in plan.due],
+        "gone": list(plan.gone),
+        "documents": plan.documents,
+        "to_send": sum(each.to_send for each in plan.due),
+        "cost_pico": price.cost.pico,
+        "low_pico": price.low.pico,
+        "high_pico": price.high.pico,
+        "off_peak_pico": None if price.off_peak is None else price.off_peak.pico,
+        "left_pico": plan.room.pico,
+        "currency": price.cost.currency.value,
+    }
+
+
+def backfill_report(
+    outcome: Mapping[str, Any], found: Sequence[PartitionSpend], proofs: Sequence[Proof], currency: Currency
+) -> list[RenderableType]:
+    """What is shown after a backfill: its partitions, models that changed, and whether the ledger proves its runs."""
+    state = f"{outcome['state']}: {outcome['reason'].replace('_', ' ')}" if outcome["reason"] else outcome["state"]
+    made: list[RenderableType] = [partition_table(f"backfill {outcome['backfill_id']} ({state})", found, currency)]
+    for tier, models in outcome["drift"].items():
+        made.append(Text(plain(f"{tier} was served by {', then by '.join(models)}"), "yellow"))
+    broken = [proof for proof in proofs if not proof.proved]
+    return [*made, *map(proof_line, broken or proofs[:1])]
+
+
+def backfill_json(
+    job: str,
+    outcome: Mapping[str, Any],
+    found: Sequence[PartitionSpend],
+    proofs: Sequence[Proof],
+    currency: Currency,
+) -> dict[str, Any]:
+    """What a backfill came to, as scripts rely on it; sums in pico units."""
+    names = ("documents", "results", "reused", "dead_letters", "attempts", "cost_pico", "unknown_pico")
+    sums = {name: sum(getattr(each, name) for each in found) for name in names}
+    told = {name: outcome[name] for name in ("state", "reason", "advice", "failed", "gone", "drift")}
+    return {
+        "backfill": outcome["backfill_id"],
+        "job": job,
+        **told,
+        **sums,
+        "currency": currency.value,
+        "proved": all(proof.proved for proof in proofs),
+        "partitions": [each.to_json() for each in found],
+    }
+
+
+def partition_table(name: str, found: Sequence[PartitionSpend], currency: Currency) -> Table:
+    """What each partition of a backfill came to, and their sum, which is the sum of their runs' audits."""
+    made = table(
+        f"Partitions of {name}", PARTITION_COLUMNS, (_partition_cells(each, currency) for each in found), texts=(0, 1)
+    )
+    made.add_section()
+    sums = (sum(getattr(each, field) for each in found) for field in ("documents", "results", "dead_letters"))
+    cost = sum(each.cost_pico for each in found)
+    _add_row(made, "all", "", *(f"{each:,}" for each in sums), f"{Money(cost, currency)} ({cost:,} pico)")
+    if unknown := sum(each.unknown_pico for each in found):
+        _add_row(made, "not known to be billed", "", "", "", "", f"at most {Money(unknown, currency)}")
+    return made
+
+
+PARTITION_COLUMNS = ("partition", "state", "documents", "results", "dead letters", "cost")
+
+
+def partition_rows(found: Sequence[PartitionSpend], currency: Currency) -> list[dict[str, object]]:
+    """The same for Prefect: sums as text, since its table would print integers of pico units."""
+    return [dict(zip(PARTITION_COLUMNS, map(plain, _partition_cells(each, currency)), strict=True)) for each in found]
+
+
+def _partition_cells(each: PartitionSpend, currency: Currency) -> tuple[str, ...]:
+    state = each.state + (f" ({each.reason.replace('_', ' ')})" if each.reason else "")
+    results = f"{each.results:,}" + (f" ({each.reused:,} reused)" if each.reused else "")
+    figures = (f"{each.documents:,}", results, f"{each.dead_letters:,}", str(Money(each.cost_pico, currency)))
+    return each.partition, state, *figures
 
 
 def run_report(audit: Audit, proof: Proof) -> list[RenderableType]:

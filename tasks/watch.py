@@ -100,10 +100,16 @@ class Watch:
             if len(tally.known) > MOST_EVENTS:
                 tally.by_others += 1
             else:
+                self._tell_served(tier, reply.served_model, {model for model, _ in tally.known})
                 tally.known.add(served_by)
                 if tally.served_by is not None:
                     self._tell("served_model_changed", {"tier": tier, "from": tally.served_by, "to": served_by})
         tally.served_by = served_by
+
+    def _tell_served(self, tier: str, model: str, known: set[str]) -> None:
+        """Tell a backfill, whose runs each have lanes of their own, who serves: once for each run, tier and model."""
+        if self.run.backfill_id is not None and model not in known:
+            self._tell("served_model", {"tier": tier, "model": model}, key=f"served_model {tier} {model}")
 
     def _see_priming(self, tier: str, tally: _Tally, reply: Reply, primer: Primer) -> None:
         """Tell how priming ended. What a cache that never hit is expected to hit is the least the prefix can be."""
@@ -138,11 +144,11 @@ class Watch:
             self._tell("served_model_changed", {"tier": tier, "replies_by_others": tally.by_others})
             tally.by_others = 0
 
-    def _tell(self, kind: str, detail: dict[str, object]) -> None:
-        level = log.info if kind == "primed" else log.warning
+    def _tell(self, kind: str, detail: dict[str, object], key: str | None = None) -> None:
+        level = log.info if kind in ("primed", "served_model") else log.warning
         level(kind.replace("_", " "), run=self.run.run_id, **detail)
         event = (self.ledger, self.run.run_id, kind, detail)
-        told = self._patience.ask(runs.note, *event, key=str(uuid4()))  # one key, however often it is asked
+        told = self._patience.ask(runs.note, *event, key=key or str(uuid4()))  # one key, however often it is asked
         telling = asyncio.get_running_loop().create_task(told)
         self._telling.add(telling)
         telling.add_done_callback(partial(self._end_telling, kind))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -27,13 +27,15 @@ from tasks.ledger.rows import append, as_json, storable
 class Reusable:
     """Which earlier results count as answers: same prompt version, and sure enough for today's policy.
 
-    Simulated answers count for simulated runs only, and real ones for real runs.
+    Simulated answers count for simulated runs only, and real ones for real runs. `models` says by tier which model
+    must have served them; None, or a tier that is not in it: any.
     """
 
     prompt_version: str
     last_tier: str
     below: Decimal
     is_simulated: bool = False
+    models: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,10 @@ _REUSABLE = text("""
     WHERE d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
       AND r.prompt_version = :prompt_version AND r.is_simulated = :is_simulated
       AND (d.tier = :last_tier OR d.confidence IS NULL OR d.confidence >= :below)
+      AND (CAST(:models AS jsonb) ->> d.tier IS NULL OR EXISTS (
+          SELECT FROM attempt_outcome o
+          WHERE o.run_id = d.run_id AND o.document_no = d.document_no AND o.attempt_no = d.attempt_no
+            AND o.served_model = CAST(:models AS jsonb) ->> d.tier))
     GROUP BY d.text_digest, d.run_id
     ORDER BY d.run_id
 """)
@@ -246,6 +252,7 @@ async def find_results(
             "last_tier": reusable.last_tier,
             "below": float(reusable.below),
             "is_simulated": reusable.is_simulated,
+            "models": as_json(reusable.models),
         },
     )
     found: dict[bytes, ResultKey] = {}

@@ -106,6 +106,8 @@ _ROOM = text("""
     WHERE b.budget_id = :budget_id
 """)
 
+_NAMED = text("SELECT budget_id FROM budget WHERE name = :name AND is_simulated = :is_simulated")
+
 #: One settlement of a budget at a time: two would both write the next close of a grant.
 _LOCK_BUDGET = text("""
     SELECT budget_id FROM budget WHERE budget_id = (SELECT budget_id FROM run WHERE run_id = :run_id)
@@ -224,6 +226,14 @@ async def find_room(ledger: Ledger, budget_id: int) -> Room:
     async with ledger.transaction() as connection:
         row = (await connection.execute(_ROOM, {"budget_id": budget_id})).one()
         return Room(*(int(sum_) for sum_ in row))
+
+
+async def find_named(ledger: Ledger, name: str, *, is_simulated: bool) -> Room | None:
+    """As `find_room`, of the shared budget of that name. None: nobody has drawn on it yet."""
+    async with ledger.transaction() as connection:
+        key = {"name": name, "is_simulated": is_simulated}
+        found = (await connection.execute(_NAMED, key)).scalar_one_or_none()
+    return None if found is None else await find_room(ledger, found)
 
 
 async def close_grants(ledger: Ledger, run_id: RunId, grants: list[int]) -> None:

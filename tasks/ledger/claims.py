@@ -104,7 +104,10 @@ CLAIMS: Mapping[str, Claim] = {
             LEFT JOIN run e ON e.run_id = s.run_id
             WHERE d.run_id = :run_id AND d.state = 'reused'
               AND (s.state IS DISTINCT FROM 'result' OR s.text_digest IS DISTINCT FROM d.text_digest
-                   OR e.prompt_version <> r.prompt_version OR e.is_simulated <> r.is_simulated)
+                   OR e.prompt_version <> r.prompt_version OR e.is_simulated <> r.is_simulated
+                   OR (r.reuses ->> s.tier IS NOT NULL AND NOT EXISTS (
+                       SELECT FROM attempt_outcome m WHERE m.run_id = s.run_id AND m.document_no = s.document_no
+                       AND m.attempt_no = s.attempt_no AND m.served_model = r.reuses ->> s.tier)))
             """,
             """
             SELECT format('document %s.%s: ended as a duplicate of %s, and the manifest says otherwise', d.run_id,
@@ -160,6 +163,9 @@ CLAIMS: Mapping[str, Claim] = {
               AND e.prompt_version = r.prompt_version AND e.is_simulated = r.is_simulated
               AND (s.tier = r.policy -> 'ladder' ->> -1 OR s.confidence IS NULL
                    OR s.confidence >= (r.policy -> 'escalate' ->> 'below')::double precision)
+              AND (r.reuses ->> s.tier IS NULL OR EXISTS (
+                  SELECT FROM attempt_outcome m WHERE m.run_id = s.run_id AND m.document_no = s.document_no
+                  AND m.attempt_no = s.attempt_no AND m.served_model = r.reuses ->> s.tier))
               AND s.recorded_at < i.intended_at - make_interval(secs => :commit_slack)
               AND age(s.xmin) >= age(i.xmin)
             """,

@@ -34,7 +34,7 @@ DEAD_AFTER_S = 30.0
 #: not cost living lanes their shards.
 GRACE_S = 8.0
 #: Where session locks live among Postgres's advisory locks.
-_LOCK_SPACE = 0x4661
+LOCK_SPACE = 0x4661
 
 #: A connection whose session holds a lane's lock.
 Session = AsyncConnection
@@ -69,8 +69,9 @@ class Orders:
     """What holds for the lanes of a run, as each hears with its heartbeat.
 
     `ceilings` are requests in flight by tier, of the whole run; of its `lanes` that have not ended this one is number
-    `rank`, from 0. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is granted, since the
-    cap was lowered.
+    `rank`, from 0. Of a run that is part of a backfill, both are about the lanes of all its runs, and `lanes` counts
+    those that it has yet to start. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
+    granted, since the cap was lowered.
     """
 
     state: str
@@ -173,17 +174,21 @@ _DECLARE_UNKNOWN = text("""
     FROM tally t WHERE lane.lane_id = t.lane_id
 """)
 
-#: One row of the run, one of its budget, and one for each lane that it ever had.
+#: One row of the run, one of its budget, and one for each lane that it has, or its backfill.
 _BEAT = text("""
     WITH beating AS (
         UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because
         WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id
     )
     SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
-           (SELECT count(*) FROM lane l WHERE l.run_id = m.run_id AND l.ended_at IS NULL) AS lanes,
-           (SELECT count(*) FROM lane l WHERE l.run_id = m.run_id AND l.ended_at IS NULL
-            AND l.lane_id < m.lane_id) AS rank
+           greatest(s.lanes, f.lanes) AS lanes, s.rank
     FROM beating m JOIN run r USING (run_id) JOIN budget b USING (budget_id)
+    LEFT JOIN backfill f ON f.backfill_id = r.backfill_id
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS lanes, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS rank
+        FROM lane l
+        WHERE l.ended_at IS NULL AND l.run_id IN (
+            SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)) s
 """)
 
 
@@ -203,7 +208,7 @@ async def alive(
 
     `within_s` is how many seconds it may take to open.
     """
-    lock = {"space": _LOCK_SPACE, "lane_id": lane_id}
+    lock = {"space": LOCK_SPACE, "lane_id": lane_id}
     with cancellation_kept():
         try:
             async with AsyncExitStack() as opening:
@@ -286,7 +291,7 @@ async def bury_dead(
     ledger: Ledger, run_id: RunId, *, grace_s: float = GRACE_S, dead_after_s: float = DEAD_AFTER_S
 ) -> int:
     """End the lanes whose machine or process is gone; returns how many."""
-    limits = {"dead_after": dead_after_s, "grace": grace_s, "space": _LOCK_SPACE}
+    limits = {"dead_after": dead_after_s, "grace": grace_s, "space": LOCK_SPACE}
     async with ledger.transaction("bury") as connection:
         rows = await connection.execute(_DEAD_LANES, {"run_id": run_id, **limits})
         dead = [LaneId(lane_id) for (lane_id,) in rows]

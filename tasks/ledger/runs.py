@@ -30,7 +30,8 @@ class Opening:
     """What a run is bound to. `selection` says which part of the input.
 
     `cap` is the budget of a new run in pico units. One that is resumed gets it too, unless `keeps_cap`: nobody asked
-    for another budget now, so the last one that somebody set holds.
+    for another budget now, so the last one that somebody set holds. `backfill_id` is the backfill that it is a part
+    of, and `reuses` as in `Run`.
     """
 
     job: Job
@@ -40,11 +41,17 @@ class Opening:
     cap: int
     is_simulated: bool
     keeps_cap: bool = False
+    backfill_id: int | None = None
+    reuses: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as the ledger has it. `ceilings` are requests in flight by tier: the job's, and what was said instead."""
+    """A run as the ledger has it. `ceilings` are requests in flight by tier: the job's, and what was said instead.
+
+    One that is part of a backfill shares them with its other runs, over `sharing` lanes together. `reuses`: by tier,
+    the model that must have served a result that is reused; None: any.
+    """
 
     run_id: RunId
     job: str
@@ -59,6 +66,9 @@ class Run:
     budget_name: str | None = None
     ladder: tuple[str, ...] = ()
     ceilings: Mapping[str, int] = field(default_factory=dict)
+    backfill_id: int | None = None
+    sharing: int = 0
+    reuses: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +83,7 @@ _UNFINISHED = text("""
     SELECT run_id, prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
                    AND manifest_digest = :manifest_digest AND currency = :currency
                    AND is_simulated = :is_simulated
+                   AND reuses IS NOT DISTINCT FROM CAST(:reuses AS jsonb)
                    AND (SELECT b.name FROM budget b WHERE b.budget_id = run.budget_id)
                        IS NOT DISTINCT FROM CAST(:budget_name AS text) AS is_same
     FROM run
@@ -123,7 +134,10 @@ async def open_run(ledger: Ledger, opening: Opening) -> Run:
     async with ledger.transaction("open_run", rows=rows) as connection:
         await connection.execute(_LOCK_JOB, {"job": opening.job.name})
         unfinished = (
-            await connection.execute(_UNFINISHED, _identity(opening) | {"budget_name": opening.job.budget_name})
+            await connection.execute(
+                _UNFINISHED,
+                _identity(opening) | {"budget_name": opening.job.budget_name, "reuses": as_json(opening.reuses)},
+            )
         ).all()
         same = [run_id for run_id, is_same in unfinished if is_same]
         for run_id in [run_id for run_id, _ in unfinished if run_id not in same[:1]]:
@@ -317,7 +331,10 @@ async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
         "documents": opening.manifest.document_count,
         "compared_fields": compared_fields(job),
         "budget_id": budget_id,
+        "backfill_id": opening.backfill_id,
     }
+    if opening.reuses is not None:
+        row["reuses"] = dict(opening.reuses)
     run_id = int(
         (await connection.execute(insert(tables.run).values(row).returning(tables.run.c.run_id))).scalar_one()
     )
@@ -384,8 +401,10 @@ async def _resume(connection: AsyncConnection, run_id: int, opening: Opening) ->
     done = select(func.coalesce(func.sum(tables.lane.c.done), 0)).where(tables.lane.c.run_id == run_id)
     ended = int((await connection.execute(done)).scalar_one())
     await _change_state(connection, run_id, "running", None, kind="resumed", detail={"documents": ended})
-    said = concurrency(opening.job)
-    await connection.execute(update(tables.run).where(tables.run.c.run_id == run_id).values(concurrency=said))
+    said: dict[str, Any] = {"concurrency": concurrency(opening.job)}
+    if opening.backfill_id is not None:  # a run that was begun by itself, on the same shared budget, becomes a part
+        said["backfill_id"] = opening.backfill_id
+    await connection.execute(update(tables.run).where(tables.run.c.run_id == run_id).values(said))
     if not opening.keeps_cap:
         await _change_cap(connection, run_id, opening.cap)
     if opening.job.budget_name is not None:
@@ -438,8 +457,10 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
                 *(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated, b.name),
                 r.policy["ladder"].label("ladder"),
                 r.concurrency.op("||")(r.limits).label("ceilings"),
+                *(r.backfill_id, r.reuses, func.coalesce(tables.backfill.c.lanes, 0).label("sharing")),
             )
             .join_from(tables.run, tables.budget, r.budget_id == b.budget_id)
+            .outerjoin(tables.backfill, tables.backfill.c.backfill_id == r.backfill_id)
             .where(r.run_id == run_id)
         )
     ).one_or_none()
@@ -459,4 +480,7 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
         budget_name=found.name,
         ladder=tuple(found.ladder),
         ceilings=found.ceilings,
+        backfill_id=found.backfill_id,
+        sharing=found.sharing,
+        reuses=found.reuses,
     )

@@ -186,12 +186,22 @@ class Event:
     detail: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Partitions:
+    """How many of a backfill's partitions have a finished run."""
+
+    backfill: int
+    done: int
+    all: int
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run is, as of its lanes' last commits. `lanes` is how many of them live.
 
     `ceilings` are how many requests may be in flight, by tier and over all lanes; `concurrency` is the job's word
-    on it, which an operator may have overruled.
+    on it, which an operator may have overruled. With `partitions` it is about a backfill: all its runs together, of
+    which `run` is the newest.
     """
 
     run: int
@@ -222,6 +232,12 @@ class Progress:
     shared_budget: SharedBudget | None = None
     ceilings: dict[str, int] = field(default_factory=dict)
     concurrency: dict[str, int] = field(default_factory=dict)
+    partitions: Partitions | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is the progress of: `run 7`, `backfill 2`."""
+        return f"run {self.run}" if self.partitions is None else f"backfill {self.partitions.backfill}"
 
     @property
     def is_limited(self) -> bool:
@@ -254,6 +270,47 @@ class RunSummary:
     def to_json(self) -> dict[str, Any]:
         """One JSON object, as `Audit.to_json`."""
         return _json_object(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionSpend:
+    """What a partition of a backfill came to: its newest run, with the attempts and the cost of all its `runs`."""
+
+    partition: str
+    state: str
+    reason: str | None
+    documents: int
+    results: int
+    reused: int
+    dead_letters: int
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+    runs: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object, as `Audit.to_json`."""
+        return _json_object(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class BackfillRun:
+    """A run of a backfill, as an audit counts it: `results` with the `reused` ones."""
+
+    run: int
+    partition: str
+    state: str
+    reason: str | None
+    documents: int
+    results: int
+    reused: int
+    dead_letters: int
+    duplicates: int
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+    currency: str
+    is_simulated: bool
 
 
 _SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -375,13 +432,16 @@ _SUMS = """
     FROM (SELECT *, ended_at IS NULL AND heartbeat_at > clock_timestamp() - make_interval(secs => :dead_after)
                  AS is_alive
           FROM lane_progress) lane
-    WHERE lane.run_id = o.run_id
 """
+_SUMS_OF_RUN = f"{_SUMS} WHERE lane.run_id = o.run_id"
+_SUMS_OF_BACKFILL = f"""
+    {_SUMS} WHERE lane.run_id IN (SELECT o.run_id FROM run_overview o WHERE o.backfill_id = b.backfill_id)
+"""  # noqa: S608 (made of our own constants)
 
 _PROGRESS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
            o.opened_at, o.finished_at, o.budget_name, o.ladder, o.ceilings, o.concurrency, s.*
-    FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s WHERE o.run_id = :run
+    FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
 _LIVING_LANES = text("""
@@ -397,9 +457,28 @@ _LEFT_OPEN = text("""
 _RUNS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, s.done, s.cost_pico, s.unknown_pico,
            o.budget_pico, o.currency, o.is_simulated, o.opened_at, o.finished_at
-    FROM run_overview o CROSS JOIN LATERAL ({_SUMS}) s
+    FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s
     WHERE o.job = coalesce(CAST(:job AS text), o.job) ORDER BY o.run_id DESC
 """)  # noqa: S608 (made of our own constants)
+
+#: The newest backfill that somebody works on. The lanes of a run that was left behind by another one count, too: what
+#: they spent is spent.
+_BACKFILL = text(f"""
+    SELECT b.backfill_id, b.job, b.state, b.reason, b.documents, b.budget_pico, b.currency, b.is_simulated,
+           b.opened_at, b.finished_at, cardinality(b.partitions) AS all_partitions,
+           (SELECT count(DISTINCT o.selection -> 'partitions' ->> 0) FROM run_overview o
+            WHERE o.backfill_id = b.backfill_id AND o.state = 'done') AS done_partitions,
+           (SELECT coalesce(max(o.run_id), 0) FROM run_overview o WHERE o.backfill_id = b.backfill_id) AS run, s.*
+    FROM backfill_overview b CROSS JOIN LATERAL ({_SUMS_OF_BACKFILL}) s
+    WHERE b.job = :job AND b.state = 'running' ORDER BY b.backfill_id DESC LIMIT 1
+""")  # noqa: S608 (made of our own constants)
+
+_BACKFILL_RUNS = text("""
+    SELECT o.run_id AS run, o.selection -> 'partitions' ->> 0 AS partition, c.state, c.reason, c.documents,
+           c.results + c.reused AS results, c.reused, c.dead_letters, c.duplicates, c.attempts, c.cost_pico,
+           c.unknown_pico, c.currency, c.is_simulated
+    FROM run_overview o JOIN run_cost c USING (run_id) WHERE o.backfill_id = :backfill ORDER BY o.run_id
+""")
 
 _EVENTS = text("SELECT happened_at, kind, detail FROM event WHERE run_id = :run ORDER BY event_id DESC LIMIT :most")
 
@@ -463,6 +542,51 @@ async def list_runs(ledger: Ledger, job: str | None = None) -> list[RunSummary]:
     """The runs of a job, or all of them, newest first."""
     async with ledger.transaction() as connection:
         return list(await _read_rows(connection, _RUNS, RunSummary, {"job": job, "dead_after": DEAD_AFTER_S}))
+
+
+async def progress_of_backfill(ledger: Ledger, job: str) -> Progress | None:
+    """How far the job's backfill is that somebody works on. None: there is none."""
+    async with ledger.transaction() as connection:
+        key = {"job": job, "dead_after": DEAD_AFTER_S}
+        found = (await connection.execute(_BACKFILL, key)).mappings().one_or_none()
+        if found is None:
+            return None
+        row = _plain(found)
+        partitions = Partitions(*(row.pop(name) for name in ("backfill_id", "done_partitions", "all_partitions")))
+        waits = row.pop("lanes_wait")
+        row["waiting_because"] = waits if row["lanes"] else "no lane is at work yet"
+        return Progress(events=(), partitions=partitions, **row)
+
+
+async def list_backfill(ledger: Ledger, backfill_id: int) -> list[BackfillRun]:
+    """What each run of a backfill came to, counted from the rows, in the order they were opened."""
+    async with ledger.transaction() as connection:
+        return list(await _read_rows(connection, _BACKFILL_RUNS, BackfillRun, {"backfill": backfill_id}))
+
+
+def by_partition(runs: Sequence[BackfillRun]) -> list[PartitionSpend]:
+    """A backfill's runs added up by partition, in the order those were begun."""
+    of: dict[str, list[BackfillRun]] = {}
+    for run in runs:
+        of.setdefault(run.partition, []).append(run)
+    return [_spend(mine) for mine in of.values()]
+
+
+def _spend(runs: Sequence[BackfillRun]) -> PartitionSpend:
+    newest = runs[-1]
+    return PartitionSpend(
+        partition=newest.partition,
+        state=newest.state,
+        reason=newest.reason,
+        documents=newest.documents,
+        results=newest.results,
+        reused=newest.reused,
+        dead_letters=newest.dead_letters,
+        attempts=sum(run.attempts for run in runs),
+        cost_pico=sum(run.cost_pico for run in runs),
+        unknown_pico=sum(run.unknown_pico for run in runs),
+        runs=tuple(run.run for run in runs),
+    )
 
 
 async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:

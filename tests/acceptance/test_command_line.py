@@ -90,7 +90,7 @@ def test_help_names_every_command(farthing: Terminal) -> None:
     assert left.exit_code == 0
     told = set(re.findall(r"^  ([a-z]+)  ", left.stdout, flags=re.MULTILINE))
     reading = {"estimate", "audit", "status", "verify", "prices"}
-    assert told == {"demo", "run", "pause", "limit", "budget", *reading, "sandbox", "db", "new"}
+    assert told == {"demo", "run", "backfill", "pause", "limit", "budget", *reading, "sandbox", "db", "new"}
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
@@ -186,3 +189,59 @@ def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does
         beside.command(sys.executable, "-c", AUDIT)
     flow_runs = server.post("flow_runs/filter", flow_runs={"name": {"any_": ["audit-obligations"]}})
     assert sorted(found["state_type"] for found in flow_runs) == ["COMPLETED", "FAILED"]
+
+
+def test_a_backfill_has_a_task_run_for_each_partition_and_costs_what_was_billed(
+    server: Server, tmp_path: Path
+) -> None:
+    beside = Beside(server, tmp_path)
+    beside.farthing("new", "tickets")
+    (tmp_path / "data/tickets").mkdir(parents=True)
+    partitions = [f"data/tickets/2026-01-0{day}.parquet" for day in (1, 2, 3)]
+    for name in partitions:
+        texts = [f"{name}: ticket {number}" for number in range(10)]
+        pq.write_table(pa.table({"id": [f"{name}-{n}" for n in range(10)], "text": texts}), tmp_path / name)
+    beside.farthing("sandbox", "up")
+    try:
+        listed = beside.farthing("backfill", "tickets", "--sandbox", "--list")
+        assert [(each["partition"], each["state"]) for each in listed["partitions"]] == [
+            (name, "never run") for name in partitions
+        ]
+        asked = ("backfill", "tickets", "--sandbox", "--to", "2026-01-02")
+        assert "say --yes if you mean it" in beside.farthing(*asked, code=2)["error"]
+        dear = beside.farthing(*asked, "--yes", "--if-cheaper-than", "0.0000001 USD", code=2)["error"]
+        assert re.search(r"\$0\.\d+ is expected and --if-cheaper-than says \$0\.000000100", dear)
+        assert beside.farthing("sandbox", "bill")["attempts"] == 0
+
+        done = beside.farthing(*asked, "--yes", "--quiet")
+        bill = beside.farthing("sandbox", "bill")
+        assert (done["state"], done["proved"], done["documents"], done["results"]) == ("done", True, 20, 20)
+        assert (done["cost_pico"], done["attempts"]) == (bill["cost_pico"], bill["attempts"])
+        assert [each["partition"] for each in done["partitions"]] == partitions[:2]
+        (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["backfill-1"]}})
+        assert [row["partition"] for row in json.loads(artifact["data"])] == partitions[:2]
+        of_this = {"flow_runs": {"id": {"any_": [artifact["flow_run_id"]]}}}
+        tasks = {task["name"]: task["state_type"] for task in server.post("task_runs/filter", **of_this)}
+        assert tasks == dict.fromkeys(partitions[:2], "COMPLETED")
+
+        assert beside.farthing(*asked, "--yes")["due"] == []
+        assert beside.farthing("sandbox", "bill") == bill
+    finally:
+        beside.farthing("sandbox", "reset", "--yes", "--force")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A folder of its own with a sandbox of its own, whose runs the server shows."""
+
+    server: Server
+    folder: Path
+
+    def farthing(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+        """The object that a command prints."""
+        environment = self.server.environment | {"FARTHING_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "farthing", *arguments, "--json"]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found

@@ -24,9 +24,10 @@ from pydantic import SecretStr
 
 from schemas.attempts import RunId
 from schemas.errors import FarthingError
-from schemas.requests import RunRequest
+from schemas.requests import BackfillRequest, RunRequest
 from schemas.settings import Settings
-from tasks import enrichment, steering
+from tasks import backfills, enrichment, steering
+from tasks.backfills import BackfillWork, PartitionEnded
 from tasks.completions import Completions, utc_now
 from tasks.documents import orders
 from tasks.failpoints import VARIABLE
@@ -48,10 +49,10 @@ class Order:
     """What a child is to do. `run_id` skips the planning, as a lane on another machine does.
 
     `spoils` changes the input once the run is open, as a careless user would; `steers` its limit and its cap, as an
-    operator would from elsewhere. `serve` is what the processes that
-    read do, forked; None: they are started, as for a user. `time_scale` is how fast the provider's world runs for the
-    lane: at 0 it waits for nothing. `limits` are the process's resources (`resource.RLIMIT_…`), for good;
-    `clock_jump_s` is by how much this machine's clock is set in mid-run.
+    operator would from elsewhere; `backfills` makes a backfill of it, with one partition. `serve` is what the
+    processes that read do, forked; None: they are started, as for a user. `time_scale` is how fast the provider's
+    world runs for the lane: at 0 it waits for nothing. `limits` are the process's resources (`resource.RLIMIT_…`),
+    for good; `clock_jump_s` is by how much this machine's clock is set in mid-run.
     """
 
     root: Path
@@ -62,6 +63,7 @@ class Order:
     run_id: int | None = None
     spoils: bool = False
     steers: bool = False
+    backfills: bool = False
     limits: Mapping[int, int] = field(default_factory=dict)
     clock_jump_s: float = 0.0
     serve: Callable[[int, int], None] | None = orders.serve
@@ -109,6 +111,8 @@ async def _enrich(order: Order) -> int:
         sandbox=True,
         time_scale=order.time_scale,
     )
+    if order.backfills:
+        return await _backfill(order, settings)
     request = RunRequest(job="colours", root=order.root, **order.request)
     run = await _open(order, request, settings)
     if order.spoils:
@@ -120,6 +124,31 @@ async def _enrich(order: Order) -> int:
     print(f"lane ended: {ended.reason} {ended.advice}", file=sys.stderr, flush=True)
     settled = await enrichment.settle_run(settings, run, [ended], order.times)
     return 0 if settled.state == "done" else 3
+
+
+async def _backfill(order: Order, settings: Settings) -> int:
+    asked = BackfillRequest(job="colours", root=order.root)
+    async with backfills.begun(asked, settings) as (plan, opened):
+        if opened is None:
+            return 0
+        async with backfills.coordinator_ledger(settings) as ledger:
+            due = [each.partition for each in plan.due]
+            work = BackfillWork(
+                ledger, settings, opened, asked, due, lambda: Here(settings, order.times), order.times
+            )
+            await work.run()
+    return 0 if work.backfill.state == "done" else 3
+
+
+@dataclass(frozen=True)
+class Here:
+    """A worker that is this process."""
+
+    settings: Settings
+    times: LeaseTimes
+
+    async def work(self, request: RunRequest) -> PartitionEnded:
+        return await backfills.work_partition(request, self.settings, self.times)
 
 
 async def _steer(order: Order, run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from tests.faults.summary import Tally
 KILLED_THERE = "killed at a failpoint"
 #: A cap that stops a run, and one that lets it go on: resumed without any it would keep the first.
 TIGHT, AMPLE = {"request": {"budget": "0.0005 USD"}}, {"request": {"budget": "1 USD"}}
+
+STEPS_OF_BACKFILLS, BACKFILL = ("open_backfill", "change_backfill"), {"backfills": True}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,11 @@ def steered(stage: Stage, failpoint: str) -> int:
     return stage.run(failpoint=failpoint, steers=True)
 
 
+def backfilled(stage: Stage, failpoint: str) -> int:
+    """The input is a backfill's only partition."""
+    return stage.run(failpoint=failpoint, **BACKFILL)
+
+
 SCENES: dict[str, Callable[[Stage, str], int]] = {
     "bury": after_a_crash,
     "close_grants": near_the_cap,
@@ -62,6 +70,7 @@ SCENES: dict[str, Callable[[Stage, str], int]] = {
     "change_limits": steered,
     "change_cap": steered,
     "fail": spoiled,
+    **dict.fromkeys(STEPS_OF_BACKFILLS, backfilled),
 }
 
 
@@ -72,7 +81,8 @@ def play(stage: Stage, point: str, hit: int) -> bool:
     code = SCENES.get(step, usual)(stage, f"{point}:{hit}")
     assert code in (0, 3, KILLED), stage.told()
     earlier = stage.snapshot()
-    stage.resume(**({"run_id": stage.run_id} if step == "fail" else AMPLE))
+    again: dict[str, Any] = {"fail": {"run_id": stage.run_id}, **{each: BACKFILL for each in STEPS_OF_BACKFILLS}}
+    stage.resume(**again.get(step, AMPLE))
     assert stage.violations(earlier) == [], stage.told()
     return code == KILLED
 

@@ -1,0 +1,103 @@
+"""The steps of a backfill as Prefect shows them: one task run for each partition, by its name."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, cast
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectConcurrentFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import ProcessPoolTaskRunner
+
+from schemas.requests import BackfillRequest, RunRequest
+from schemas.settings import Settings
+from tasks import backfills
+from tasks.backfills import BackfillWork, PartitionEnded, Plan, WorkerDied
+from tasks.ledger.backfills import Backfill
+from tasks.logs import configure, follow_in_prefect
+from tasks.steps import fit_to_be_stored, ignore_interrupts
+
+#: How often a process looks whether the one that started it is still there, and how long it may then take to drain.
+PARENT_EVERY_S, DRAIN_WITHIN_S = 2.0, 60.0
+
+
+async def work_partitions(request: BackfillRequest, plan: Plan, backfill: Backfill) -> BackfillWork:
+    """Work on what is due, each partition in another process than this one; returns what came of it."""
+    settings = Settings()
+    async with get_client() as client:
+        api = {PREFECT_API_URL: str(client.api_url)}  # else each process would start a server of its own
+    async with backfills.coordinator_ledger(settings) as ledger:
+        with ExitStack() as stack:
+            stack.enter_context(temporary_settings(api))
+            threads = stack.enter_context(ThreadPoolExecutor(request.parallel))
+            due = [each.partition for each in plan.due]
+            work = BackfillWork(
+                ledger, settings, backfill, request, due, lambda: PoolWorker(_start_process(stack), threads)
+            )
+            await work.run()
+            return work
+
+
+def _start_process(stack: ExitStack) -> ProcessPoolTaskRunner:
+    """A process that outlives the others. A pool each: a pool that loses one process ends all of its others."""
+    return stack.enter_context(
+        ProcessPoolTaskRunner(max_workers=1, initializer=begin_process, initargs=(os.getpid(),))
+    )
+
+
+def begin_process(parent: int) -> None:
+    """Leave Ctrl-C to the process that started this one, and end soon after it, whatever became of it."""
+    ignore_interrupts()
+    threading.Thread(target=_end_with, args=(parent,), name="farthing-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Once the parent is gone: SIGTERM, by which a lane drains; again and again, since an idle pool would stay."""
+    while True:
+        time.sleep(PARENT_EVERY_S)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(DRAIN_WITHIN_S)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolWorker:
+    """One process of Prefect's; `threads` are where its replies are waited for."""
+
+    runner: ProcessPoolTaskRunner
+    threads: Executor
+
+    async def work(self, request: RunRequest) -> PartitionEnded:
+        """Do a run in the process, shown as a task run. Raises WorkerDied, and what the run raises."""
+        given = {"request": request, "partition": request.partitions[0]}
+        submitted: PrefectConcurrentFuture[Coroutine[Any, Any, PartitionEnded]] = self.runner.submit(
+            work_partition, given
+        )
+        try:
+            return cast(
+                PartitionEnded, await asyncio.get_running_loop().run_in_executor(self.threads, submitted.result)
+            )
+        except BrokenProcessPool:
+            raise WorkerDied from None
+
+
+@task(name="partition", task_run_name="{partition}", cache_policy=NO_CACHE, persist_result=False)
+async def work_partition(request: RunRequest, partition: str) -> PartitionEnded:
+    """Do the run of one partition, of which the task run has the name."""
+    settings = Settings()
+    configure(json_lines=settings.log_json)
+    follow_in_prefect()
+    with fit_to_be_stored():
+        return await backfills.work_partition(request, settings)
