@@ -19,8 +19,15 @@ def _check_sum(given: str | None) -> str | None:
     return given
 
 
-#: A sum of money as a user writes it.
+def _check_limit(given: str | None) -> str | None:
+    if given is not None and Money.parse(given).pico == 0:
+        raise ValueError("nothing is cheaper than that; write a sum, like `25 USD`")
+    return given
+
+
+#: Sums of money as a user writes them.
 Sum = Annotated[str | None, AfterValidator(_check_sum)]
+Limit = Annotated[str | None, AfterValidator(_check_limit)]
 
 
 class RunRequest(BaseModel):
@@ -87,7 +94,7 @@ class BackfillRequest(BaseModel):
     partitions: tuple[str, ...] = ()
     changed: bool = False
     dead: bool = False
-    if_cheaper_than: Sum = None
+    if_cheaper_than: Limit = None
     parallel: int = Field(default=2, ge=1, le=64)
     budget: Sum = None
     when: When | None = None

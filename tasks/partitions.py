@@ -13,12 +13,15 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
+from uuid import UUID
 
+import structlog
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
 from prefect.task_runners import ProcessPoolTaskRunner
 
 from schemas.requests import BackfillRequest, RunRequest
@@ -28,6 +31,8 @@ from tasks.backfills import BackfillWork, PartitionEnded, Plan, WorkerDied
 from tasks.ledger.backfills import Backfill
 from tasks.logs import configure, follow_in_prefect
 from tasks.steps import fit_to_be_stored, ignore_interrupts
+
+log = structlog.get_logger("farthing.partitions")
 
 #: How often a process looks whether the one that started it is still there, and how long it may then take to drain.
 PARENT_EVERY_S, DRAIN_WITHIN_S = 2.0, 60.0
@@ -90,7 +95,17 @@ class PoolWorker:
                 PartitionEnded, await asyncio.get_running_loop().run_in_executor(self.threads, submitted.result)
             )
         except BrokenProcessPool:
+            await _show_crash(submitted.task_run_id)
             raise WorkerDied from None
+
+
+async def _show_crash(task_run_id: UUID) -> None:
+    """Say for a process that is gone how its task run ended; it would be shown as running for ever."""
+    try:
+        async with get_client() as client:
+            await client.set_task_run_state(task_run_id, Crashed(message="its process died"), force=True)
+    except Exception as error:  # Prefect only shows
+        log.warning("prefect shows no crash", error=type(error).__name__)
 
 
 @task(name="partition", task_run_name="{partition}", cache_policy=NO_CACHE, persist_result=False)

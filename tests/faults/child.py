@@ -127,7 +127,7 @@ async def _enrich(order: Order) -> int:
 
 
 async def _backfill(order: Order, settings: Settings) -> int:
-    asked = BackfillRequest(job="colours", root=order.root)
+    asked = BackfillRequest(job="colours", root=order.root, changed=True)  # each scene has another prompt
     async with backfills.begun(asked, settings) as (plan, opened):
         if opened is None:
             return 0

@@ -251,19 +251,23 @@ async def test_what_another_run_works_on_is_left_to_it(world: World) -> None:
     assert (await plan(world)).due != ()
 
 
-async def test_six_partitions_over_three_processes_one_killed_cost_one_pass_and_what_was_in_flight(
-    world: World,
+@pytest.mark.parametrize("partitions", [6, pytest.param(30, marks=pytest.mark.long)])
+async def test_partitions_over_three_processes_one_killed_cost_one_pass_and_what_was_in_flight(
+    world: World, partitions: int
 ) -> None:
+    days = [f"2026-01-{number:02}" for number in range(1, partitions + 1)]
+    for day in days:
+        write_day(world, day)
     take_time(world, 0.2)
     crew = Crew(world, {"parallel": 3})
     running = asyncio.create_task(crew.run())
     await until(lambda: world.value("SELECT count(*) FROM lane WHERE attempts > 2") >= 3)
     os.kill(world.value("SELECT pid FROM lane WHERE attempts > 2 AND ended_at IS NULL LIMIT 1"), signal.SIGKILL)
-    await asyncio.wait_for(running, 120)
-    assert crew.states == dict.fromkeys(DAYS, "done")
+    await asyncio.wait_for(running, 300)
+    assert crew.states == dict.fromkeys(days, "done")
     assert len(crew.started) == 4
     assert world.sql("SELECT state, lanes, finished_at IS NOT NULL FROM backfill") == [("done", 0, True)]
-    assert world.value("SELECT count(*) FROM document WHERE state = 'result'") == len(DAYS) * DOCUMENTS
+    assert world.value("SELECT count(*) FROM document WHERE state = 'result'") == partitions * DOCUMENTS
     assert world.value("SELECT count(*) FROM lane WHERE ended_because = 'died'") == 1
     lost = world.value("SELECT count(*) FROM attempt WHERE billing = 'unknown'")
     assert lost <= CEILING
