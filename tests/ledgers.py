@@ -49,6 +49,13 @@ JOB = Job(
     measure="colour",
 )
 
+#: A backfill that nobody works on, with its budget.
+BACKFILL = """
+    INSERT INTO budget (currency, cap, is_simulated, name, declared) VALUES ('USD', 5, false, 'backfill 1', 5);
+    INSERT INTO backfill (job, is_simulated, asked, partitions, documents, currency, cap, state)
+    VALUES ('colours', false, '{}', '{a,b}', 6, 'USD', 5, 'paused')
+"""
+
 
 def text_digest(number: int) -> bytes:
     """What stands for the text of document `number`."""

@@ -1,6 +1,7 @@
 """The digests that a run is settled with: one over its rows, one over its answers, which may be purged later.
 
-Columns are named one by one, so that a column of a later version changes no digest; instants are seconds and
+Columns are named one by one, so that a column of a later version changes no digest, nor does a line that only runs
+of a later version have; instants are seconds and
 confidences their bytes, so that no setting of a server does. Each is hashed in buckets of 10,000 documents, since one
 string of them all would pass Postgres's limit of 1 GB.
 """
@@ -68,6 +69,9 @@ _ROWS = text(
         SELECT 7, document_no, 0, ROW(document_no, label)::text FROM label WHERE run_id = :run_id
         UNION ALL
         SELECT 8, file_no, 0, ROW(file_no, partition)::text FROM input_file WHERE run_id = :run_id
+        UNION ALL
+        SELECT 9, 0, 0, ROW(backfill_id, reuses)::text
+        FROM run WHERE run_id = :run_id AND num_nonnulls(backfill_id, reuses) > 0
     )"""  # noqa: S608 (made of our own constants)
     + _HASHED
 )

@@ -17,7 +17,7 @@ from psycopg import errors, sql
 from schemas.tables import metadata
 from tasks.ledger.connection import Ledger
 from tests.integration.rights import declared, found
-from tests.ledgers import run_everything
+from tests.ledgers import BACKFILL, run_everything
 
 #: Roles are the whole server's, and so are the locks on them: one worker at a time.
 pytestmark = pytest.mark.xdist_group("rights")
@@ -64,6 +64,7 @@ async def ground(ledger: Ledger, ledger_url: str) -> AsyncIterator[Ground]:
     await run_everything(ledger)
     with psycopg.connect(ledger_url, autocommit=True, options="-c search_path=farthing") as root:
         root.execute("INSERT INTO cost_adjustment (run_id, amount, evidence) VALUES (1, 5, 'an export')")
+        root.execute(BACKFILL)
         yield Ground(ledger_url, root)
 
 
@@ -192,6 +193,8 @@ def test_a_lane_appends_and_rewrites_nothing(ground: Ground) -> None:
             "UPDATE budget_grant SET amount = 1",
             "UPDATE run SET budget_id = 2",
             "UPDATE run SET is_simulated = true",
+            "UPDATE run SET reuses = NULL",
+            "UPDATE backfill SET cap = cap * 2",
             "UPDATE shard SET document_count = 1",
             "UPDATE lane SET run_id = 2",
             "SELECT FROM attempt_outcome FOR UPDATE",
@@ -242,7 +245,7 @@ def test_an_auditor_s_function_sees_no_row_that_a_view_hides(ground: Ground) -> 
 
 
 def test_even_the_owner_is_stopped_by_triggers(ground: Ground) -> None:
-    state = {"run", "shard", "lane", "budget"}
+    state = {"run", "backfill", "shard", "lane", "budget"}
     with ground.root.transaction(force_rollback=True):
         ground.root.execute("SET LOCAL ROLE farthing_owner")
         for table in TABLES:
