@@ -596,12 +596,14 @@ def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: boo
 
 
 def _exit_code(audit: Audit, proof: Proof, job: Job) -> int:
+    from schemas.announcements import exceeds
+
     if not proof.proved:
         return LedgerMismatch.exit_code
     if audit.state != "done":
         is_unpaid = audit.reason == "key" and not audit.cost_pico and not audit.unknown_pico
         return ConfigurationError.exit_code if is_unpaid else PAUSED
-    return int(audit.dead_letters > job.tolerance * audit.documents)
+    return int(exceeds(audit.dead_letters, audit.documents, job.tolerance))
 
 
 @app.command()

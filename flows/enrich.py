@@ -13,6 +13,7 @@ from prefect import flow
 from schemas.jobs import When
 from schemas.requests import RunRequest
 from schemas.settings import Settings
+from tasks.announcements import announced
 from tasks.artifacts import show_report, shown_progress
 from tasks.enrichment import paused_if_cut_short
 from tasks.logs import configure, follow_in_prefect
@@ -50,7 +51,7 @@ async def enrich(
     follow_in_prefect()
     guard_temporary_server()
     run = await open_run(request)
-    async with paused_if_cut_short(settings, run):
+    async with announced(run, settings), paused_if_cut_short(settings, run):
         async with shown_progress(run, settings):
             ended = await work_lanes(request, run)
         settled = await settle_run(run, ended)

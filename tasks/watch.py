@@ -117,7 +117,8 @@ class Watch:
             hit = 0 if reply.usage is None else reply.usage.hit // UNIT_TOKENS * UNIT_TOKENS
             tally.prefix_tokens = max(hit, primer.least)
             kind = "cache_cold" if primer.is_cold else "primed"
-            self._tell(kind, {"tier": tier, "attempts": primer.attempts, "prefix_tokens": tally.prefix_tokens})
+            detail = {"tier": tier, "attempts": primer.attempts, "prefix_tokens": tally.prefix_tokens}
+            self._tell(kind, detail | {"served_model": reply.served_model})  # by which a later lane's is compared
 
     def _judge_sample(self, tier: str, tally: _Tally) -> None:
         expected = tally.replies * tally.prefix_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, insert, select, text, update
@@ -51,6 +52,7 @@ class Run:
 
     One that is part of a backfill shares them with its other runs, over `sharing` lanes together. `reuses`: by tier,
     the model that must have served a result that is reused; None: any.
+    `tolerance` is the share of documents that may end as dead letters.
     """
 
     run_id: RunId
@@ -69,6 +71,7 @@ class Run:
     backfill_id: int | None = None
     sharing: int = 0
     reuses: Mapping[str, str] | None = None
+    tolerance: Decimal = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,6 +459,7 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
             select(
                 *(r.job, r.state, r.reason, r.documents, r.currency, r.budget_id, b.cap, r.is_simulated, b.name),
                 r.policy["ladder"].label("ladder"),
+                r.policy["tolerance"].astext.label("tolerance"),
                 r.concurrency.op("||")(r.limits).label("ceilings"),
                 *(r.backfill_id, r.reuses, func.coalesce(tables.backfill.c.lanes, 0).label("sharing")),
             )
@@ -483,4 +487,5 @@ async def _read(connection: AsyncConnection, run_id: RunId, *, is_resumed: bool 
         backfill_id=found.backfill_id,
         sharing=found.sharing,
         reuses=found.reuses,
+        tolerance=Decimal(found.tolerance),
     )

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from schemas.announcements import RunEvent
 from schemas.errors import ConfigurationError
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
@@ -482,6 +483,10 @@ _BACKFILL_RUNS = text("""
 
 _EVENTS = text("SELECT happened_at, kind, detail FROM event WHERE run_id = :run ORDER BY event_id DESC LIMIT :most")
 
+_ALL_EVENTS = text("""
+    SELECT event_id, happened_at, kind, detail FROM event WHERE run_id = :run AND kind = ANY(:kinds) ORDER BY event_id
+""")
+
 
 async def audit(ledger: Ledger, *, run: int | None = None, job: str | None = None) -> Audit:
     """What a run, a job's runs, or (neither given) the whole ledger cost, from one snapshot of the rows.
@@ -529,6 +534,12 @@ async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) ->
         events = await _read_rows(connection, _EVENTS, Event, {"run": run_id, "most": RECENT_EVENTS})
         shared = await _read_shared(connection, row.pop("budget_name"), row["is_simulated"], [run_id])
         return Progress(events=events, shared_budget=shared, **row)
+
+
+async def list_events(ledger: Ledger, run_id: int, kinds: Sequence[str]) -> tuple[RunEvent, ...]:
+    """All events of these kinds that the run had so far, the oldest first. One may yet appear before the last."""
+    async with ledger.transaction() as connection:
+        return await _read_rows(connection, _ALL_EVENTS, RunEvent, {"run": run_id, "kinds": list(kinds)})
 
 
 async def list_living_lanes(ledger: Ledger) -> list[tuple[int, int]]:

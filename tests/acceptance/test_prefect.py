@@ -26,11 +26,13 @@ import yaml
 from prefect.flows import load_flow_from_entrypoint
 
 from sandbox import postgres
+from tests.world import JOB, PROMPT, SCHEMA, write_documents
 
 ROOT = Path(__file__).parents[2]
 #: One server serves all of these tests, so one worker runs them.
 pytestmark = pytest.mark.xdist_group("prefect")
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+AUTOMATIONS = yaml.safe_load((ROOT / "automations.yaml").read_text())["automations"]
 
 
 @dataclass(frozen=True)
@@ -245,3 +247,58 @@ class Beside:
         assert done.returncode == code, done.stderr
         found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+
+def test_automations_hear_of_a_budget_that_is_reached_of_dead_letters_and_of_the_end(
+    server: Server, played: str, tmp_path: Path
+) -> None:
+    """The examples are there, and off until somebody turns them on."""
+    server.command(sys.executable, "-m", "prefect", "automation", "create", "--from-file", "automations.yaml")
+    triggers = {trigger["name"] for deployment in DEPLOYMENTS for trigger in deployment.get("triggers", ())}
+    made = {found["name"]: found["enabled"] for found in server.post("automations/filter")}
+    assert made == dict.fromkeys(triggers | {each["name"] for each in AUTOMATIONS}, False)
+
+    job = write_job_with_dead_letters(tmp_path)
+    example = dict(next(each for each in AUTOMATIONS if each["trigger"]["expect"] == ["farthing.budget.reached"]))
+    example["trigger"]["match"]["farthing.simulated"] = "true"
+    automation = server.post("automations/", **example | {"name": "heard", "enabled": True})["id"]
+    farthing = [sys.executable, "-m", "farthing", "run", str(job), "--sandbox", "--json", "--budget"]
+    for budget, exit_code in (("0.002 USD", 3), ("5 USD", 1)):
+        done = subprocess.run([*farthing, budget], cwd=ROOT, env=server.environment, capture_output=True, text=True)
+        assert done.returncode == exit_code, done.stderr
+    run = json.loads(done.stdout)["run"]
+
+    heard = wait_for_events(server, f"farthing.run.{run}", "farthing.run.done")
+    names = [event["event"].removeprefix("farthing.") for event in heard]
+    assert sorted(names) == ["budget.reached", "dead_letters.above_tolerance", "run.done", "run.paused"]
+    payloads = {event["event"]: event["payload"] for event in heard}
+    assert payloads["farthing.run.paused"]["reason"] == "budget"
+    assert payloads["farthing.run.paused"]["budget"] == "$0.00200"
+    assert payloads["farthing.run.done"]["dead_letters"] == 3
+    assert {payload["job"] for payload in payloads.values()} == {"tombs"}
+    roles = {related["prefect.resource.role"] for related in heard[0]["related"]}
+    assert {"job", "flow", "flow-run"} <= roles
+    assert "document" not in json.dumps([[event["resource"], event["related"]] for event in heard])
+    wait_for_events(server, f"prefect.automation.{automation}", "prefect.automation.triggered")
+
+
+def write_job_with_dead_letters(folder: Path) -> Path:
+    """A job of which three documents have no text, and more than its tolerance end without a result."""
+    texts = [None, None, None, *(f"document {number} is about a colour" for number in range(40))]
+    write_documents(folder, texts)
+    (folder / "prompt.md").write_text(PROMPT)
+    (folder / "answer.schema.json").write_text(SCHEMA)
+    job = JOB.replace("tolerance: 1", "tolerance: 0.01").replace("name: colours", "name: tombs")
+    (folder / "job.yaml").write_text(job.replace("documents.parquet", str(folder / "documents.parquet")))
+    return folder / "job.yaml"
+
+
+def wait_for_events(server: Server, resource: str, awaited: str) -> list[dict[str, Any]]:
+    """The events of a resource, once the one that is awaited is among them."""
+    events: list[dict[str, Any]] = []
+    for _ in range(150):
+        events = server.post("events/filter", filter={"resource": {"id": [resource]}})["events"]
+        if any(event["event"] == awaited for event in events):
+            return events
+        time.sleep(0.2)
+    raise AssertionError(f"{awaited} is not in {events}")

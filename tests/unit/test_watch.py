@@ -126,7 +126,8 @@ async def test_a_primed_cache_is_told_of_with_the_prefix_that_hit() -> None:
     watch = watch_of(ledger)
     prime(watch, Usage(hit=800, miss=10, output=5))
     await watch.close()
-    assert ledger.events == [("primed", {"tier": "flash", "attempts": 3, "prefix_tokens": 768})]
+    primed = {"tier": "flash", "attempts": 3, "prefix_tokens": 768, "served_model": "m"}
+    assert ledger.events == [("primed", primed)]
 
 
 @pytest.mark.parametrize("usage", [None, MISS, Usage(hit=128, miss=612, output=5)])
@@ -138,7 +139,7 @@ async def test_a_cold_cache_is_told_of_and_what_it_costs_too(usage: Usage | None
     see(watch, *[served("m", usage=MISS)] * SAMPLE)
     await watch.close()
     cold, lost = ledger.events
-    assert cold == ("cache_cold", {"tier": "flash", "attempts": 3, "prefix_tokens": 640})
+    assert cold == ("cache_cold", {"tier": "flash", "attempts": 3, "prefix_tokens": 640, "served_model": "m"})
     assert (lost[0], lost[1]["lost_pico"]) == ("cache_lost", SAMPLE * 640 * (150_000 - 3_000))
 
 
