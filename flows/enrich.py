@@ -19,6 +19,7 @@ from tasks.enrichment import paused_if_cut_short
 from tasks.logs import configure, follow_in_prefect
 from tasks.prefect_server import guard_temporary_server
 from tasks.steps import open_run, outcome, settle_run, work_lanes
+from tasks.telemetry import traced
 
 
 @flow(name="enrich", flow_run_name="enrich-{job}", retries=0, persist_result=False)
@@ -51,7 +52,7 @@ async def enrich(
     follow_in_prefect()
     guard_temporary_server()
     run = await open_run(request)
-    async with announced(run, settings), paused_if_cut_short(settings, run):
+    async with traced(settings, run), announced(run, settings), paused_if_cut_short(settings, run):
         async with shown_progress(run, settings):
             ended = await work_lanes(request, run)
         settled = await settle_run(run, ended)

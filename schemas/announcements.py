@@ -72,7 +72,7 @@ def _of_state(event: RunEvent) -> Iterator[Announcement]:
             if reason == "budget":
                 yield Announcement("farthing.budget.reached", event)
         case "cache_lost":
-            lost = {
+            lost: dict[str, str | int] = {
                 "tier": plain(str(detail["tier"])),
                 "replies": int(detail["replies"]),
                 "lost": str(detail["lost"]),

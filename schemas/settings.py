@@ -28,6 +28,10 @@ class Settings(BaseSettings):
     base_url: str = Field(default="https://api.deepseek.com", validation_alias="DEEPSEEK_BASE_URL")
     #: Events as JSON lines on stderr, for a log collector.
     log_json: bool = False
+    #: Metrics and traces by OpenTelemetry, to where its own variables (OTEL_EXPORTER_OTLP_…) say. Of attempts that
+    #: are alike each `otel_every`-th is traced.
+    otel: bool = False
+    otel_every: int = Field(default=100, ge=1)
     #: The price card, for a provider that has no `/user/balance` to tell it (a self-hosted one).
     currency: Currency | None = None
     #: Set by the sandbox, never by a user: the provider is the emulator, so figures are simulated, and its

@@ -47,7 +47,7 @@ _LABELS = 5000
 _GONE_WITHIN_S = 1.0
 _BUFFER = 1024 * 1024
 #: Not for the process that reads. What object stores want (AWS_, GOOGLE_) it needs.
-_SECRETS = ("FARTHING_", "DEEPSEEK_", "PREFECT_", "OPENAI_", "PG")
+_SECRETS = ("FARTHING_", "DEEPSEEK_", "PREFECT_", "OPENAI_", "OTEL_", "PG")
 
 
 class Running(Protocol):

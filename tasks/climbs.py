@@ -35,6 +35,7 @@ from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
 from tasks.off_peak import Gate
 from tasks.priming import Primer
+from tasks.telemetry import Telemetry, UnderWay
 from tasks.waits import Waits
 from tasks.watch import Watch
 from tasks.writer import Writer
@@ -80,6 +81,8 @@ class Climber:
     now: Callable[[], datetime]
     tick: Callable[[], float]
     gate: Gate
+    #: What the lane tells an operator's own tools; None: nobody asked.
+    telemetry: Telemetry | None = None
     breaker: Breaker = field(default_factory=Breaker)
     retry_budget: RetryBudget = field(default_factory=RetryBudget)
     backing_off: int = 0
@@ -138,14 +141,16 @@ class Climber:
                     step, work = await self._give_up(work)
                     reservation.used = 0
                     return step, work
+                began_s = self.tick()
                 reply = await self._send(call)
+                under_way = UnderWay(began_s, self.tick())
                 place.leave(reply.signal, reply.ceiling)
                 if is_priming:
                     primer.see(reply)
                 self.watch.see(tier, reply, primer, is_priming=is_priming)
                 self._note(reply, work.position)
                 booking = self._book(reply, call, reserved)
-                step, work = await self._record(work, reply, booking)
+                step, work = await self._record(work, reply, booking, under_way)
                 reservation.used = booking.used  # only now is it durable: until then all of it counts as spent
         if booking.alarm:
             raise ProviderStopped(f"{booking.alarm}: the run stops so that nobody pays for a surprise")
@@ -213,7 +218,9 @@ class Climber:
             return booking
         return Booking(None, None, reserved.worst, f"{booking.price.model} served, which is not on the job's ladder")
 
-    async def _record(self, work: Work, reply: Reply, booking: Booking) -> tuple[Step, Work]:
+    async def _record(
+        self, work: Work, reply: Reply, booking: Booking, under_way: UnderWay | None = None
+    ) -> tuple[Step, Work]:
         """Judge the reply, and make what it came to durable."""
         judgement = judge(self.job, work.document, reply, work.position.rung)
         step = advance(work.position, reply.signal, judgement.verdict, len(self.job.ladder))
@@ -225,6 +232,9 @@ class Climber:
             bare = replace(reply, detail="", served_model=None, fingerprint=None, provider_id=None)
             outcome = self._outcome(work, bare, booking, Judgement(judgement.verdict))
             is_kept = await self.records.put(Record(outcome, self._ending(work, step, Judgement(None))))
+        if self.telemetry is not None:
+            kind = (self.job.ladder[work.position.rung].name, work.position.purpose, work.lease.shard_no)
+            self.telemetry.see_attempt(*kind, reply, booking, under_way)
         if not is_kept:
             raise LeaseLost(f"another lane owns shard {work.lease.shard_no} now")
         if judgement.verdict is Verdict.INVALID_ANSWER:

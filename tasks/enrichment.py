@@ -35,7 +35,7 @@ from schemas.off_peak import guard_of, tariff_of
 from schemas.pricing import Price, PriceBook, load_price_book
 from schemas.requests import RunRequest
 from schemas.settings import Settings
-from tasks import spill
+from tasks import spill, telemetry
 from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
 from tasks.jobs import find_place, load_job
@@ -67,6 +67,7 @@ class Provider:
 
 async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> Run:
     """Check everything, then resume or open the run. Raises ConfigurationError, UnknownPrice and the like: exit 2."""
+    telemetry.require(settings)
     job = load_job(request.job, request.root)
     book = load_price_book()
     async with (
@@ -153,9 +154,10 @@ async def work_lane(
         if plan.when is When.OFF_PEAK:  # the view off_peak_saving goes by this
             await runs.note(ledger, run.run_id, "off_peak", {"lane": lane_id}, key=f"off_peak {lane_id}")
         kept = await Spill.of(ledger, spill_of(settings), run.run_id, lane_id)
-        lane = Lane(ledger, lane_id, completions, bulkhead, plan, kept)
-        with draining_on_signals(lane):
-            return await lane.run_shards()
+        async with telemetry.measured(settings, run, lane_id) as recorder:
+            lane = Lane(ledger, lane_id, completions, bulkhead, plan, kept, recorder)
+            with draining_on_signals(lane):
+                return await lane.run_shards()
 
 
 async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: LeaseTimes = USUAL_TIMES) -> Run:

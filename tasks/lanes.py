@@ -48,6 +48,7 @@ from tasks.patience import Patience
 from tasks.priming import PRIMING, Primer
 from tasks.shards import ShardWork
 from tasks.spill import Spill
+from tasks.telemetry import Telemetry
 from tasks.waits import Waits
 from tasks.watch import Watch
 from tasks.writer import Writer
@@ -135,6 +136,7 @@ class Lane:
     bulkhead: Bulkhead
     plan: LanePlan
     spill: Spill | None = None
+    telemetry: Telemetry | None = None
     climber: Climber = field(init=False)
     _slots: asyncio.Semaphore = field(init=False)
     #: So many documents may be in progress.
@@ -181,8 +183,11 @@ class Lane:
                 give_up_after_s=GIVE_UP_S * (plan.scale or 1.0),
             ),
             retry_budget=RetryBudget(trickle_per_s=1 / max(plan.scale, 0.001)),
+            telemetry=self.telemetry,
             draining=self._patience.draining,
         )
+        if self.telemetry is not None:
+            self.telemetry.watch(lambda: self.in_flight, self.climber.limiters)
 
     async def run_shards(self) -> Ended:
         """Work until no shard is left, or something makes the lane drain or give up. Leaves nothing in flight."""
@@ -314,7 +319,8 @@ class Lane:
         )
         number = claimed.shard.shard_no
         self._working.add(number)
-        task = shards.create_task(self.plan.show(f"shard-{number:05d}", work.finish))
+        finish = work.finish if self.telemetry is None else partial(self.telemetry.shard, number, work.finish)
+        task = shards.create_task(self.plan.show(f"shard-{number:05d}", finish))
         task.add_done_callback(lambda _: self._working.discard(number))
         await work.started.wait()
 
@@ -330,6 +336,9 @@ class Lane:
 
     async def _commit_records(self, records: Sequence[Record]) -> Sequence[bool]:
         lost = await attempts.record(self.ledger, self.plan.run.run_id, self.lane_id, records)
+        if self.telemetry is not None:
+            endings = [record.ending for record in records if record.ending is not None]
+            self.telemetry.see_endings([ending for ending in endings if ending.lease not in lost])
         return [record.ending is None or record.ending.lease not in lost for record in records]
 
     async def _beat(self) -> None:

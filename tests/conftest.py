@@ -17,7 +17,7 @@ from tests.faults import summary
 #: The migrated database that `ledger_url` copies.
 TEMPLATE = "migrated"
 #: What the README tells users to set. A test that met it would use, and pay for, whatever is meant by it.
-SETTINGS = ("FARTHING_", "DEEPSEEK_", "PREFECT_API_")
+SETTINGS = ("FARTHING_", "DEEPSEEK_", "PREFECT_API_", "OTEL_")
 
 # Before any test, worker or child begins. Where chance begins and how long faults go on is for whoever runs them.
 for name in [name for name in os.environ if name.startswith(SETTINGS) and not name.startswith("FARTHING_FAULTS_")]:

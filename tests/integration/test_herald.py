@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from structlog.testing import capture_logs
@@ -13,6 +14,7 @@ from schemas.records import DocumentState, Record
 from tasks.announcements import Herald
 from tasks.ledger import runs
 from tests.ledgers import JOB, Hand, lane_ledger, opening, value
+from tests.world import make_world
 
 
 @dataclass
@@ -81,6 +83,21 @@ async def test_dead_letters_above_the_tolerance_are_noted_once_and_told(ledger_u
     assert (first["id"], first["event"]) == (second["id"], second["event"])
     noted = "SELECT count(*) FROM run_event WHERE kind = 'dead_letters_above_tolerance'"
     assert value(ledger_url, noted) == 1
+
+
+async def test_a_run_that_goes_on_with_another_model_says_so(tmp_path: Path, database_url: str) -> None:
+    prefect = FakePrefect()
+    async with make_world(tmp_path, database_url) as world:
+        await world.run(budget="0.002 USD")
+        world.plan_mishaps({"kind": "served_model"})
+        run, _ = await world.run(budget="1 USD")
+        async with lane_ledger(world.database_url) as ledger:
+            await Herald(ledger, run, prefect.take).look()
+    assert prefect.names == ["model.changed", "run.done"]
+    changed, done = (event["payload"] for event in prefect.events)
+    assert (changed["tier"], changed["documents"], done["done"]) == ("flash", 60, 60)
+    assert changed["from"] != changed["to"]
+    assert prefect.events[0]["resource"]["farthing.simulated"] == "true"
 
 
 async def test_what_prefect_s_server_did_not_hear_it_hears_when_it_is_back(ledger_url: str) -> None:

@@ -33,6 +33,7 @@ MAY_IMPORT = {
 DOORS = {
     "pyarrow": ("tasks/documents/", "sandbox/"),
     "openai": ("tasks/completions.py",),
+    "opentelemetry": ("tasks/telemetry.py",),
     "tenacity": ("tasks/completions.py", "tasks/lanes.py", "tasks/waits.py", "tasks/patience.py"),
 }
 
@@ -52,7 +53,7 @@ IO_LIBRARIES = {
         "subprocess",
         "threading",
     ),
-    *("logging", "shutil", "tempfile", "urllib"),
+    *("logging", "opentelemetry", "shutil", "tempfile", "urllib"),
 }
 #: schemas/tables.py says what the tables are, in SQLAlchemy's words; it opens no connection.
 IO_EXCEPTIONS = {("schemas/tables.py", "sqlalchemy")}
@@ -173,6 +174,7 @@ PLANTED = [
     ("tasks/x.py", "import pyarrow.parquet as pq", "only tasks/documents/"),
     ("tasks/ledger/x.py", "from openai import OpenAI", "only tasks/completions.py"),
     ("tasks/x.py", "import tenacity", "only tasks/completions.py"),
+    ("tasks/x.py", "from opentelemetry import trace", "only tasks/telemetry.py"),
     ("flows/x1.py", "from flows import enrich", "not allowed"),
     ("flows/x1.py", "from . import enrich", "not allowed"),
     ("flows/x1.py", "from .enrich import enrich", "not allowed"),
