@@ -14,6 +14,7 @@ from schemas.backfills import Drift
 from schemas.jobs import When
 from schemas.requests import BackfillRequest
 from schemas.settings import Settings
+from tasks.announcements import announced_backfill
 from tasks.artifacts import show_backfill
 from tasks.backfills import begun, outcome
 from tasks.logs import configure, follow_in_prefect
@@ -65,6 +66,7 @@ async def backfill(
         async with begun(request, settings) as (plan, opened):
             if opened is None:
                 return outcome(plan)
-            work = await work_partitions(request, plan, opened)
+            async with announced_backfill(opened.backfill_id, settings):
+                work = await work_partitions(request, plan, opened)
     await show_backfill(opened.backfill_id, settings)
     return outcome(plan, work)

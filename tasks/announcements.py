@@ -26,11 +26,12 @@ from schemas.announcements import (
     announcements,
     exceeds,
 )
+from schemas.attempts import RunId
 from schemas.errors import LedgerUnavailable
 from schemas.money import Currency, Money
 from schemas.settings import Settings
 from tasks.enrichment import lane_ledger
-from tasks.ledger import runs, spend
+from tasks.ledger import backfills, runs, spend
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import USUAL_TIMES
 from tasks.ledger.runs import Run
@@ -45,6 +46,8 @@ LAST_LOOK_S = 10.0
 HEALTH_S = 5.0
 
 
+#: Names the runs that are told of.
+Find = Callable[[Ledger], Awaitable[Sequence[RunId]]]
 #: Takes events as `prefect_event` makes them; False: it could not.
 Tell = Callable[[Sequence[dict[str, Any]]], Awaitable[bool]]
 
@@ -52,8 +55,34 @@ Tell = Callable[[Sequence[dict[str, Any]]], Awaitable[bool]]
 @asynccontextmanager
 async def announced(run: Run, settings: Settings) -> AsyncIterator[None]:
     """Tell Prefect what happens to the run while the block lasts, and how it ended. Call it inside a flow."""
+
+    async def find(_: Ledger) -> Sequence[RunId]:
+        return [run.run_id]
+
+    async with _announced(find, settings):
+        yield
+
+
+@asynccontextmanager
+async def announced_backfill(backfill_id: int, settings: Settings) -> AsyncIterator[None]:
+    """As `announced`, of each run of the backfill that is not done when the block begins."""
+    done: set[RunId] | None = None
+
+    async def find(ledger: Ledger) -> Sequence[RunId]:
+        nonlocal done
+        states = await backfills.find_states(ledger, backfill_id)
+        if done is None:
+            done = {run_id for run_id, state in states.items() if state == "done"}
+        return [run_id for run_id in states if run_id not in done]
+
+    async with _announced(find, settings):
+        yield
+
+
+@asynccontextmanager
+async def _announced(find: Find, settings: Settings) -> AsyncIterator[None]:
     over = asyncio.Event()
-    telling = asyncio.create_task(_tell(run, settings, over))
+    telling = asyncio.create_task(_tell(find, settings, over))
     try:
         yield
     finally:
@@ -64,18 +93,29 @@ async def announced(run: Run, settings: Settings) -> AsyncIterator[None]:
             telling.cancel()
 
 
-async def _tell(run: Run, settings: Settings, over: asyncio.Event) -> None:
+async def _tell(find: Find, settings: Settings, over: asyncio.Event) -> None:
     """Look now and then, and once more when it is over."""
     try:
         async with lane_ledger(settings, USUAL_TIMES.answer_within_s, pool_size=1) as ledger:
-            herald = Herald(ledger, run, tell_prefect)
+            heralds: dict[RunId, Herald] = {}
             while not over.is_set():
-                await herald.look()
+                await _look(heralds, find, ledger)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(over.wait(), EVERY_S)
-            await herald.look()
+            await _look(heralds, find, ledger)
     except Exception as error:
-        log.warning("prefect hears no events", run=run.run_id, error=type(error).__name__)
+        log.warning("prefect hears no more events of this flow", error=type(error).__name__)
+
+
+async def _look(heralds: dict[RunId, Herald], find: Find, ledger: Ledger) -> None:
+    try:
+        for run_id in await find(ledger):
+            if run_id not in heralds:
+                heralds[run_id] = Herald(ledger, await runs.find_run(ledger, run_id), tell_prefect)
+            if not heralds[run_id].is_done:
+                await heralds[run_id].look()
+    except LedgerUnavailable as error:
+        log.warning("prefect hears no events for now", error=str(error))
 
 
 @dataclass
@@ -89,15 +129,13 @@ class Herald:
     _has_looked: bool = False
     #: So many announcements wait for Prefect's server to come back.
     _untold: int = 0
+    #: The run is done, and everything is told.
+    is_done: bool = False
 
     async def look(self) -> None:
-        """Tell what is new. Where Postgres or Prefect is away, the next look has it."""
-        try:
-            progress = await spend.progress(self.ledger, self.run.run_id)
-            found = announcements(await self._read_events(progress))
-        except LedgerUnavailable as error:
-            log.warning("prefect hears no events for now", run=self.run.run_id, error=str(error))
-            return
+        """Tell what is new. Where Prefect is away, the next look has it. Raises LedgerUnavailable, as that has, too."""
+        progress = await spend.progress(self.ledger, self.run.run_id)
+        found = announcements(await self._read_events(progress))
         await self._tell([each for each in found if each.identity(self.run.run_id) not in self._told], progress)
 
     async def _read_events(self, progress: Progress) -> Sequence[RunEvent]:
@@ -120,6 +158,7 @@ class Herald:
         if fresh and await self.tell([prefect_event(each, progress) for each in fresh]):
             self._told.update(each.identity(progress.run) for each in fresh)
             self._untold = 0
+            self.is_done = any(each.event.kind == "done" for each in fresh)
         elif len(fresh) != self._untold:
             names = sorted({each.name for each in fresh})
             log.warning("prefect's server is away and hears no events", run=progress.run, names=names)

@@ -37,7 +37,7 @@ from schemas.pricing import PriceBook, load_price_book
 from schemas.requests import BackfillRequest, RunRequest
 from schemas.selection import choose_partitions, name_partitions
 from schemas.settings import Settings
-from tasks import enrichment, samples
+from tasks import enrichment, samples, telemetry
 from tasks.bulkhead import Bulkhead
 from tasks.completions import utc_now
 from tasks.jobs import load_job
@@ -230,7 +230,7 @@ def _wanted(plan: Plan, settings: Settings) -> Wanted:
 async def work_partition(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> PartitionEnded:
     """One partition's run, in this process: open or resume it, work one lane, settle it."""
     run = await enrichment.open_run(request, settings, times)
-    async with enrichment.paused_if_cut_short(settings, run):
+    async with telemetry.traced(settings, run), enrichment.paused_if_cut_short(settings, run):
         ended = await enrichment.work_lane(request, settings, run, times=times)
     settled = await enrichment.settle_run(settings, run, [ended], times)
     reason = None if settled.state == "done" else settled.reason

@@ -245,12 +245,18 @@ async def change_backfill(ledger: Ledger, backfill_id: int, **changes: Any) -> N
         await connection.execute(update(tables.backfill).where(mine).values({**changes, **instant}))
 
 
+async def find_states(ledger: Ledger, backfill_id: int) -> dict[RunId, str]:
+    """The state of each of its runs, in the order they were opened."""
+    run = tables.run.c
+    query = select(run.run_id, run.state).where(run.backfill_id == backfill_id).order_by(run.run_id)
+    async with ledger.transaction() as connection:
+        return {RunId(run_id): state for run_id, state in await connection.execute(query)}
+
+
 async def find_running(ledger: Ledger, backfill_id: int) -> list[RunId]:
     """Those of its runs that are not paused or over."""
-    run = tables.run.c
-    query = select(run.run_id).where(run.backfill_id == backfill_id, run.state == "running").order_by(run.run_id)
-    async with ledger.transaction() as connection:
-        return [RunId(run_id) for (run_id,) in await connection.execute(query)]
+    states = await find_states(ledger, backfill_id)
+    return [run_id for run_id, state in states.items() if state == "running"]
 
 
 async def find_drift(ledger: Ledger, backfill_id: int) -> dict[str, list[str]]:

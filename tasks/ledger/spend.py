@@ -576,11 +576,11 @@ async def list_backfill(ledger: Ledger, backfill_id: int) -> list[BackfillRun]:
 
 
 def by_partition(runs: Sequence[BackfillRun]) -> list[PartitionSpend]:
-    """A backfill's runs added up by partition, in the order those were begun."""
+    """A backfill's runs added up by partition, in the order of their names."""
     of: dict[str, list[BackfillRun]] = {}
     for run in runs:
         of.setdefault(run.partition, []).append(run)
-    return [_spend(mine) for mine in of.values()]
+    return [_spend(of[name]) for name in sorted(of)]
 
 
 def _spend(runs: Sequence[BackfillRun]) -> PartitionSpend:

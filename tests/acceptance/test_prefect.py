@@ -27,6 +27,7 @@ import yaml
 from prefect.flows import load_flow_from_entrypoint
 
 from sandbox import postgres
+from sandbox.licences import write_corpus
 from tests.world import JOB, PROMPT, SCHEMA, write_documents
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,7 @@ def played(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     own = ("source ", "prefect server start", "export PREFECT_API_URL")
     played = [line for line in commands if not line.startswith(own)]
     assert len(commands) - len(played) == len(own)
+    write_corpus(ROOT / "data" / "licences")  # the README's reader has them from `make demo`
     environment = server.environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     told = tmp_path_factory.mktemp("played") / "told"
     with told.open("wb") as log:
@@ -226,6 +228,8 @@ def test_a_backfill_has_a_task_run_for_each_partition_and_costs_what_was_billed(
         of_this = {"flow_runs": {"id": {"any_": [artifact["flow_run_id"]]}}}
         tasks = {task["name"]: task["state_type"] for task in server.post("task_runs/filter", **of_this)}
         assert tasks == dict.fromkeys(partitions[:2], "COMPLETED")
+        for run_id in (1, 2):
+            wait_for_events(server, f"farthing.run.{run_id}", "farthing.run.done")
 
         assert beside.farthing(*asked, "--yes")["due"] == []
         assert beside.farthing("sandbox", "bill") == bill
