@@ -133,7 +133,7 @@ class Herald:
     is_done: bool = False
 
     async def look(self) -> None:
-        """Tell what is new. Where Prefect is away, the next look has it. Raises LedgerUnavailable, as that has, too."""
+        """Tell what is new. Where Prefect is away, the next look has it; raises LedgerUnavailable."""
         progress = await spend.progress(self.ledger, self.run.run_id)
         found = announcements(await self._read_events(progress))
         await self._tell([each for each in found if each.identity(self.run.run_id) not in self._told], progress)
