@@ -170,6 +170,7 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
     try:
         async with lane_ledger(settings, times.once_within_s) as ledger:
             await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
+            await runs.refresh_statistics(ledger, run)
             is_over = await runs.settle(ledger, run.run_id) is not None
             if not is_over and not await leases.has_living(ledger, run.run_id):
                 reason = reasons[0].reason if reasons else "unfinished"

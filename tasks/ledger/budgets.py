@@ -115,6 +115,7 @@ _LOCK_BUDGET = text("""
 """)
 
 #: Closes anew every one of these grants, and of these lanes' grants, whose books differ from the attempts' rows.
+#: Each attempt is looked up by its key: a join could be one of all pairs, where statistics are older than the run.
 _SETTLE = text("""
     WITH last AS (
         SELECT g.grant_id, g.budget_id, g.amount, c.close_no, coalesce(c.used, g.amount) AS booked
@@ -123,10 +124,13 @@ _SETTLE = text("""
                            ORDER BY close_no DESC LIMIT 1) c ON true
         WHERE g.run_id = :run_id AND (g.lane_id = ANY(:lanes) OR g.grant_id = ANY(:grants))
     ), spent AS (
-        SELECT i.grant_id, sum(coalesce(o.cost, u.bound, i.reserved)) AS used
+        SELECT i.grant_id, sum(coalesce(
+            (SELECT o.cost FROM attempt_outcome o
+             WHERE o.run_id = i.run_id AND o.document_no = i.document_no AND o.attempt_no = i.attempt_no),
+            (SELECT u.bound FROM attempt_unknown u
+             WHERE u.run_id = i.run_id AND u.document_no = i.document_no AND u.attempt_no = i.attempt_no),
+            i.reserved)) AS used
         FROM attempt_intent i
-        LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
-        LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
         WHERE i.run_id = :run_id AND i.grant_id IN (SELECT grant_id FROM last)
         GROUP BY i.grant_id
     ), due AS (

@@ -49,11 +49,11 @@ CLAIMS: Mapping[str, Claim] = {
             """,
             """
             SELECT format('input_file %s.%s: %s rows, but its shards have %s', f.run_id, f.file_no, f.rows,
-                          s.documents)
+                          coalesce(s.documents, 0))
             FROM input_file f
-            LEFT JOIN LATERAL (SELECT coalesce(sum(document_count), 0) AS documents FROM shard x
-                               WHERE x.run_id = f.run_id AND x.file_no = f.file_no) s ON true
-            WHERE f.run_id = :run_id AND f.rows <> s.documents
+            LEFT JOIN (SELECT file_no, sum(document_count) AS documents FROM shard WHERE run_id = :run_id
+                       GROUP BY file_no) s USING (file_no)
+            WHERE f.run_id = :run_id AND f.rows <> coalesce(s.documents, 0)
             """,
             """
             SELECT format('run %s: %s documents, but its shards have %s', r.run_id, r.documents, s.documents)

@@ -46,7 +46,7 @@ class LeaseTimes:
 
     One that could not show its heartbeat for `fence_after_s` makes no more intents. A heartbeat that hangs is given
     up after `beat_within_s`, and what else a lane asks Postgres after `answer_within_s`, for another connection. What
-    is asked once, before and after the work, has `once_within_s`: it may wait for another run that is being settled.
+    is asked once, before and after the work, has `once_within_s`: it may wait for another run's grants to be closed.
     """
 
     beat_every_s: float = 1.0

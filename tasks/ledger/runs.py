@@ -94,6 +94,8 @@ _UNFINISHED = text("""
     ORDER BY run_id DESC
 """)
 
+#: From so many on, comparing all pairs of a run's rows takes longer than counting them.
+MANY_DOCUMENTS = 1000
 #: The event that says that all labels of a run came.
 LABELLED = "labelled"
 
@@ -202,6 +204,16 @@ async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, An
     """
     async with ledger.transaction("note") as connection:
         await _note(connection, run_id, kind, detail, key)
+
+
+async def refresh_statistics(ledger: Ledger, run: Run) -> None:
+    """Have Postgres count again if the run is large: its proof and its audit read all of it, before autovacuum comes.
+
+    Of a run that it has not counted it believes that it has no rows, and compares all pairs of them.
+    """
+    if run.documents >= MANY_DOCUMENTS:
+        async with ledger.transaction(rows=run.documents) as connection:
+            await connection.execute(text("SELECT analyze_ledger()"))
 
 
 async def settle(ledger: Ledger, run_id: RunId) -> str | None:

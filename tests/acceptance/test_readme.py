@@ -78,5 +78,10 @@ def test_the_sql_runs_and_names_every_view(database_url: str) -> None:
         assert connection.execute(statement).fetchall() == []
         views = connection.execute("SELECT viewname FROM pg_views WHERE schemaname = 'farthing'").fetchall()
     told = set(re.findall(r"`([a-z_]+)`", text)) | set(re.findall(r"farthing\.([a-z_]+)", text))
-    internal = {"run_overview", "backfill_overview", "lane_progress", "event"}  # what the command line reads while a run goes on
+    internal = {
+        "run_overview",
+        "backfill_overview",
+        "lane_progress",
+        "event",
+    }  # what the command line reads while a run goes on
     assert {name for (name,) in views} - internal <= told

@@ -4,7 +4,7 @@
     python -m tests.faults.planted NAME …     these
 
 A bug is caught when the tests it names, which pass in a copy without it, end with failures and without errors, or
-when both proofs reject a run that nothing befell: a copy that does not import, finds no test or has no Postgres
+when a proof rejects a run that nothing befell: a copy that does not import, finds no test or has no Postgres
 catches nothing. Whoever changes a planted line plants
 the bug again in what took its place: a test sees to it.
 """

@@ -163,7 +163,8 @@ def again(stage: Stage, before: int, in_flight: int) -> str:
     )
     billed = sum(line.cost for line in read_bill(bill_path(stage.root)))
     return (
-        f"{in_flight:,} in flight: {unknown:,} of {attempts:,} attempts unknown ({unknown / attempts:.1%}), "
+        f"{stage.in_flight:,} allowed in flight, {in_flight:,} sent or come and not yet on the ledger: "
+        f"{unknown:,} of {attempts:,} attempts unknown ({unknown / attempts:.1%}), "
         f"{(billed - int(known)) / 1e12:.4f} of {billed / 1e12:.4f} USD"
     )
 

@@ -143,7 +143,8 @@ def _objects(kind: str, objects: Mapping[str, Mapping[str, Any]]) -> Iterator[st
         for key in says.keys() & _TRIGGERS.keys():
             yield from (f"table {name}: {_spell_check(event, _TRIGGERS[key])}" for event in says[key])
         if kind == "function":
-            yield f"function {name}: runs as its caller, with search_path={says['search_path']}"
+            whose = "owner" if says.get("is_owners") else "caller"
+            yield f"function {name}: runs as its {whose}, with search_path={says['search_path']}"
         if says.get("is_barrier"):
             yield f"view {name}: security_barrier=true"
 

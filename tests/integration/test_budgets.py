@@ -168,10 +168,12 @@ async def test_closing_a_grant_looks_each_attempt_up_though_postgres_knows_only_
     hand = await Hand.join(ledger, run)
     for earlier in range(1001, 1004):
         sql(ledger_url, INTENTS, earlier, 0, 0)
-        sql(ledger_url, OUTCOMES, earlier)
+        sql(ledger_url, OUTCOMES, earlier, 0)
+        sql(ledger_url, UNKNOWNS, earlier, 5)
     sql(ledger_url, "ANALYZE attempt_intent, attempt_outcome, attempt_unknown")
     sql(ledger_url, INTENTS, run.run_id, hand.lane_id, hand.grant_id)
-    sql(ledger_url, OUTCOMES, run.run_id)
+    sql(ledger_url, OUTCOMES, run.run_id, MANY // 2)
+    sql(ledger_url, UNKNOWNS, run.run_id, MANY // 2)
     explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {budgets._SETTLE.text}")
     async with ledger.transaction() as connection:
         key = {"run_id": run.run_id, "lanes": [hand.lane_id], "grants": []}
@@ -188,7 +190,12 @@ INTENTS = f"""
 """
 OUTCOMES = """
     INSERT INTO attempt_outcome (run_id, document_no, attempt_no, signal, sent_at, completed_at, cost)
-    SELECT run_id, document_no, 1, 'answered', now(), now(), 1 FROM attempt_intent WHERE run_id = %s
+    SELECT run_id, document_no, 1, 'answered', now(), now(), 1 FROM attempt_intent
+    WHERE run_id = %s AND document_no > %s
+"""
+UNKNOWNS = """
+    INSERT INTO attempt_unknown (run_id, document_no, attempt_no, bound, because)
+    SELECT run_id, document_no, 1, 1, 'lane_died' FROM attempt_intent WHERE run_id = %s AND document_no <= %s
 """
 
 

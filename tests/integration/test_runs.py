@@ -260,3 +260,14 @@ async def test_the_dead_lanes_of_a_superseded_run_are_buried_and_their_money_is_
     await leases.bury_superseded(ledger, run.job)
     assert value(ledger_url, "SELECT count(*) FROM farthing.lane WHERE ended_at IS NULL") == 0
     assert value(ledger_url, "SELECT granted FROM farthing.budget") == 0
+
+
+@pytest.mark.parametrize(("documents", "is_counted"), [(999, False), (1000, True)])
+async def test_at_the_end_of_a_large_run_postgres_counts_again(
+    ledger: Ledger, ledger_url: str, documents: int, is_counted: bool
+) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening()))
+    await hand.answer_shard()
+    await runs.refresh_statistics(ledger, replace(hand.run, documents=documents))
+    counted = "SELECT count(*) > 0 FROM pg_stats WHERE tablename = 'attempt_outcome' AND attname = 'run_id'"
+    assert value(ledger_url, counted) is is_counted
