@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench faults faults-again lock clean
+.PHONY: help setup demo test lint bench faults faults-again advisories lock clean
 
 help:
 	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
@@ -13,6 +13,7 @@ help:
 	@echo "make setup    only install into $(VENV)    make lint    only ruff and mypy"
 	@echo "make bench    measure the pipeline         make faults  kill it, again and again"
 	@echo "make lock     resolve requirements.lock    make clean   remove $(VENV), the sandbox and caches"
+	@echo "make advisories  known vulnerabilities of what requirements.lock names, by pip-audit"
 
 setup: $(READY)
 
@@ -56,6 +57,13 @@ faults-again: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline
+
+# Known vulnerabilities of what the lock names; --strict: what cannot be looked up is a failure. It needs PyPI itself,
+# so no test does it, and an environment of its own, so that it audits none of its own packages.
+advisories:
+	$(PYTHON) -m venv $(VENV)/advisories
+	$(VENV)/advisories/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.10,<3"
+	$(VENV)/advisories/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 lock:
 	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \

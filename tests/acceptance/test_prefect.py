@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -214,8 +213,6 @@ def test_a_backfill_has_a_task_run_for_each_partition_and_costs_what_was_billed(
         ]
         asked = ("backfill", "tickets", "--sandbox", "--to", "2026-01-02")
         assert "say --yes if you mean it" in beside.farthing(*asked, code=2)["error"]
-        dear = beside.farthing(*asked, "--yes", "--if-cheaper-than", "0.0000001 USD", code=2)["error"]
-        assert re.search(r"\$0\.\d+ is expected and --if-cheaper-than says \$0\.000000100", dear)
         assert beside.farthing("sandbox", "bill")["attempts"] == 0
 
         done = beside.farthing(*asked, "--yes", "--quiet")
@@ -230,9 +227,6 @@ def test_a_backfill_has_a_task_run_for_each_partition_and_costs_what_was_billed(
         assert tasks == dict.fromkeys(partitions[:2], "COMPLETED")
         for run_id in (1, 2):
             wait_for_events(server, f"farthing.run.{run_id}", "farthing.run.done")
-
-        assert beside.farthing(*asked, "--yes")["due"] == []
-        assert beside.farthing("sandbox", "bill") == bill
     finally:
         beside.farthing("sandbox", "reset", "--yes", "--force")
 

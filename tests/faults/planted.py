@@ -78,8 +78,8 @@ BUGS = (
     Bug(
         "release by reserved",
         "tasks/ledger/budgets.py",
-        "sum(coalesce(o.cost, u.bound, i.reserved)) AS used",
-        "sum(i.reserved) AS used",
+        "SELECT i.grant_id, sum(coalesce(",
+        "SELECT i.grant_id, sum(coalesce(i.reserved, ",
         (f"{FAILPOINTS}[close_grants.after_commit]", f"{FAILPOINTS}[leave.before_commit]"),
     ),
     Bug(

@@ -85,9 +85,9 @@ async def test_dead_letters_above_the_tolerance_are_noted_once_and_told(ledger_u
     assert value(ledger_url, noted) == 1
 
 
-async def test_a_run_that_goes_on_with_another_model_says_so(tmp_path: Path, database_url: str) -> None:
+async def test_a_run_that_goes_on_with_another_model_says_so(tmp_path: Path, ledger_url: str) -> None:
     prefect = FakePrefect()
-    async with make_world(tmp_path, database_url) as world:
+    async with make_world(tmp_path, ledger_url) as world:
         await world.run(budget="0.002 USD")
         world.plan_mishaps({"kind": "served_model"})
         run, _ = await world.run(budget="1 USD")

@@ -188,7 +188,8 @@ def said(connection: psycopg.Connection) -> set[Right]:
         columns.setdefault(table, []).append(column)
     rights = [fact.partition(": ") for fact in declared() if " may " in fact]
     split = [
-        (thing.split()[1], *words.replace("(", "").replace(")", "").split(" may ")) for thing, _, words in rights
+        (thing.split()[1].removesuffix("()"), *words.replace("(", "").replace(")", "").split(" may "))
+        for thing, _, words in rights
     ]
     return {
         (role, name, column, right.split()[0])

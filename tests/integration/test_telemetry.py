@@ -98,8 +98,8 @@ def collecting() -> Iterator[Collector]:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, database_url: str) -> AsyncIterator[World]:
-    async with make_world(tmp_path, database_url) as made:
+async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
+    async with make_world(tmp_path, ledger_url) as made:
         made.settings = made.settings.model_copy(update={"otel": True, "otel_every": 1})
         yield made
 
