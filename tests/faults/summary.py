@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,8 @@ BEGIN, END = "<!-- faults: begin (written by python -m tests.faults.summary) -->
 _FAULT, _FIGURE = "fault", "figure"
 #: Where pytest files a test that ran: "error" has those whose set-up or tear-down failed.
 OUTCOMES = ("passed", "failed", "error")
+#: Characters of why a test failed that a report keeps.
+WHY = 200
 #: What the whole form owes, at full scale: how often at least.
 FLOORS = {
     "SIGKILL": 1000,
@@ -64,14 +67,16 @@ class Summary:
     faults: Counter[str] = field(default_factory=Counter)
     figures: dict[str, str] = field(default_factory=dict)
     passed: int = 0
-    failed: list[str] = field(default_factory=list)
+    #: The tests that failed, each with the first line of why.
+    failed: dict[str, str] = field(default_factory=dict)
 
     def added_to(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         """The report of a run whose failed tests were played again. What had failed counted nothing there."""
+        at_first = {**earlier["tests"]["failed"], **earlier["tests"].get("at_first", {})}
         tests = {
             "passed": earlier["tests"]["passed"] + self.passed,
             "failed": self.failed,
-            "again": earlier["tests"].get("again", 0) + self.passed,
+            "at_first": {name: why for name, why in at_first.items() if name not in self.failed},
         }
         faults = Counter(earlier["faults"]) + self.faults
         figures = {**earlier["figures"], **self.figures}
@@ -80,6 +85,7 @@ class Summary:
     def as_json(self, seed: str, scale: str | None) -> dict[str, Any]:
         return {
             "date": datetime.now(UTC).date().isoformat(),
+            "commit": commit(),
             "seed": int(seed),
             "scale": scale,  # of the full form; None: the short one, which every commit plays
             "tests": {"passed": self.passed, "failed": self.failed},
@@ -95,7 +101,7 @@ def gather(reports: Iterator[tuple[str, pytest.TestReport]]) -> Summary:
         if "tests/faults" not in report.nodeid or (outcome == "passed" and report.when != "call"):
             continue
         if outcome != "passed":  # in its set-up and tear-down, too
-            found.failed.append(ungrouped(report.nodeid))
+            found.failed.setdefault(ungrouped(report.nodeid), why(report))
             continue
         found.passed += 1
         for name, told in report.user_properties:
@@ -104,6 +110,20 @@ def gather(reports: Iterator[tuple[str, pytest.TestReport]]) -> Summary:
             elif name == _FIGURE:
                 found.figures[told[0]] = told[1]
     return found
+
+
+def why(report: pytest.TestReport) -> str:
+    """The first line of what a test failed with, as far as it fits into a report."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return (str(crash.message if crash else report.longreprtext).splitlines() or [""])[0][:WHY]
+
+
+def commit() -> str | None:
+    """Which code was played; None: this is no checkout."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return done.stdout.strip() or None
 
 
 def ungrouped(nodeid: str) -> str:
@@ -170,12 +190,14 @@ def markdown(report: Mapping[str, Any]) -> str:
     failed = len(report["tests"]["failed"])
     played = f"`make faults SEED={report['seed']} SCALE={report['scale']}`"
     heading = "The short form, which every commit plays" if report["scale"] is None else played
-    heading += f", {report['date']}: {report['tests']['passed']} tests passed, "
-    if again := report["tests"].get("again", 0):
-        heading += f"{again} of them only when they were played again, "
+    heading += f", {report['date']}, commit {report['commit']}: {report['tests']['passed']} tests passed, "
+    at_first = report["tests"].get("at_first", {})
+    if at_first:
+        heading += f"{len(at_first)} of them only when they were played again, "
     return "\n".join(
         [
             heading + (f"{failed} failed." if failed else "no violation."),
+            *(f"\n{name.rpartition('::')[2]} failed at first: `{why}`" for name, why in at_first.items()),
             "",
             "| what befell the runs | times |",
             "|---|---:|",

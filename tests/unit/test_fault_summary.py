@@ -35,8 +35,8 @@ def report(
         Tally(properties).count(fault, times)
     for figure, measured in (figures or {}).items():
         Tally(properties).figure(figure, measured)
-    node = f"tests/faults/{name}"
-    return pytest.TestReport(node, (node, 0, name), {}, outcome, None, "call", user_properties=properties)
+    node, broken = f"tests/faults/{name}", "assert 1 == 2\nand more" if outcome == "failed" else None
+    return pytest.TestReport(node, (node, 0, name), {}, outcome, broken, "call", user_properties=properties)
 
 
 def test_faults_of_all_tests_add_up() -> None:
@@ -49,7 +49,7 @@ def test_faults_of_all_tests_add_up() -> None:
 def test_the_faults_of_a_failed_test_do_not_count_and_it_is_named() -> None:
     reports = [report("a", "passed", ("SIGKILL", 2)), report("b", "failed", ("SIGKILL", 3))]
     found = gather((r.outcome, r) for r in reports)
-    assert (found.faults, found.failed) == ({"SIGKILL": 2}, ["tests/faults/b"])
+    assert (found.faults, found.failed) == ({"SIGKILL": 2}, {"tests/faults/b": "assert 1 == 2"})
     assert list(lines(found))[-1].startswith("FAILED: 1 of 2 tests")
 
 
@@ -58,7 +58,7 @@ def test_a_test_that_could_not_begin_or_end_has_failed() -> None:
     broken = report("a", "failed")
     broken.when = "teardown"
     found = gather(iter([("passed", ended), ("error", broken)]))
-    assert found.failed == ["tests/faults/a"]
+    assert list(found.failed) == ["tests/faults/a"]
 
 
 class Terminal:
@@ -93,13 +93,16 @@ def test_a_whole_run_says_what_it_played_too_rarely(tmp_path: Path, monkeypatch:
 
 
 def test_what_failed_and_passes_when_played_again_is_added_and_said() -> None:
-    earlier = {"seed": 7, "scale": "1", "date": "2026-11-24", "tests": {"passed": 2, "failed": ["tests/faults/b"]}}
-    reports = [report("b", "passed", ("SIGKILL", 3), figures={"took": "2 s"})]
+    earlier = {"seed": 7, "scale": "1", "date": "2026-11-24", "commit": "abc"}
+    earlier["tests"] = {"passed": 2, "failed": {"tests/faults/x.py::b": "assert 2499 == 2500"}}
+    reports = [report("x.py::b", "passed", ("SIGKILL", 3), figures={"took": "2 s"})]
     found = gather((r.outcome, r) for r in reports)
     both = found.added_to(earlier | {"faults": {"SIGKILL": 2}, "figures": {"took": "1 s"}})
-    assert both["tests"] == {"passed": 3, "failed": [], "again": 1}
+    at_first = {"tests/faults/x.py::b": "assert 2499 == 2500"}
+    assert both["tests"] == {"passed": 3, "failed": {}, "at_first": at_first}
     assert (both["faults"], both["figures"]) == ({"SIGKILL": 5}, {"took": "2 s"})
     assert "3 tests passed, 1 of them only when they were played again, no violation." in markdown(both)
+    assert "\nb failed at first: `assert 2499 == 2500`\n" in markdown(both)
 
 
 @pytest.mark.parametrize(
@@ -119,15 +122,15 @@ def test_kinds_of_one_group_are_added_up_for_the_readme() -> None:
 
 
 def test_a_report_becomes_a_table_that_says_which_run_it_was() -> None:
-    report = {"seed": 7, "scale": "0.5", "date": "2026-11-24", "tests": {"passed": 2, "failed": []}}
+    report = {"seed": 7, "scale": "0.5", "date": "2026-11-24", "commit": "abc", "tests": {"passed": 2, "failed": {}}}
     table = markdown(report | {"faults": {"SIGKILL": 1200}, "figures": {"took": "1 s"}})
-    assert table.startswith("`make faults SEED=7 SCALE=0.5`, 2026-11-24: 2 tests passed, no violation.")
+    assert table.startswith("`make faults SEED=7 SCALE=0.5`, 2026-11-24, commit abc: 2 tests passed, no violation.")
     assert "| SIGKILL | 1,200 |" in table
     assert "| took | 1 s |" in table
 
 
 def test_the_readme_shows_a_whole_run_that_broke_nothing() -> None:
     told = json.loads(REPORT_FILE.read_text("utf-8"))
-    assert (told["scale"], told["tests"]["failed"], missed(told)) == ("1", [], [])
+    assert (told["scale"], told["tests"]["failed"], missed(told)) == ("1", {}, [])
     shown = (ROOT / "README.md").read_text("utf-8").split(BEGIN)[1].split(END)[0]
     assert shown.strip() == markdown(told).strip()
