@@ -48,6 +48,7 @@ SCALE ?= 1
 faults: setup
 	FARTHING_FAULTS_SEED=$(SEED) FARTHING_FAULTS_SCALE=$(SCALE) FARTHING_FAULTS_REPORT=tests/faults/report.json \
 		$(BIN)/python -m pytest tests/faults -m "long or not long" -n 2 --dist loadgroup -v
+	$(BIN)/python -m pytest tests/acceptance tests/integration -m long -v
 
 # Only the tests that failed, added to the report of the run they failed in. Their names have spaces.
 faults-again: setup

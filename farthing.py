@@ -71,7 +71,6 @@ Target = Annotated[str | None, typer.Argument(metavar="[JOB|RUN]", help="A job's
 UnfinishedRun = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's number, or a job's name where it has one run under way.")
 ]
-RunNumber = Annotated[int | None, typer.Argument(metavar="[RUN]", help="A run's number (default: the newest).")]
 Partitions = Annotated[
     list[str] | None, typer.Option("--partition", "-p", metavar="P", help="Only this slice; may be repeated.")
 ]
@@ -415,6 +414,7 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
 
     server = start_temporary_server()
     from flows.backfill import backfill as flow  # meanwhile: both take seconds
+    from tasks.final_states import outcome_of
     from tasks.steps import PREFECT_GONE
 
     if server is not None:
@@ -423,7 +423,7 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
     asked = request.model_dump() | {"partitions": list(request.partitions), "root": str(request.root)}
 
     async def work() -> dict[str, Any]:
-        return dict(await flow(**asked))
+        return await outcome_of(await flow(**asked, return_state=True))
 
     try:
         return wait_for(work())
@@ -485,20 +485,21 @@ def _load_job(name: str, is_in_sandbox: bool = False) -> Job:
 def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> dict[str, Any]:
     """The run itself, under Prefect, which is imported only when nothing is known to be wrong."""
     view.phase("checking the job, the account and the ledger")
-    wait_for(_check(request, job, settings))
+    _tell_unfinished(wait_for(_check(request, job, settings)), request, job, settings)
     view.phase("starting Prefect")
     _prepare_prefect(settings)
     from tasks.prefect_server import start_temporary_server
 
     server = start_temporary_server()
     from flows.enrich import enrich  # meanwhile: both take seconds
+    from tasks.final_states import outcome_of
 
     if server is not None:
         server.wait()
     view.follow(_database(settings), budget=job.budget)
 
     async def flow() -> dict[str, Any]:
-        return dict(
+        return await outcome_of(
             await enrich(
                 job=request.job,
                 partitions=list(request.partitions),
@@ -507,6 +508,7 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
                 lanes=request.lanes,
                 root=str(request.root),
                 when=request.when,
+                return_state=True,
             )
         )
 
@@ -530,23 +532,37 @@ def _despite_prefect(
         return wait_for(settle_unseen(view.run_id, settings))
 
 
-async def _check(request: RunRequest, job: Job, settings: Settings) -> None:
-    """All that can be wrong and is quick to know. The flow checks again, since others start it too."""
+def _tell_unfinished(
+    paused: list[tuple[int, dict[str, Any]]], request: RunRequest, job: Job, settings: Settings
+) -> None:
+    """Name the newest run that this command does not resume, since it is about other documents."""
+    from schemas.requests import spell_command
+
+    for run, selection in paused:
+        if selection != request.selection(job):
+            command = spell_command(job.name, selection, is_simulated=settings.sandbox)
+            return tell(f"run {run} of {job.name} is unfinished and stays so: `{command}` goes on with that")
+
+
+async def _check(request: RunRequest, job: Job, settings: Settings) -> list[tuple[int, dict[str, Any]]]:
+    """All that can be wrong and is quick to know; returns the job's paused runs. The flow checks again."""
     from schemas.pricing import load_price_book
     from tasks import enrichment
     from tasks.bulkhead import Bulkhead
+    from tasks.ledger import spend
     from tasks.ledger.leases import USUAL_TIMES
 
     now = _now(settings, in_sandbox=settings.sandbox)
     enrichment.check_prices(job, load_price_book(), request.cap(job).currency, now, request.hours(job))
     async with (
         enrichment.completions_for(job, settings) as completions,
-        enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s, pool_size=1),
+        enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s, pool_size=1) as ledger,
         Bulkhead() as bulkhead,
     ):
         await enrichment.ask_provider(completions, job, request, settings)
         # The first file shows whether the columns are there; the flow looks into all of them.
         await bulkhead.plan(job.input, shard_rows=job.shard_rows, partitions=request.partitions, limit=1, root=ROOT)
+        return await spend.list_paused(ledger, job.name, is_simulated=settings.sandbox)
 
 
 def _prepare_prefect(settings: Settings) -> None:
@@ -589,7 +605,7 @@ def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: boo
             tell(advice)
         return print_json(audit.to_json() | {"proved": proof.proved, "advice": advice})
     show(*report.run_report(audit, proof))
-    if advice:  # last, where it is seen: why the run paused, and how it goes on
+    if advice:  # last, where it is seen: why the run paused or is no success, and what to do next
         tell(advice)
     if is_demo:
         show(report.next_commands(audit))
@@ -798,13 +814,18 @@ def _tell_steered(steered: Steered, lines: str, as_json: bool) -> None:
 
 
 @app.command()
-def verify(run: RunNumber = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
-    """Prove what the ledger claims about a run, from its rows."""
+def verify(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
+    """Prove what the ledger claims about a run, or a job's newest one, from its rows."""
     from tasks import report
     from tasks.ledger.connection import PermissionRefused
 
+    run_id, job = _parse_target(target)
+
+    async def find_and_prove(ledger: Ledger) -> Proof:
+        return await _prove(ledger, run_id or await _find_newest(ledger, job))
+
     try:
-        proof = _ask(lambda ledger: _prove(ledger, run), in_sandbox, as_lane=True)
+        proof = _ask(find_and_prove, in_sandbox, as_lane=True)
     except PermissionRefused:
         raise ConfigurationError(
             "verify reads the rows themselves, and this login may only read the views: use a login that is a member "
@@ -1213,11 +1234,11 @@ async def _find_newest(ledger: Ledger, job: str | None) -> int:
     return listed[0].run
 
 
-async def _prove(ledger: Ledger, run_id: int | None) -> Proof:
+async def _prove(ledger: Ledger, run_id: int) -> Proof:
     from schemas.pricing import load_price_book
     from tasks.ledger.proof import prove
 
-    return await prove(ledger, run_id or await _find_newest(ledger, None), load_price_book())
+    return await prove(ledger, run_id, load_price_book())
 
 
 async def _conclude(url: SecretStr, run_id: int) -> tuple[Audit, Proof]:

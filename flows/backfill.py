@@ -6,7 +6,6 @@ Running it again, by Prefect or by hand, goes on with what is left; the truth is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 
@@ -17,6 +16,7 @@ from schemas.settings import Settings
 from tasks.announcements import announced_backfill
 from tasks.artifacts import show_backfill
 from tasks.backfills import begun, outcome
+from tasks.final_states import Final, final
 from tasks.logs import configure, follow_in_prefect
 from tasks.partitions import work_partitions
 from tasks.prefect_server import guard_temporary_server
@@ -37,7 +37,7 @@ async def backfill(
     when: When | None = None,
     when_model_changes: Drift = Drift.PAUSE,
     root: str = ".",
-) -> dict[str, Any]:
+) -> Final:
     """Run the partitions of a job's input that never ran or did not finish, or go on with the same backfill.
 
     `partitions` are names or globs, and `first` and `last` bound them, like 2026-01-01. `changed` runs those again
@@ -65,8 +65,8 @@ async def backfill(
     with fit_to_be_stored():
         async with begun(request, settings) as (plan, opened):
             if opened is None:
-                return outcome(plan)
+                return final(outcome(plan))
             async with announced_backfill(opened.backfill_id, settings):
                 work = await work_partitions(request, plan, opened)
     await show_backfill(opened.backfill_id, settings)
-    return outcome(plan, work)
+    return final(outcome(plan, work))

@@ -6,7 +6,6 @@ Prefect starts, schedules, shows and cancels; the truth is in Postgres. Running 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from prefect import flow
 
@@ -16,9 +15,10 @@ from schemas.settings import Settings
 from tasks.announcements import announced
 from tasks.artifacts import show_report, shown_progress
 from tasks.enrichment import paused_if_cut_short
+from tasks.final_states import Final, final
 from tasks.logs import configure, follow_in_prefect
 from tasks.prefect_server import guard_temporary_server
-from tasks.steps import open_run, outcome, settle_run, work_lanes
+from tasks.steps import open_run, settle_run, work_lanes
 from tasks.telemetry import traced
 
 
@@ -31,12 +31,12 @@ async def enrich(
     lanes: int = 1,
     root: str = ".",
     when: When | None = None,
-) -> dict[str, Any]:
+) -> Final:
     """Run a job over a selection of its input, or resume the run of it that did not finish.
 
     `budget` is like "25 USD" and overrides the job's, `when` is now or off-peak and does, too. Keys and database come
     from the environment of the process that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from
-    parameters. Returns the run's outcome.
+    parameters. Ends with the run's outcome: Completed only where `farthing run` would exit with 0.
     """
     request = RunRequest(
         job=job,
@@ -55,6 +55,6 @@ async def enrich(
     async with traced(settings, run), announced(run, settings), paused_if_cut_short(settings, run):
         async with shown_progress(run, settings):
             ended = await work_lanes(request, run)
-        settled = await settle_run(run, ended)
-    await show_report(settled, settings)
-    return outcome(settled, ended)
+        outcome = await settle_run(run, ended)
+    await show_report(run, settings)
+    return final(outcome)

@@ -141,7 +141,9 @@ def create_database(server: Server, name: str, *, template: str = "template1") -
     Raises:
         psycopg.errors.DuplicateDatabase: there is one of that name.
     """
-    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(sql.Identifier(name), sql.Identifier(template))
+    # By files, in a third of the time that it takes by WAL: a template of nobody is on disk.
+    copied = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
+    statement = copied.format(sql.Identifier(name), sql.Identifier(template))
     with closing(psycopg.connect(_to(server.url, "postgres"), autocommit=True)) as connection:
         connection.execute(statement)
     return _to(server.url, name)

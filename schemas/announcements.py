@@ -63,6 +63,11 @@ def exceeds(dead_letters: int, documents: int, tolerance: Decimal) -> bool:
     return dead_letters > tolerance * documents
 
 
+def spell_dead_letters(dead_letters: int, documents: int, tolerance: Decimal) -> str:
+    """What is wrong with a run that `exceeds`, in words for people."""
+    return f"{dead_letters:,} of {documents:,} documents are dead letters, and the job tolerates {tolerance:.2%}"
+
+
 def _of_state(event: RunEvent) -> Iterator[Announcement]:
     detail = event.detail
     match event.kind:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +70,16 @@ class RunRequest(BaseModel):
             "partitions": sorted(self.partitions),
             "limit": self.limit,
         }
+
+
+def spell_command(job: str, selection: Mapping[str, Any], *, is_simulated: bool) -> str:
+    """The command that resumes the run of a selection, as a shell takes it."""
+    words = ["farthing", "run", job]
+    for partition in selection.get("partitions", ()):
+        words += ["--partition", partition]
+    if selection.get("limit") is not None:
+        words += ["--limit", str(selection["limit"])]
+    return shlex.join(words + ["--sandbox"] * is_simulated)
 
 
 def _plain(value: Any) -> Any:

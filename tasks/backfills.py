@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import structlog
 
+from schemas.announcements import exceeds, spell_dead_letters
 from schemas.attempts import RunId
 from schemas.backfills import (
     Drift,
@@ -42,7 +43,7 @@ from tasks.bulkhead import Bulkhead
 from tasks.completions import utc_now
 from tasks.jobs import load_job
 from tasks.lanes import INTERRUPTED, Ended
-from tasks.ledger import backfills, budgets, runs
+from tasks.ledger import backfills, budgets, runs, spend
 from tasks.ledger.backfills import Backfill, Evidence, Wanted
 from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_history
@@ -261,6 +262,8 @@ class BackfillWork:
     stopped: Stopped | None = None
     #: Models by tier, where more than one served it.
     drift: dict[str, list[str]] = field(default_factory=dict)
+    #: By how much its partitions have more dead letters than the job tolerates, in words.
+    excess: str = ""
     _waiting: deque[str] = field(init=False)
     _at_work: int = 0
     _told_lanes: int = 0
@@ -396,6 +399,16 @@ class BackfillWork:
         self.backfill = replace(self.backfill, state=state)
 
 
+async def find_excess(ledger: Ledger, job: Job, backfill_id: int) -> str:
+    """In words, which partitions have more dead letters than the job tolerates; empty: none has."""
+    spent = spend.by_partition(await spend.list_backfill(ledger, backfill_id))
+    over = [each for each in spent if exceeds(each.dead_letters, each.documents, job.tolerance)]
+    told = [
+        f"{each.partition}: {spell_dead_letters(each.dead_letters, each.documents, job.tolerance)}" for each in over
+    ]
+    return "\n".join([*told, "`farthing backfill` with --dead tries them again"]) if told else ""
+
+
 def _explain(error: Exception) -> str:
     """Ours are safe to show (G15); of others, their kind and where they came from."""
     return str(error if isinstance(error, FarthingError | Unforeseen) else Unforeseen.of(error))
@@ -429,7 +442,7 @@ def outcome(plan: Plan, work: BackfillWork | None = None) -> dict[str, Any]:
         "backfill_id": work.backfill.backfill_id,
         "state": work.backfill.state,
         "reason": None if is_done else work.stopped.reason if work.stopped else "unfinished",
-        "advice": "" if is_done else work.stopped.advice if work.stopped else INTERRUPTED,
+        "advice": work.excess if is_done else work.stopped.advice if work.stopped else INTERRUPTED,
         "failed": failed,
         "gone": gone,
         "drift": work.drift,

@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 from pydantic import SecretStr
 
+from schemas.announcements import exceeds, spell_dead_letters
 from schemas.ceilings import MOST_IN_FLIGHT
 from schemas.documents import Manifest
 from schemas.errors import (
@@ -40,7 +41,7 @@ from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
 from tasks.jobs import find_place, load_job
 from tasks.lanes import GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
-from tasks.ledger import backfills, leases, runs
+from tasks.ledger import backfills, leases, runs, spend
 from tasks.ledger.backfills import Backfill
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
@@ -179,6 +180,16 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
     except LedgerUnavailable as error:
         advice = next((end.advice for end in reasons if end.advice), INTERRUPTED)
         raise RunUnsettled(f"run {run.run_id} ended and its end is not on the ledger: {error}\n{advice}") from None
+
+
+async def find_excess(settings: Settings, run: Run) -> str | None:
+    """In words, by how much a run that is done has more dead letters than its job tolerates. None: it has not."""
+    if run.state != "done":
+        return None
+    async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
+        found = await spend.progress(ledger, run.run_id)
+    is_too_much = exceeds(found.dead_letters, found.documents, run.tolerance)
+    return spell_dead_letters(found.dead_letters, found.documents, run.tolerance) if is_too_much else None
 
 
 @asynccontextmanager

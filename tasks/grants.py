@@ -62,8 +62,11 @@ class Grants:
     run: Run
     lane_id: LaneId
     patience: Patience = field(default_factory=Patience)
-    tight_because: str | None = None
     may_bury: Callable[[], bool] = lambda: True
+    _tight_because: str = ""
+    #: When somebody last had to wait for money, by the event loop's clock, and how many do now.
+    _tight_at: float | None = None
+    _waiting: int = 0
     _explained_at: float = 0.0
     _cap: int = field(init=False)
     _open: dict[int, _Open] = field(default_factory=dict)
@@ -121,19 +124,24 @@ class Grants:
                 )
                 if opened is not None:
                     self._open[opened.grant_id] = _Open(opened.amount)
-                    self.tight_because = None
+                    self._tight_at = None
                     await self._close_spent()
                     continue
                 await self._note_tightness(worst)
-                await self._wait_for_money(worst)
+                self._waiting += 1
+                try:
+                    await self._wait_for_money(worst)
+                finally:
+                    self._waiting -= 1
 
     async def _note_tightness(self, worst: int) -> None:
         """Say why it waits; not anew with each reply, of which there may be hundreds in a second."""
-        now = asyncio.get_running_loop().time()
-        if self.tight_because is None or now - self._explained_at > ASK_AGAIN_S:
+        now = self._tight_at = asyncio.get_running_loop().time()
+        if not self._tight_because or now - self._explained_at > ASK_AGAIN_S:
             self._explained_at = now
-            raise_it = f"; raise it with `farthing budget {self.run.run_id} SUM`"
-            self.tight_because = await self._explain("is nearly used", worst) + raise_it
+            more = f"`farthing budget {self.run.run_id} SUM`"
+            advice = f"; replies give back what they did not need, and {more} raises it"
+            self._tight_because = await self._explain("is all spoken for", worst) + advice
 
     async def _explain(self, how: str, worst: int) -> str:
         """How the budget stands, in sums that add up to its cap, and what the next attempt needs of it."""
@@ -147,6 +155,14 @@ class Grants:
             f"{whose} of {cap} {how}: {spent} spent, {held} held for what is in flight, {left} left, and the next "
             f"attempt may cost up to {most}"
         )
+
+    @property
+    def tight_because(self) -> str | None:
+        """Why reservations wait, or waited a moment ago, where the cap has refused; None: none does."""
+        if self._tight_at is None:
+            return None
+        is_past = asyncio.get_running_loop().time() - self._tight_at > ASK_AGAIN_S
+        return None if is_past and not self._waiting else self._tight_because
 
     async def _wait_for_money(self, worst: int) -> None:
         """Until something is given back here, or may have been elsewhere. Raises BudgetExhausted or Draining."""

@@ -25,7 +25,8 @@ answer: answer.py:Answer     # a pydantic model, or a JSON Schema file (answer.s
 ladder: [flash, pro]         # the cheap model first; known: flash, flash-thinking, pro
 escalate: {below: 0.85}      # go one tier up when confidence is below this
 confidence: {signal: logprobs, fields: [topic, urgency]}
-# tiers: {flash: {max_tokens: 512}}
+# Until an answer comes, the longest that it may be is set aside of the budget.
+tiers: {flash: {max_tokens: 256}, pro: {max_tokens: 256}}
 
 budget: 1 USD                # a hard cap: a run stops before it passes it, and can be resumed
 """

@@ -52,6 +52,7 @@ async def work_partitions(request: BackfillRequest, plan: Plan, backfill: Backfi
                 ledger, settings, backfill, request, due, lambda: PoolWorker(_start_process(stack), threads)
             )
             await work.run()
+            work.excess = await backfills.find_excess(ledger, plan.job, backfill.backfill_id)
             return work
 
 

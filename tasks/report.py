@@ -24,6 +24,7 @@ from schemas.inert import escape_markdown, plain, plain_lines
 from schemas.money import Currency, Money
 from schemas.off_peak import spell
 from schemas.pricing import Band, Price, PriceBook
+from schemas.requests import spell_command
 from tasks.ledger.proof import Proof
 from tasks.ledger.spend import Audit, PartitionSpend, Progress, RunSummary, SharedBudget, TierSpend, Waste
 from tasks.steering import Capped, Limited, Steered
@@ -555,7 +556,9 @@ def capped_lines(capped: Capped) -> str:
 
 
 def _goes_on(seen: Progress) -> str:
-    return f"the same `farthing run {seen.job}` command goes on"
+    if seen.backfill_id is not None:
+        return f"the same `farthing backfill {seen.job}` command goes on"
+    return f"`{spell_command(seen.job, seen.selection, is_simulated=seen.is_simulated)}` goes on"
 
 
 def _most(progress: Progress) -> str:

@@ -101,10 +101,12 @@ async def work_lane(request: RunRequest, run: Run, lane_no: int) -> Ended:
 
 
 @task(name="settle", cache_policy=NO_CACHE, persist_result=False)
-async def settle_run(run: Run, ended: list[Ended]) -> Run:
-    """Finish the run if all its shards ended, else pause it."""
+async def settle_run(run: Run, ended: list[Ended]) -> dict[str, Any]:
+    """Finish the run if all its shards ended, else pause it; returns the outcome."""
     with fit_to_be_stored():
-        return await enrichment.settle_run(Settings(), run, ended)
+        settings = Settings()
+        settled = await enrichment.settle_run(settings, run, ended)
+        return outcome(settled, ended, await enrichment.find_excess(settings, settled))
 
 
 async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:
@@ -113,14 +115,16 @@ async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:
     async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
         run = await runs.find_run(ledger, RunId(run_id))
     settled = await enrichment.settle_run(settings, run, ended)
-    return outcome(settled, ended)
+    return outcome(settled, ended, await enrichment.find_excess(settings, settled))
 
 
-def outcome(run: Run, ended: list[Ended]) -> dict[str, Any]:
-    """What the flow returns: plain values, since Prefect hands them on."""
+def outcome(run: Run, ended: list[Ended], excess: str | None) -> dict[str, Any]:
+    """What the flow returns: plain values, since Prefect hands them on. `excess` is `enrichment.find_excess`'s."""
     advice = [end.advice for end in ended if end.advice and run.state != "done"]
     if run.state == "paused" and run.reason == runs.OPERATOR:
         advice = [f"`farthing pause` stopped this run: {INTERRUPTED}"]
+    if run.state == "done" and excess:
+        advice = [f"{excess}: `farthing audit {run.run_id}` says why"]
     return {
         "run_id": run.run_id,
         "state": run.state,

@@ -233,6 +233,8 @@ class Progress:
     shared_budget: SharedBudget | None = None
     ceilings: dict[str, int] = field(default_factory=dict)
     concurrency: dict[str, int] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    backfill_id: int | None = None
     partitions: Partitions | None = None
 
     @property
@@ -441,7 +443,8 @@ _SUMS_OF_BACKFILL = f"""
 
 _PROGRESS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
-           o.opened_at, o.finished_at, o.budget_name, o.ladder, o.ceilings, o.concurrency, s.*
+           o.opened_at, o.finished_at, o.budget_name, o.ladder, o.ceilings, o.concurrency, o.selection,
+           o.backfill_id, s.*
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
@@ -461,6 +464,12 @@ _RUNS = text(f"""
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s
     WHERE o.job = coalesce(CAST(:job AS text), o.job) ORDER BY o.run_id DESC
 """)  # noqa: S608 (made of our own constants)
+
+_PAUSED = text("""
+    SELECT run_id, selection FROM run_overview
+    WHERE job = :job AND is_simulated = :is_simulated AND state = 'paused' AND backfill_id IS NULL
+    ORDER BY run_id DESC
+""")
 
 #: The newest backfill that somebody works on. The lanes of a run that was left behind by another one count, too: what
 #: they spent is spent.
@@ -553,6 +562,13 @@ async def list_runs(ledger: Ledger, job: str | None = None) -> list[RunSummary]:
     """The runs of a job, or all of them, newest first."""
     async with ledger.transaction() as connection:
         return list(await _read_rows(connection, _RUNS, RunSummary, {"job": job, "dead_after": DEAD_AFTER_S}))
+
+
+async def list_paused(ledger: Ledger, job: str, *, is_simulated: bool) -> list[tuple[int, dict[str, Any]]]:
+    """The job's runs that somebody may go on with, each with its selection, newest first. Not those of backfills."""
+    async with ledger.transaction() as connection:
+        found = await connection.execute(_PAUSED, {"job": job, "is_simulated": is_simulated})
+        return [(run_id, selection) for run_id, selection in found]
 
 
 async def progress_of_backfill(ledger: Ledger, job: str) -> Progress | None:

@@ -227,7 +227,7 @@ def test_a_database_that_is_not_there_is_one_message(farthing: Terminal, tickets
 
 def test_a_model_without_a_price_is_refused(farthing: Terminal, tickets: Path) -> None:
     text = (tickets / "job.yaml").read_text()
-    (tickets / "job.yaml").write_text(text + "tiers: {pro: {model: deepseek-v9}}\n")
+    (tickets / "job.yaml").write_text(text.replace("pro: {max_tokens", "pro: {model: deepseek-v9, max_tokens"))
     url = "postgresql://u@127.0.0.1:1/x"
     left = farthing("run", "tickets", FARTHING_DATABASE_URL=url, DEEPSEEK_API_KEY=SECRET)
     assert left.exit_code == 2
@@ -247,7 +247,7 @@ def test_a_missing_column_is_refused(farthing: Terminal, tickets: Path) -> None:
 REFUSED = {
     "a bad job": ("budget: 1 USD ", "budget: lots ", None, "budget"),
     "a missing column": ("  text: text ", "  text: body ", None, "body"),
-    "a model without a price": ("name: ", "tiers: {pro: {model: deepseek-v9}}\nname: ", None, "deepseek-v9"),
+    "a model without a price": ("pro: {max_tokens", "pro: {model: deepseek-v9, max_tokens", None, "deepseek-v9"),
     "a missing key": ("", "", "DEEPSEEK_API_KEY", "set DEEPSEEK_API_KEY"),
 }
 
@@ -342,12 +342,12 @@ def test_a_pause_says_what_happens_and_how_the_run_goes_on(steer: Callable[..., 
     left = steer("pause", *target)
     assert (left.exit_code, left.stdout) == (
         0,
-        "run 2 is paused: no lane was at work\nthe same `farthing run colours` command goes on\n",
+        "run 2 is paused: no lane was at work\n`farthing run colours` goes on\n",
     )
     again = steer("pause", "2")
     assert (again.exit_code, again.stdout) == (
         0,
-        "run 2 is paused already (operator); the same `farthing run colours` command goes on\n",
+        "run 2 is paused already (operator); `farthing run colours` goes on\n",
     )
     status = steer("status", "2", "--json").json
     assert (status["state"], status["reason"]) == ("paused", "operator")

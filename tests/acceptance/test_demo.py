@@ -86,6 +86,7 @@ def test_every_command_that_reads_tells_of_the_run(home: Home, demo: dict[str, A
     assert home.ask("db", "status")
 
 
+@pytest.mark.long  # test_prefect.py has a command that pauses at its budget, and random budgets have the cap
 def test_a_budget_that_is_too_small_pauses_with_exit_code_3_and_is_never_passed(
     home: Home, demo: dict[str, Any]
 ) -> None:

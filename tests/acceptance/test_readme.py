@@ -7,14 +7,12 @@ from pathlib import Path
 
 import psycopg
 import yaml
-from pydantic import SecretStr
 
 import farthing
 from schemas import errors
 from schemas.jobfile import JobFile
 from schemas.settings import Settings
 from tasks.job_template import JOB_YAML
-from tasks.ledger.connection import upgrade
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -69,19 +67,14 @@ def test_every_make_target_exists() -> None:
         assert f"\n{target}:" in MAKEFILE
 
 
-def test_the_sql_runs_and_names_every_view(database_url: str) -> None:
-    text = section("Audit a job in SQL")
-    statement = text.split("```sql\n")[1].split("```")[0].strip().rstrip(";")
-    upgrade(SecretStr(database_url))
-    with psycopg.connect(database_url) as connection:
+def test_the_sql_runs_and_names_every_view(ledger_url: str) -> None:
+    text = section("Answers and audits in SQL")
+    statements = [line for block in text.split("```sql\n")[1:] for line in block.split("```")[0].split(";\n") if line]
+    with psycopg.connect(ledger_url) as connection:
         connection.execute("SET ROLE farthing_auditor")
-        assert connection.execute(statement).fetchall() == []
+        assert [connection.execute(statement).fetchall() for statement in statements] == [[], [], []]
         views = connection.execute("SELECT viewname FROM pg_views WHERE schemaname = 'farthing'").fetchall()
     told = set(re.findall(r"`([a-z_]+)`", text)) | set(re.findall(r"farthing\.([a-z_]+)", text))
-    internal = {
-        "run_overview",
-        "backfill_overview",
-        "lane_progress",
-        "event",
-    }  # what the command line reads while a run goes on
+    # What the command line reads while a run goes on.
+    internal = {"run_overview", "backfill_overview", "lane_progress", "event"}
     assert {name for (name,) in views} - internal <= told

@@ -45,6 +45,10 @@ class Desk:
         return found
 
 
+#: What integration/test_steering.py shows with lanes in its own process.
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("FARTHING_", "PREFECT_"))}

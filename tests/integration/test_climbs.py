@@ -149,7 +149,7 @@ async def test_a_lane_that_drains_does_not_wait_for_the_money_of_another(
             held = run.cap - 100
             assert await budgets.open_grant(ledger, run.run_id, other, run.budget_id, need=held, want=held)
             working = await Working.start(world, monkeypatch, budget=budget)
-            await working.wait_until("is nearly used")
+            await working.wait_until("is all spoken for")
             working.lane.drain("interrupted")
             assert (await working.ended()).reason == "interrupted"
     assert world.bill() == {}

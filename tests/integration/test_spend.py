@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from pydantic import SecretStr
 
+from schemas.attempts import RunId
 from schemas.errors import ConfigurationError
 from schemas.money import Currency
 from schemas.records import DocumentState, Record, ResultKey
@@ -216,3 +217,15 @@ async def test_runs_are_listed_newest_first_and_the_latest_is_found(ledger: Ledg
     assert [run.run for run in await spend.list_runs(ledger, "colours")] == [2, 1]
     with pytest.raises(ConfigurationError, match="there is no run 7"):
         await spend.progress(ledger, 7)
+
+
+async def test_a_job_s_paused_runs_are_listed_with_their_selections(ledger: Ledger) -> None:
+    await run_everything(ledger)
+    for number, selection in enumerate(({"limit": 3}, {"limit": 4}, {"limit": 5}), start=2):
+        run = await runs.open_run(ledger, opening(selection=selection))
+        assert run.run_id == number
+    for run_id in (2, 3):
+        await runs.change_state(ledger, RunId(run_id), "paused", "budget")
+    assert await spend.list_paused(ledger, "colours", is_simulated=False) == [(3, {"limit": 4}), (2, {"limit": 3})]
+    assert await spend.list_paused(ledger, "colours", is_simulated=True) == []
+    assert await spend.list_paused(ledger, "sizes", is_simulated=False) == []

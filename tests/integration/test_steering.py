@@ -113,7 +113,7 @@ async def test_a_paused_run_begins_nothing_more_finishes_what_is_in_flight_and_g
     assert world.value(late) == 0
     assert world.value("SELECT count(*) FROM attempt WHERE billing <> 'known'") == 0
     assert world.sql("SELECT detail FROM run_event WHERE kind = 'paused'") == [({"reason": "operator"},)]
-    said = outcome(settled, ended)
+    said = outcome(settled, ended, None)
     assert (said["state"], said["advice"]) == (
         "paused",
         "`farthing pause` stopped this run: run the same command to go on",
@@ -173,7 +173,7 @@ async def test_who_had_a_place_before_the_limit_fell_and_waits_for_money_queues_
         cap = room.spent + 4 * world.value("SELECT max(reserved) FROM attempt_intent WHERE tier = 'flash'")
         await runs.change_cap(ledger, run.run_id, cap)
         await until(lambda: account.in_flight[FLASH] <= 4)
-        await until(lambda: "is nearly used" in (world.value("SELECT waiting_because FROM lane") or ""))
+        await until(lambda: "is all spoken for" in (world.value("SELECT waiting_because FROM lane") or ""))
         await steering.limit(ledger, run.run_id, ["3"])
         await until(lambda: account.in_flight[FLASH] <= 3)
         await asyncio.sleep(4 * BEAT_S)
@@ -245,7 +245,7 @@ async def test_a_run_that_paused_for_its_budget_goes_on_under_the_new_one(world:
     assert (run.state, ended.reason) == ("paused", "budget")
     async with ledger_of(world) as ledger:
         capped = await steering.cap(ledger, run.run_id, "0.5")
-    assert report.capped_lines(capped).endswith("the same `farthing run colours` command goes on under it")
+    assert report.capped_lines(capped).endswith("\n`farthing run colours --sandbox` goes on under it")
     resumed, _ = await world.run()
     assert (resumed.run_id, resumed.state, resumed.cap) == (run.run_id, "done", 5 * 10**11)
     events = world.sql("SELECT detail FROM run_event WHERE kind = 'cap_changed'")
@@ -330,9 +330,7 @@ async def test_a_run_that_is_paused_already_keeps_its_reason(ledger: Ledger) -> 
     run = await runs.open_run(ledger, opening())
     await runs.change_state(ledger, run.run_id, "paused", "budget")
     steered = await steering.pause(ledger, run.run_id)
-    assert report.paused_lines(steered) == (
-        "run 1 is paused already (budget); the same `farthing run colours` command goes on"
-    )
+    assert report.paused_lines(steered) == ("run 1 is paused already (budget); `farthing run colours` goes on")
 
 
 @pytest.mark.parametrize("state", ["done", "superseded"])

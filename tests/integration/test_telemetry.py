@@ -97,6 +97,15 @@ def collecting() -> Iterator[Collector]:
         server.server_close()
 
 
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """What still tries to reach a collector draws from `random`, which disturbs Hypothesis in later tests."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith(("Otel", "farthing-telemetry")):
+            thread.join(30)
+
+
 @pytest.fixture
 async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
     async with make_world(tmp_path, ledger_url) as made:
@@ -167,6 +176,7 @@ async def test_a_collector_that_is_away_holds_up_nothing_and_is_told_of(
 ) -> None:
     monkeypatch.setattr(telemetry, "CLOSE_S", 0.5)
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://somebody:secret@127.0.0.1:9")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3")
     with capture_logs() as logs:
         run, _ = await world.run()
     assert run.state == "done"

@@ -364,7 +364,7 @@ def test_a_pause_says_who_is_still_at_work() -> None:
     paused = replace(PROGRESS, state="paused", reason="operator", lanes=2)
     assert report.paused_lines(Steered(paused, is_changed=True)) == (
         "run 7 is paused: its 2 lane(s) begin nothing more, finish the 42 requests in flight, and leave\n"
-        "the same `farthing run tickets` command goes on"
+        "`farthing run tickets --sandbox` goes on"
     )
 
 
@@ -387,7 +387,7 @@ def test_a_cap_says_how_the_budget_stands_and_what_the_run_does_about_it() -> No
     )
     assert report.capped_lines(replace(capped, budget_pico=PICO)).endswith("\nnothing new is begun under it")
     paused = replace(capped, seen=replace(PROGRESS, state="paused", reason="budget"))
-    assert report.capped_lines(paused).endswith("\nthe same `farthing run tickets` command goes on under it")
+    assert report.capped_lines(paused).endswith("\n`farthing run tickets --sandbox` goes on under it")
     same = replace(capped, is_changed=False, was_pico=2 * PICO, budget_name="tickets-2026-11")
     assert report.capped_lines(same).startswith(
         "run 7: tickets-2026-11, the budget that run 7 shares, is $2.00 already; "

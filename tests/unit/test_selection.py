@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from schemas.errors import ConfigurationError
+from schemas.requests import spell_command
 from schemas.selection import (
     choose_partitions,
     depth_below,
@@ -141,3 +142,21 @@ def test_a_whole_path_means_that_file_alone() -> None:
     paths = ["a.parquet", "x/a.parquet"]
     assert select_partitions(paths, None, ["a.parquet"]) == ["a.parquet"]
     assert name_partitions(paths, None) == {path: path for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("selection", "simulated", "command"),
+    [
+        ({"partitions": [], "limit": None}, False, "farthing run colours"),
+        ({"partitions": [], "limit": 3000}, True, "farthing run colours --limit 3000 --sandbox"),
+        (
+            {"partitions": ["a day", "b"], "limit": None},
+            False,
+            "farthing run colours --partition 'a day' --partition b",
+        ),
+    ],
+)
+def test_a_run_is_resumed_by_the_command_that_selects_the_same(
+    selection: dict[str, Any], simulated: bool, command: str
+) -> None:
+    assert spell_command("colours", selection, is_simulated=simulated) == command

@@ -206,6 +206,7 @@ class Model:
             is_resumed,
             ladder=tuple(tier.name for tier in opening.job.ladder),
             ceilings=row.ceilings,
+            tolerance=opening.job.tolerance,
         )
 
     # Lanes and leases.

@@ -1,0 +1,38 @@
+"""How a flow run ends in Prefect: green only where the same command would exit with 0.
+
+What is paused would look like done otherwise, to people and to automations. Exit code 3 is of type Failed and named
+Paused, or Cancelled where somebody interrupted it; exit code 1 is of type Failed and named DeadLetters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import State
+from prefect.states import Cancelled, Failed
+
+#: Why a run or a backfill is paused that somebody interrupted: Ctrl-C, SIGTERM, Prefect's Cancel.
+INTERRUPTED = "interrupted"
+
+#: What a flow returns: plain values, alone or in a state.
+Final = dict[str, Any] | State[dict[str, Any]]
+
+
+def final(outcome: dict[str, Any]) -> Final:
+    """What the flow returns for that outcome; alone, it is Completed."""
+    message = "; ".join(filter(None, (outcome["reason"], outcome["advice"])))
+    if outcome["state"] == "paused" and outcome["reason"] == INTERRUPTED:
+        return Cancelled(message=message, data=outcome)
+    if outcome["state"] == "paused":
+        return Failed(name="Paused", message=message, data=outcome)
+    if outcome["advice"]:
+        return Failed(name="DeadLetters", message=outcome["advice"], data=outcome)
+    return outcome
+
+
+async def outcome_of(state: State[Any]) -> dict[str, Any]:
+    """The outcome that a flow returned, whatever state it is in. Raises what the flow raised."""
+    found = await state.aresult(raise_on_failure=False)
+    if isinstance(found, BaseException):
+        raise found
+    return dict(found)
