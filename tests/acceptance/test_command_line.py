@@ -232,7 +232,7 @@ def test_a_model_without_a_price_is_refused(farthing: Terminal, tickets: Path) -
     left = farthing("run", "tickets", FARTHING_DATABASE_URL=url, DEEPSEEK_API_KEY=SECRET)
     assert left.exit_code == 2
     assert "no price for model 'deepseek-v9'" in left.stderr
-    assert f"job.yaml:{len(text.splitlines()) + 1}: pro: " in left.stderr
+    assert f"job.yaml:{text.partition('tiers:')[0].count(chr(10)) + 1}: pro: " in left.stderr
 
 
 def test_a_missing_column_is_refused(farthing: Terminal, tickets: Path) -> None:
