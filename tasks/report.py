@@ -508,7 +508,7 @@ def progress_table(progress: Progress) -> Table:
     made = table(f"{progress.job}, run {progress.run}", ("", ""), rows, texts=(0, 1))
     made.add_section()
     for event in progress.events:
-        detail = ", ".join(f"{name} {plain(_spell(value))}" for name, value in event.detail.items())
+        detail = ", ".join(f"{name} {plain(_spell(name, value, currency))}" for name, value in event.detail.items())
         _add_row(
             made, f"{event.happened_at.astimezone(UTC):%m-%d %H:%M:%S}", f"{event.kind.replace('_', ' ')} {detail}"
         )
@@ -565,8 +565,10 @@ def _most(progress: Progress) -> str:
     return f", {ceilings(progress)}" if progress.ceilings else ""
 
 
-def _spell(value: object) -> str:
-    """A detail of an event, for people."""
+def _spell(name: str, value: object, currency: Currency) -> str:
+    """A detail of an event, for people: caps are in pico units."""
+    if name in ("cap", "was") and isinstance(value, int):
+        return str(Money(value, currency))
     return spell_ceilings(dict(sorted(value.items()))) if isinstance(value, dict) else str(value)
 
 

@@ -360,6 +360,11 @@ def test_a_limit_that_changed_is_told_tier_by_tier_and_nothing_in_it_acts() -> N
     assert "limit changed now 2 [red]pro, 4 flash, was 256 flash" in text
 
 
+def test_an_event_says_a_cap_as_money() -> None:
+    event = Event(NOW, "cap_changed", {"cap": 5 * PICO, "was": PICO})
+    assert "cap changed cap $5.00, was $1.00" in shown(report.progress_table(replace(PROGRESS, events=(event,))))
+
+
 def test_a_pause_says_who_is_still_at_work() -> None:
     paused = replace(PROGRESS, state="paused", reason="operator", lanes=2)
     assert report.paused_lines(Steered(paused, is_changed=True)) == (
