@@ -47,6 +47,8 @@ T = TypeVar("T")
 ROOT = Path(".")
 CORPUS = Path("data/licences")
 #: The jobs whose documents, and whose simulated answers, the sandbox brings along.
+#: Where Prefect's server went away, or somebody cancelled there a run that no worker of Prefect's has.
+UNSEEN = "Prefect's server does not know how this ended: its page stays incomplete, the ledger does not"
 SHIPPED = ("licences", "obligations")
 #: Exit codes that no error carries: a run that can be resumed, and a bug (EX_SOFTWARE in sysexits.h).
 PAUSED, CRASHED = 3, 70
@@ -375,7 +377,9 @@ def _backfill(
         with _view(job.name, is_quiet) as view:
             outcome = _resumably(lambda: _run_backfill(request, settings, view), lambda: view.has_seen_run)
             view.phase("proving the ledger")
-            found = wait_for(_conclude_backfill(_database(settings), outcome["backfill_id"]))
+            found = _resumably(
+                lambda: wait_for(_conclude_backfill(_database(settings), outcome["backfill_id"])), lambda: True
+            )
     _report_backfill(outcome, job, *found, as_json=as_json)
     raise typer.Exit(_backfill_exit_code(outcome, job, *found))
 
@@ -413,7 +417,10 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
     from tasks.prefect_server import start_temporary_server
 
     server = start_temporary_server()
+    from prefect.exceptions import UnfinishedRun
+
     from flows.backfill import backfill as flow  # meanwhile: both take seconds
+    from tasks.backfills import settle_unseen
     from tasks.final_states import outcome_of
     from tasks.steps import PREFECT_GONE
 
@@ -427,8 +434,12 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
 
     try:
         return wait_for(work())
-    except TransportError:
-        _fail(PREFECT_GONE, PAUSED)
+    except (TransportError, UnfinishedRun):
+        found = wait_for(settle_unseen(request.job, settings, PREFECT_GONE))
+        if found is None:
+            _fail(PREFECT_GONE, PAUSED)
+        tell(UNSEEN)
+        return found
 
 
 async def _conclude_backfill(url: SecretStr, backfill_id: int) -> tuple[list[BackfillRun], list[Proof]]:
@@ -520,15 +531,16 @@ def _despite_prefect(
 ) -> dict[str, Any]:
     """The flow's outcome. Prefect only shows: a run that outlives its server is what the ledger says."""
     from httpx import TransportError  # Prefect's client; ours is httpx2
+    from prefect.exceptions import UnfinishedRun
 
     from tasks.steps import PREFECT_GONE, settle_unseen
 
     try:
         return wait_for(flow())
-    except TransportError:
+    except (TransportError, UnfinishedRun):
         if view.run_id is None:
             _fail(PREFECT_GONE, PAUSED)
-        tell("Prefect's server went away: its page of this run stays incomplete, the ledger does not")
+        tell(UNSEEN)
         return wait_for(settle_unseen(view.run_id, settings))
 
 

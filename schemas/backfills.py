@@ -6,6 +6,7 @@ job that holds a file decides, be it a run of that partition or of the whole inp
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,7 +49,7 @@ class Drift(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """A slice of the input as it is now. Of its documents, `duplicates` have the id of an earlier one."""
+    """A slice of the input as it is now. Of its documents, `duplicates` have the id of an earlier one in it."""
 
     name: str
     files: tuple[InputFile, ...]
@@ -96,7 +97,8 @@ class Now:
 class Standing:
     """How a partition stands. `to_send` is how many documents a run of it now would pay for, at most.
 
-    `at_work` is a run that works on it now.
+    `at_work` is a run that works on it now, and `backfill_id` the backfill that this is a part of, if any.
+    `is_incomplete`: the newest run of it has documents that have not ended, whatever changed since.
     """
 
     partition: str
@@ -107,6 +109,8 @@ class Standing:
     to_send: int = 0
     runs: tuple[int, ...] = ()
     at_work: int | None = None
+    backfill_id: int | None = None
+    is_incomplete: bool = False
 
     @property
     def words(self) -> str:
@@ -126,14 +130,18 @@ def split(manifest: Manifest, named: Mapping[str, str]) -> list[Partition]:
     of_file = {file.file_no: named[file.path] for file in manifest.files}
     for file in manifest.files:
         files.setdefault(of_file[file.file_no], []).append(file)
+    firsts = [shard.first_document_no for shard in manifest.shards]
+
+    def partition_of(document_no: int) -> str:
+        return of_file[manifest.shards[bisect_right(firsts, document_no) - 1].file_no]
+
     duplicates = dict.fromkeys(files, 0)
-    shards = iter(manifest.shards)
-    shard = next(shards, None)
+    seen: set[tuple[str, int]] = set()
     for duplicate in manifest.duplicates:
-        while shard is not None and shard.first_document_no + shard.document_count <= duplicate.document_no:
-            shard = next(shards, None)
-        assert shard is not None  # every document is in a shard
-        duplicates[of_file[shard.file_no]] += 1
+        mine, original = partition_of(duplicate.document_no), duplicate.of_document_no
+        if (mine, original) in seen or partition_of(original) == mine:
+            duplicates[mine] += 1
+        seen.add((mine, original))  # where the original is elsewhere, the first copy here is one, in a run of its own
     return [Partition(name, tuple(mine), duplicates[name]) for name, mine in files.items()]
 
 
@@ -141,6 +149,7 @@ def stand(partition: Partition, covered: Mapping[str, Covered], now: Now) -> Sta
     """The state of a partition, by what the ledger says of its files."""
     known = [covered[file.path] for file in partition.files if file.path in covered]
     state = _state(partition, known, now)
+    working = next((each for each in known if each.is_at_work), None)
     return Standing(
         partition.name,
         state,
@@ -149,7 +158,9 @@ def stand(partition: Partition, covered: Mapping[str, Covered], now: Now) -> Sta
         dead=sum(each.dead for each in known),
         to_send=_to_send(partition, known, now, state),
         runs=tuple(sorted({each.run_id for each in known})),
-        at_work=next((each.run_id for each in known if each.is_at_work), None),
+        at_work=None if working is None else working.run_id,
+        backfill_id=None if working is None else working.backfill_id,
+        is_incomplete=partition.documents > 0 and any(each.ended < each.rows for each in known),
     )
 
 
@@ -212,7 +223,7 @@ def _to_send(partition: Partition, known: Sequence[Covered], now: Now, state: St
 def is_due(standing: Standing, *, changed: bool, dead: bool) -> bool:
     """Whether a backfill runs the partition. One that somebody works on is left to them."""
     wanted = USUAL | (CHANGED if changed else frozenset()) | (DEAD if dead else frozenset())
-    return standing.state in wanted and standing.at_work is None
+    return (standing.state in wanted or standing.is_incomplete) and standing.at_work is None
 
 
 @dataclass(frozen=True, slots=True)

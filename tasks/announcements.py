@@ -7,7 +7,7 @@ not told again. Prefect only shows: if its server is away, the run goes on and t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +46,8 @@ LAST_LOOK_S = 10.0
 HEALTH_S = 5.0
 
 
-#: Names the runs that are told of.
-Find = Callable[[Ledger], Awaitable[Sequence[RunId]]]
+#: Names the runs that are told of, each with the event after which it is; None: after its last beginning.
+Find = Callable[[Ledger], Awaitable[Mapping[RunId, int | None]]]
 #: Takes events as `prefect_event` makes them; False: it could not.
 Tell = Callable[[Sequence[dict[str, Any]]], Awaitable[bool]]
 
@@ -56,8 +56,8 @@ Tell = Callable[[Sequence[dict[str, Any]]], Awaitable[bool]]
 async def announced(run: Run, settings: Settings) -> AsyncIterator[None]:
     """Tell Prefect what happens to the run while the block lasts, and how it ended. Call it inside a flow."""
 
-    async def find(_: Ledger) -> Sequence[RunId]:
-        return [run.run_id]
+    async def find(_: Ledger) -> Mapping[RunId, int | None]:
+        return {run.run_id: None}
 
     async with _announced(find, settings):
         yield
@@ -65,15 +65,14 @@ async def announced(run: Run, settings: Settings) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def announced_backfill(backfill_id: int, settings: Settings) -> AsyncIterator[None]:
-    """As `announced`, of each run of the backfill that is not done when the block begins."""
-    done: set[RunId] | None = None
+    """As `announced`, of each run of the backfill, from when the block begins."""
+    since: int | None = None
 
-    async def find(ledger: Ledger) -> Sequence[RunId]:
-        nonlocal done
-        states = await backfills.find_states(ledger, backfill_id)
-        if done is None:
-            done = {run_id for run_id, state in states.items() if state == "done"}
-        return [run_id for run_id in states if run_id not in done]
+    async def find(ledger: Ledger) -> Mapping[RunId, int | None]:
+        nonlocal since
+        if since is None:
+            since = await backfills.find_last_event(ledger, backfill_id)
+        return dict.fromkeys(await backfills.find_states(ledger, backfill_id), since)
 
     async with _announced(find, settings):
         yield
@@ -109,9 +108,9 @@ async def _tell(find: Find, settings: Settings, over: asyncio.Event) -> None:
 
 async def _look(heralds: dict[RunId, Herald], find: Find, ledger: Ledger) -> None:
     try:
-        for run_id in await find(ledger):
+        for run_id, since in (await find(ledger)).items():
             if run_id not in heralds:
-                heralds[run_id] = Herald(ledger, await runs.find_run(ledger, run_id), tell_prefect)
+                heralds[run_id] = Herald(ledger, await runs.find_run(ledger, run_id), tell_prefect, since)
             if not heralds[run_id].is_done:
                 await heralds[run_id].look()
     except LedgerUnavailable as error:
@@ -125,6 +124,7 @@ class Herald:
     ledger: Ledger
     run: Run
     tell: Tell
+    since: int | None = None
     _told: set[UUID] = field(default_factory=set)
     _has_looked: bool = False
     #: So many announcements wait for Prefect's server to come back.
@@ -143,8 +143,10 @@ class Herald:
         key = (self.ledger, self.run.run_id)
         events = await spend.list_events(*key, (*KINDS, *BEGINNINGS))
         if not self._has_looked:
-            began = max(event.event_id for event in events if event.kind in BEGINNINGS)
-            self._told = {each.identity(key[1]) for each in announcements(events) if each.event.event_id < began}
+            begun = self.since
+            if begun is None:
+                begun = max(event.event_id for event in events if event.kind in BEGINNINGS)
+            self._told = {each.identity(key[1]) for each in announcements(events) if each.event.event_id <= begun}
             self._has_looked = True
         is_noted = any(event.kind == TOO_MANY_DEAD_LETTERS for event in events)
         if is_noted or not exceeds(progress.dead_letters, progress.documents, self.run.tolerance):

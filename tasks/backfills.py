@@ -171,8 +171,9 @@ async def _find_room(
 
 def _due(standings: Iterable[Standing], request: BackfillRequest, unfinished: Backfill | None) -> list[Standing]:
     if unfinished is not None:
-        left = set(unfinished.left)
-        return [each for each in standings if each.partition in left]
+        left = [each for each in standings if each.partition in unfinished.left]
+        mine = unfinished.backfill_id  # its own lanes may be draining still
+        return [each for each in left if each.at_work is None or each.backfill_id == mine]
     return [each for each in standings if is_due(each, changed=request.changed, dead=request.dead)]
 
 
@@ -267,6 +268,9 @@ class BackfillWork:
     _waiting: deque[str] = field(init=False)
     _at_work: int = 0
     _told_lanes: int = 0
+    _is_interrupted: bool = False
+    #: The lanes know that they are to drain: from the ledger, or from a signal while that was away.
+    _have_lanes_heard: bool = False
     _woken: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -291,10 +295,13 @@ class BackfillWork:
         await self._settle()
 
     def interrupt(self) -> None:
-        """Pause what runs; asked again, give up on what is in flight."""
-        if self.stopped is not None and self.stopped.reason == INTERRUPTION:
+        """Pause what runs, whatever stopped it before; asked again, give up on what is in flight."""
+        if self._is_interrupted:
             enrichment.terminate_lanes()
+        self._is_interrupted = True
         self.stop(Stopped(INTERRUPTION, INTERRUPTED))
+        self.stopped = replace(self.stopped or Stopped(INTERRUPTION, INTERRUPTED), pauses=True)
+        self._woken.set()
 
     def stop(self, why: Stopped) -> None:
         """Begin no further partition. The first reason counts."""
@@ -319,10 +326,8 @@ class BackfillWork:
                 return worker
             worker = worker or self.start_worker()
             try:
-                self._take(await worker.work(self.request.run(name, self.backfill.backfill_id)))
-                return worker
-            except WorkerDied:
-                log.warning("a partition's process died", partition=name)
+                if await self._has_ended(name, worker):
+                    return worker
                 worker = None
                 if name in (await backfills.find_backfill(self.ledger, self.backfill.backfill_id)).done:
                     return None  # it had come to the end, and a new run would try its dead letters again
@@ -334,6 +339,15 @@ class BackfillWork:
         died = f"its process died {MOST_STARTS} times: look at this machine's memory, then run the same command"
         self._take(PartitionEnded(name, "failed", died))
         return None
+
+    async def _has_ended(self, name: str, worker: Worker) -> bool:
+        """Work on the partition until its run ends; False: the process died before."""
+        try:
+            self._take(await worker.work(self.request.run(name, self.backfill.backfill_id)))
+        except WorkerDied:
+            log.warning("a partition's process died", partition=name)
+            return False
+        return True
 
     def _take(self, ended: PartitionEnded) -> None:
         self.ended[ended.partition] = ended
@@ -350,8 +364,9 @@ class BackfillWork:
                 await self._look()
             except LedgerUnavailable as error:  # the lanes have their own patience with it
                 log.warning("no look at the backfill", error=str(error))
-                if self.stopped is not None and self.stopped.reason == INTERRUPTION:
-                    enrichment.terminate_lanes()
+                if self._is_interrupted and not self._have_lanes_heard:
+                    self._have_lanes_heard = True
+                    enrichment.terminate_lanes()  # once: a second signal would give up what is in flight
             try:
                 async with asyncio.timeout(self.times.beat_every_s):
                     await self._woken.wait()
@@ -364,6 +379,7 @@ class BackfillWork:
         await self._see_models()
         if self.stopped is not None and self.stopped.pauses:
             await self._pause_all(self.stopped.reason)
+            self._have_lanes_heard = True
         if self._at_work != self._told_lanes:
             await backfills.change_backfill(self.ledger, self.backfill.backfill_id, lanes=self._at_work)
             self._told_lanes = self._at_work
@@ -372,14 +388,14 @@ class BackfillWork:
         drift = await backfills.find_drift(self.ledger, self.backfill.backfill_id)
         if drift == self.drift:
             return
-        self.drift = drift
+        if self.request.when_model_changes is Drift.PAUSE:
+            self.stop(Stopped(MODEL_CHANGED, spell_drift(drift)))
         log.warning("another model serves", backfill=self.backfill.backfill_id, models=drift)
         for run_id in (await backfills.find_running(self.ledger, self.backfill.backfill_id))[:1]:
             for tier, models in drift.items():
                 key = f"model_changed {tier} {len(models)}"
                 await runs.note(self.ledger, run_id, MODEL_CHANGED, {"tier": tier, "models": models}, key=key)
-        if self.request.when_model_changes is Drift.PAUSE:
-            self.stop(Stopped(MODEL_CHANGED, spell_drift(drift)))
+        self.drift = drift  # last: what Postgres did not take is tried again with the next look
 
     async def _pause_all(self, reason: str) -> None:
         """Pause every run of the backfill that runs; their lanes hear it with their next heartbeat, and drain."""
@@ -407,6 +423,26 @@ async def find_excess(ledger: Ledger, job: Job, backfill_id: int) -> str:
         f"{each.partition}: {spell_dead_letters(each.dead_letters, each.documents, job.tolerance)}" for each in over
     ]
     return "\n".join([*told, "`farthing backfill` with --dead tries them again"]) if told else ""
+
+
+async def settle_unseen(job: str, settings: Settings, advice: str) -> dict[str, Any] | None:
+    """The outcome of this process's own backfill, of which Prefect did not say how it ended. None: it had none."""
+    async with coordinator_ledger(settings) as ledger:
+        mine = await backfills.find_own(ledger, load_job(job).name, is_simulated=settings.sandbox)
+        if mine is None:
+            return None
+        is_done = not mine.left
+        state, reason = ("done", None) if is_done else ("paused", INTERRUPTION)
+        await backfills.change_backfill(ledger, mine.backfill_id, state=state, reason=reason, lanes=0)
+    return {
+        "backfill_id": mine.backfill_id,
+        "state": state,
+        "reason": reason,
+        "advice": "" if is_done else advice,
+        "failed": {},
+        "gone": [],
+        "drift": {},
+    }
 
 
 def _explain(error: Exception) -> str:

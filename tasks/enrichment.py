@@ -171,12 +171,14 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
     try:
         async with lane_ledger(settings, times.once_within_s) as ledger:
             await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S)
-            await runs.refresh_statistics(ledger, run)
             is_over = await runs.settle(ledger, run.run_id) is not None
             if not is_over and not await leases.has_living(ledger, run.run_id):
                 reason = reasons[0].reason if reasons else "unfinished"
                 await runs.change_state(ledger, run.run_id, "paused", reason)
-            return await runs.find_run(ledger, run.run_id)
+            settled = await runs.find_run(ledger, run.run_id)
+            with suppress(LedgerUnavailable):  # only the reading that follows would be slower
+                await runs.refresh_statistics(ledger, run)
+            return settled
     except LedgerUnavailable as error:
         advice = next((end.advice for end in reasons if end.advice), INTERRUPTED)
         raise RunUnsettled(f"run {run.run_id} ended and its end is not on the ledger: {error}\n{advice}") from None

@@ -21,17 +21,21 @@ Final = dict[str, Any] | State[dict[str, Any]]
 def final(outcome: dict[str, Any]) -> Final:
     """What the flow returns for that outcome; alone, it is Completed."""
     message = "; ".join(filter(None, (outcome["reason"], outcome["advice"])))
-    if outcome["state"] == "paused" and outcome["reason"] == INTERRUPTED:
-        return Cancelled(message=message, data=outcome)
-    if outcome["state"] == "paused":
-        return Failed(name="Paused", message=message, data=outcome)
-    if outcome["advice"]:
-        return Failed(name="DeadLetters", message=outcome["advice"], data=outcome)
-    return outcome
+    match outcome["state"], outcome["reason"]:
+        case "done", _:
+            return Failed(name="DeadLetters", message=message, data=outcome) if outcome["advice"] else outcome
+        case "paused", reason if reason == INTERRUPTED:
+            return Cancelled(message=message, data=outcome)
+        case state, _:  # running: another start goes on with it; superseded: by another start, with another job
+            return Failed(name=state.capitalize(), message=message or f"the run is {state}", data=outcome)
 
 
 async def outcome_of(state: State[Any]) -> dict[str, Any]:
-    """The outcome that a flow returned, whatever state it is in. Raises what the flow raised."""
+    """The outcome that a flow returned, whatever state it is in, if called with `return_state=True`.
+
+    Raises what the flow raised, and UnfinishedRun where Prefect did not take its last state: somebody cancelled the
+    flow run in its pages meanwhile. What became of the run is on the ledger then.
+    """
     found = await state.aresult(raise_on_failure=False)
     if isinstance(found, BaseException):
         raise found

@@ -15,14 +15,17 @@ down_revision = "0007"
 
 TABLES = ("attempt_intent", "attempt_outcome", "attempt_unknown", "answer", "document", "duplicate", "label", "shard")
 
-# Of several at once the first does it; the others go on.
+# Of several at once the first does it; the others go on, and so does who would wait for a vacuum or a new index.
 FUNCTION = f"""
 CREATE FUNCTION analyze_ledger() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF pg_try_advisory_xact_lock(hashtext('farthing analyze')) THEN
+        PERFORM set_config('lock_timeout', '2s', true);
         ANALYZE {", ".join(f"farthing.{table}" for table in TABLES)};
     END IF;
+EXCEPTION WHEN lock_not_available THEN
+    NULL;
 END $$;
 REVOKE ALL ON FUNCTION analyze_ledger() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION analyze_ledger() TO farthing_lane;

@@ -26,12 +26,13 @@ from tasks.ledger.leases import LOCK_SPACE
 from tasks.ledger.rows import as_json
 
 #: A lane lives by its session lock here, not by its heartbeat: whoever was killed a moment ago works on nothing.
+#: A run with a limit says nothing of a file that another one took whole.
 _COVERED = text("""
     WITH held AS (
         SELECT DISTINCT ON (f.path) f.path, f.run_id, f.file_no, f.size, f.sha256, f.rows
         FROM run r JOIN input_file f USING (run_id)
         WHERE r.job = :job AND r.is_simulated = :is_simulated AND f.path = ANY(:paths)
-        ORDER BY f.path, f.run_id DESC
+        ORDER BY f.path, r.selection -> 'limit' <> 'null', f.run_id DESC
     )
     SELECT h.path, h.run_id, h.size, h.sha256, h.rows, r.prompt_version, r.policy, r.selection, r.backfill_id,
            r.state IN ('running', 'paused') AND EXISTS (
@@ -80,6 +81,21 @@ _DONE = text("""
 
 #: For the same job and kind of money, whatever was asked: two that overlap would take each other's runs away.
 _HOLD = text("SELECT pg_try_advisory_lock(hashtext('farthing backfill'), hashtext(CAST(:whose AS text)))")
+
+_LAST_EVENT = text("""
+    SELECT coalesce(max(e.event_id), 0) FROM run r JOIN run_event e USING (run_id) WHERE r.backfill_id = :backfill_id
+""")
+
+_OWN = text("""
+    SELECT backfill_id FROM backfill
+    WHERE job = :job AND is_simulated = :is_simulated AND host = :host AND pid = :pid ORDER BY opened_at DESC LIMIT 1
+""")
+
+#: Whoever holds the lock is alone: what still says that it is at work died at it.
+_LEFT_BEHIND = text("""
+    UPDATE backfill SET state = 'paused', reason = 'interrupted', lanes = 0
+    WHERE job = :job AND is_simulated = :is_simulated AND state = 'running' AND backfill_id <> :backfill_id
+""")
 
 _AT_WORK = text("""
     SELECT backfill_id, host, pid FROM backfill
@@ -175,6 +191,14 @@ async def find_unfinished(
         return _backfill(row, done)
 
 
+async def find_own(ledger: Ledger, job: str, *, is_simulated: bool) -> Backfill | None:
+    """The backfill that this process opened or resumed last. None: it has none."""
+    async with ledger.transaction() as connection:
+        key = {"job": job, "is_simulated": is_simulated, "host": _host(), "pid": os.getpid()}
+        backfill_id = (await connection.execute(_OWN, key)).scalar_one_or_none()
+    return None if backfill_id is None else await find_backfill(ledger, backfill_id)
+
+
 async def find_backfill(ledger: Ledger, backfill_id: int) -> Backfill:
     """The backfill of that number, which must be there."""
     async with ledger.transaction() as connection:
@@ -230,6 +254,8 @@ async def open_backfill(ledger: Ledger, wanted: Wanted) -> Backfill:
         at_work = {"state": "running", "reason": None, "lanes": wanted.lanes, "host": _host(), "pid": os.getpid()}
         mine = tables.backfill.c.backfill_id == backfill.backfill_id
         await connection.execute(update(tables.backfill).where(mine).values(at_work))
+        whose = {"job": wanted.job, "is_simulated": wanted.is_simulated, "backfill_id": backfill.backfill_id}
+        await connection.execute(_LEFT_BEHIND, whose)
         _, cap = await find_budget(connection, _wanted_budget(backfill, wanted))
         if not wanted.keeps_cap:
             change = {"backfill_id": backfill.backfill_id, "detail": as_json({"cap": cap})}
@@ -251,6 +277,12 @@ async def find_states(ledger: Ledger, backfill_id: int) -> dict[RunId, str]:
     query = select(run.run_id, run.state).where(run.backfill_id == backfill_id).order_by(run.run_id)
     async with ledger.transaction() as connection:
         return {RunId(run_id): state for run_id, state in await connection.execute(query)}
+
+
+async def find_last_event(ledger: Ledger, backfill_id: int) -> int:
+    """The newest event of any of its runs; 0 where there is none."""
+    async with ledger.transaction() as connection:
+        return int((await connection.execute(_LAST_EVENT, {"backfill_id": backfill_id})).scalar_one())
 
 
 async def find_running(ledger: Ledger, backfill_id: int) -> list[RunId]:

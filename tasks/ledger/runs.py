@@ -22,7 +22,7 @@ from schemas.pricing import Price
 from tasks.ledger.budgets import WantedBudget, find_budget
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_answers_digest, compute_digest
-from tasks.ledger.leases import end_lanes, lock_lanes
+from tasks.ledger.leases import LOCK_SPACE, end_lanes, lock_lanes
 from tasks.ledger.rows import append, as_json
 
 
@@ -82,15 +82,26 @@ class LimitChange:
     was: Mapping[str, int]
 
 
+#: `is_same_work`: it would send the same. `is_at_work`: a lane of it holds its session lock.
 _UNFINISHED = text("""
-    SELECT run_id, prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
-                   AND manifest_digest = :manifest_digest AND currency = :currency
-                   AND is_simulated = :is_simulated
-                   AND reuses IS NOT DISTINCT FROM CAST(:reuses AS jsonb)
-                   AND (SELECT b.name FROM budget b WHERE b.budget_id = run.budget_id)
-                       IS NOT DISTINCT FROM CAST(:budget_name AS text) AS is_same
-    FROM run
-    WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
+    SELECT run_id, is_same_work AND is_same_budget AS is_same,
+           is_same_work AND NOT is_same_budget AND EXISTS (
+               SELECT FROM lane l
+               JOIN pg_locks k ON k.locktype = 'advisory' AND k.granted
+                   AND (k.classid, k.objid, k.objsubid) = (:space, l.lane_id, 2)
+               JOIN pg_database b ON b.oid = k.database AND b.datname = current_database()
+               WHERE l.run_id = found.run_id AND l.ended_at IS NULL) AS is_at_work
+    FROM (
+        SELECT run_id,
+               prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
+               AND manifest_digest = :manifest_digest AND currency = :currency
+               AND is_simulated = :is_simulated AS is_same_work,
+               reuses IS NOT DISTINCT FROM CAST(:reuses AS jsonb)
+               AND (SELECT b.name FROM budget b WHERE b.budget_id = run.budget_id)
+                   IS NOT DISTINCT FROM CAST(:budget_name AS text) AS is_same_budget
+        FROM run
+        WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
+    ) found
     ORDER BY run_id DESC
 """)
 
@@ -133,7 +144,8 @@ async def open_run(ledger: Ledger, opening: Opening) -> Run:
 
     An unfinished run of that selection which no longer matches (its prompt, policy or files changed, or it draws on
     another budget) is marked `superseded`: what it paid for stays on the ledger, and its results are reused where
-    they still apply. Raises ConfigurationError where the job's shared budget is not as its other jobs say.
+    they still apply. Raises ConfigurationError where the job's shared budget is not as its other jobs say, and where
+    somebody works on the same documents under another budget: what that has in flight would be paid for twice.
     """
     rows = len(opening.manifest.shards) + len(opening.manifest.duplicates)
     async with ledger.transaction("open_run", rows=rows) as connection:
@@ -141,11 +153,17 @@ async def open_run(ledger: Ledger, opening: Opening) -> Run:
         unfinished = (
             await connection.execute(
                 _UNFINISHED,
-                _identity(opening) | {"budget_name": opening.job.budget_name, "reuses": as_json(opening.reuses)},
+                _identity(opening)
+                | {"budget_name": opening.job.budget_name, "reuses": as_json(opening.reuses), "space": LOCK_SPACE},
             )
         ).all()
-        same = [run_id for run_id, is_same in unfinished if is_same]
-        for run_id in [run_id for run_id, _ in unfinished if run_id not in same[:1]]:
+        if at_work := [found.run_id for found in unfinished if found.is_at_work]:
+            raise ConfigurationError(
+                f"run {at_work[0]} of {opening.job.name} is at work on the same documents under another budget, such "
+                f"as a backfill's: let it end, or `farthing pause {at_work[0]}`, and try again"
+            )
+        same = [found.run_id for found in unfinished if found.is_same]
+        for run_id in [found.run_id for found in unfinished if found.run_id not in same[:1]]:
             await _change_state(connection, run_id, "superseded", "the job or its input changed")
         run_id = same[0] if same else await _insert_run(connection, opening)
         if same:

@@ -238,5 +238,10 @@ def test_a_share_is_drawn_and_a_seed_draws_it_again(echo: EchoServer) -> None:
 def test_a_server_that_is_not_there_is_a_reset() -> None:
     with closing(socket.socket()) as nobody:
         nobody.bind(("127.0.0.1", 0))
-        with Proxy(nobody.getsockname()[1]) as proxy, connect(proxy) as client:
-            assert hear(client, 1) == (b"", "reset")
+        with Proxy(nobody.getsockname()[1]) as proxy:
+            try:
+                with connect(proxy) as client:
+                    fate = hear(client, 1)
+            except ConnectionResetError:  # before the caller knew that it was connected
+                fate = (b"", "reset")
+            assert fate == (b"", "reset")

@@ -105,6 +105,7 @@ def test_many_zombies_break_no_promise(part: int, stage: Stage, seed: int, scale
     tally.count("zombie lane", zombies)
 
 
+@pytest.mark.long  # its heartbeats are so short that a busy machine fences the heir
 def test_without_clock_or_heartbeat_a_buried_lane_still_sends_nothing(stage: Stage, tally: Tally) -> None:
     """The epoch alone has to bite: the lane wakes between its burial and the next claim of its shards."""
     stage.scene()

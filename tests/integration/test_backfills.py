@@ -24,17 +24,17 @@ from sandbox.latency import Latency, Pace
 from sandbox.tariff import FLASH
 from schemas.attempts import LaneId
 from schemas.backfills import Standing, State
-from schemas.errors import BackfillAtWork, ConfigurationError
+from schemas.errors import BackfillAtWork, ConfigurationError, LedgerUnavailable
 from schemas.jobs import Job
 from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
 from schemas.requests import BackfillRequest, RunRequest
 from schemas.settings import Settings
 from tasks import backfills
-from tasks.backfills import BackfillWork, PartitionEnded, Plan, WorkerDied
+from tasks.backfills import BackfillWork, PartitionEnded, Plan, Stopped, WorkerDied
 from tasks.jobs import load_job
 from tasks.ledger import leases, runs, spend
-from tasks.ledger.backfills import Wanted, change_backfill, open_backfill
+from tasks.ledger.backfills import Wanted, change_backfill, find_backfill, open_backfill
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import LeaseTimes
 from tasks.ledger.proof import prove
@@ -231,6 +231,7 @@ async def test_a_partition_stands_as_the_newest_run_left_it_whichever_that_was(w
     assert (seen[second].words, seen[second].to_send) == ("unfinished (3 of 20)", 17)
     assert seen[third].state is State.NEVER_RUN
     await world.run()  # all of the input
+    await world.run(partitions=(second,), limit=2)  # says nothing of the partition, which is done
     assert {each.state for each in (await look(world)).values()} == {State.DONE}
     write_day(world, third, changed=2)
     assert (await look(world, partitions=(third,)))[third].state is State.CHANGED_TEXT
@@ -280,6 +281,7 @@ async def test_partitions_over_three_processes_one_killed_cost_one_pass_and_what
     assert (again.work, again.plan and again.plan.due) == (None, ())
 
 
+@pytest.mark.long
 async def test_the_last_partition_has_the_whole_ceiling_for_itself(world: World) -> None:
     take_time(world, 0.5)
     small = world.root / "data" / f"day={DAYS[1]}" / "a.parquet"
@@ -442,6 +444,8 @@ async def test_the_same_words_find_the_same_backfill_until_it_is_done_and_other_
     again = await open_backfill(ledger, wanted(partitions=["3"]))
     assert (again.backfill_id, again.partitions) == (first.backfill_id, ("1", "2"))
     other = await open_backfill(ledger, wanted(asked={"dead": True}))
+    left_behind = await find_backfill(ledger, first.backfill_id)  # whoever had it died, else its lock were held
+    assert (left_behind.state, other.state) == ("paused", "running")
     await change_backfill(ledger, first.backfill_id, state="done")
     third = await open_backfill(ledger, wanted(partitions=["3"]))
     assert len({first.backfill_id, other.backfill_id, third.backfill_id}) == 3
@@ -456,3 +460,56 @@ async def test_a_resumed_backfill_keeps_its_cap_until_another_is_asked_for(ledge
     await open_backfill(ledger, wanted(budget=Money(CAP * 2, Currency.USD), keeps_cap=False))
     assert sql(ledger_url, "SELECT cap FROM budget WHERE name = 'backfill 1'") == [(CAP * 2,)]
     assert sql(ledger_url, "SELECT detail FROM run_event WHERE kind = 'cap_changed'") == [({"cap": CAP * 2},)]
+
+
+@pytest.fixture
+async def idle(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> BackfillWork:
+    """A backfill of which nothing is begun; `signals` are what its processes are sent."""
+    monkeypatch.setattr(backfills.enrichment, "terminate_lanes", lambda: signals.append("SIGTERM"))
+    signals.clear()
+    opened = await open_backfill(ledger, wanted())
+    request = BackfillRequest(job="colours")
+    return BackfillWork(ledger, Settings(), opened, request, [], lambda: Here(Settings()), TIMES)
+
+
+signals: list[str] = []
+
+
+def test_an_interrupt_pauses_what_another_reason_lets_end_and_the_second_one_gives_up(idle: BackfillWork) -> None:
+    idle.stop(Stopped("failed", "no price", pauses=False))
+    idle.interrupt()
+    assert (idle.stopped, signals) == (Stopped("failed", "no price", pauses=True), [])
+    idle.interrupt()
+    assert signals == ["SIGTERM"]
+
+
+async def test_while_postgres_is_away_lanes_are_told_once_to_drain_and_not_to_give_up(
+    idle: BackfillWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> None:
+        raise LedgerUnavailable("Postgres is away")
+
+    monkeypatch.setattr(backfills.backfills, "find_drift", away)
+    idle.interrupt()
+    watching = asyncio.create_task(idle._watch())
+    await asyncio.sleep(5 * TIMES.beat_every_s)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert signals == ["SIGTERM"]
+
+
+async def test_a_model_that_changes_stops_a_backfill_though_postgres_takes_no_note_of_it(
+    idle: BackfillWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def other(*_: object) -> dict[str, list[str]]:
+        return {"flash": ["one", "other"]}
+
+    async def away(*_: object) -> list[int]:
+        raise LedgerUnavailable("Postgres is away")
+
+    monkeypatch.setattr(backfills.backfills, "find_drift", other)
+    monkeypatch.setattr(backfills.backfills, "find_running", away)
+    with pytest.raises(LedgerUnavailable):
+        await idle._look()
+    assert idle.stopped is not None
+    assert (idle.stopped.reason, idle.drift) == ("model_changed", {})

@@ -48,6 +48,8 @@ async def test_what_happens_to_a_run_is_told_once_and_by_whoever_works_on_it(led
             ledger, run.run_id, "cache_lost", {"tier": "flash", "replies": 9, "lost": "$1.00"}, key="lost"
         )
         await Herald(ledger, again, later.take).look()
+        newest = value(ledger_url, "SELECT max(event_id) FROM run_event")
+        await Herald(ledger, again, later.take, since=newest).look()  # a backfill's run, before it is resumed
     assert later.names == ["cache.lost"]
     paused, reached = prefect.events
     assert paused["resource"] == {

@@ -8,6 +8,7 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+import psycopg
 import pytest
 
 from schemas.documents import Duplicate, InputFile, Manifest
@@ -271,3 +272,24 @@ async def test_at_the_end_of_a_large_run_postgres_counts_again(
     await runs.refresh_statistics(ledger, replace(hand.run, documents=documents))
     counted = "SELECT count(*) > 0 FROM pg_stats WHERE tablename = 'attempt_outcome' AND attname = 'run_id'"
     assert value(ledger_url, counted) is is_counted
+
+
+async def test_who_would_wait_for_a_vacuum_does_not_have_postgres_count(ledger: Ledger, ledger_url: str) -> None:
+    run = await runs.open_run(ledger, opening())
+    with psycopg.connect(ledger_url) as other:
+        other.execute("LOCK TABLE farthing.attempt_outcome IN SHARE UPDATE EXCLUSIVE MODE")
+        await runs.refresh_statistics(ledger, replace(run, documents=1000))
+    counted = "SELECT count(*) FROM pg_stats WHERE tablename = 'attempt_outcome'"
+    assert value(ledger_url, counted) == 0
+
+
+async def test_a_run_at_work_is_not_superseded_for_another_budget_alone(ledger: Ledger) -> None:
+    """What it has in flight would be paid for twice."""
+    run = await runs.open_run(ledger, opening())
+    hand = await Hand.join(ledger, run)
+    other = opening(job=replace(JOB, budget_name="january"))
+    async with leases.alive(ledger, hand.lane_id):
+        with pytest.raises(ConfigurationError, match="run 1 of colours is at work on the same documents"):
+            await runs.open_run(ledger, other)
+        await hand.leave()
+        assert (await runs.open_run(ledger, other)).run_id == 2

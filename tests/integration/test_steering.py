@@ -153,6 +153,7 @@ async def test_a_limit_holds_over_all_lanes_within_a_heartbeat_downwards_and_upw
     assert_all_is_well(world, run.run_id)
 
 
+@pytest.mark.long
 async def test_more_may_be_in_flight_than_the_job_says(world: World) -> None:
     """The pool of connections and the documents in progress grow with it, which were enough for 24."""
     world.server.house.latency = Latency(Pace(1.0, reply_s=1.0), seed=1)
@@ -162,6 +163,7 @@ async def test_more_may_be_in_flight_than_the_job_says(world: World) -> None:
         assert (await most_in_flight(world))[FLASH] <= 40
 
 
+@pytest.mark.long
 async def test_who_had_a_place_before_the_limit_fell_and_waits_for_money_queues_again(world: World) -> None:
     """Else all of them would be sent at once when the money comes."""
     job = world.root / "jobs" / "colours" / "job.yaml"

@@ -121,10 +121,18 @@ def test_what_is_due(flags: dict[str, bool], due: set[State]) -> None:
     asked = {"changed": False, "dead": False} | flags
     assert {state for state in State if is_due(Standing("1", state, 20), **asked)} == due
     assert not any(is_due(Standing("1", state, 20, at_work=7), **asked) for state in State)
+    assert all(is_due(Standing("1", state, 20, is_incomplete=True), **asked) for state in State)
 
 
 def test_a_run_at_work_is_named() -> None:
-    assert stand(DAY, covered(ended=3, is_at_work=True), NOW).at_work == 7
+    standing = stand(DAY, covered(ended=3, is_at_work=True, backfill_id=4), NOW)
+    assert (standing.at_work, standing.backfill_id) == (7, 4)
+
+
+@pytest.mark.parametrize(("ended", "is_incomplete"), [(8, False), (1, True)])
+def test_a_run_that_did_not_finish_is_incomplete_whatever_changed_since(ended: int, is_incomplete: bool) -> None:
+    standing = stand(DAY, covered(prompt_version="sha256:0", ended=ended), NOW)
+    assert (standing.state, standing.is_incomplete) == (State.CHANGED_PROMPT, is_incomplete)
 
 
 def test_an_input_is_split_into_its_partitions_with_their_duplicates() -> None:
@@ -132,7 +140,8 @@ def test_an_input_is_split_into_its_partitions_with_their_duplicates() -> None:
     shards = (Shard(0, 0, 0, 12, 0, 12), Shard(1, 1, 0, 8, 12, 8), Shard(2, 2, 0, 3, 20, 3), Shard(3, 2, 3, 2, 23, 2))
     copies = tuple(Duplicate(number, 0, True) for number in (11, 12, 22, 23, 24))
     named = {file.path: str(file.partition) for file in files}
-    assert split(Manifest(files, shards, copies), named) == [DAY, Partition("2", files[2:], duplicates=3)]
+    # Of the second day's three copies of a document of the first, one is the original in a run of that day.
+    assert split(Manifest(files, shards, copies), named) == [DAY, Partition("2", files[2:], duplicates=2)]
 
 
 SAMPLE = Size(25, 25, 10, 4_000)
