@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 help:
 	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
-	@echo "make test     lint, types and every test but the long faults"
+	@echo "make test     lint, types and every test but the long ones"
 	@echo "make setup    only install into $(VENV)    make lint    only ruff and mypy"
 	@echo "make bench    measure the pipeline         make faults  kill it, again and again"
 	@echo "make lock     resolve requirements.lock    make clean   remove $(VENV), the sandbox and caches"

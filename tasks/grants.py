@@ -136,12 +136,13 @@ class Grants:
 
     async def _note_tightness(self, worst: int) -> None:
         """Say why it waits; not anew with each reply, of which there may be hundreds in a second."""
-        now = self._tight_at = asyncio.get_running_loop().time()
+        now = asyncio.get_running_loop().time()
         if not self._tight_because or now - self._explained_at > ASK_AGAIN_S:
             self._explained_at = now
             more = f"`farthing budget {self.run.run_id} SUM`"
             advice = f"; replies give back what they did not need, and {more} raises it"
             self._tight_because = await self._explain("is all spoken for", worst) + advice
+        self._tight_at = now
 
     async def _explain(self, how: str, worst: int) -> str:
         """How the budget stands, in sums that add up to its cap, and what the next attempt needs of it."""

@@ -68,6 +68,7 @@ def test_the_audit_equals_the_sandbox_s_own_bill_to_the_last_unit(home: Home, de
     assert audit["currency"] == bill["currency"]
 
 
+@pytest.mark.long
 def test_the_same_command_again_makes_no_attempt_and_costs_nothing(home: Home, demo: dict[str, Any]) -> None:
     before = home.ask("sandbox", "bill")
     again = home.ask("demo")

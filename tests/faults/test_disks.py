@@ -109,7 +109,7 @@ def refusing(postgres: Server, template: str, tmp_path_factory: pytest.TempPathF
     drop_database(postgres, name)
 
 
-@pytest.mark.parametrize("befall", [work_until_full, stop_while_full])
+@pytest.mark.parametrize("befall", [work_until_full, pytest.param(stop_while_full, marks=pytest.mark.long)])
 @pytest.mark.xdist_group("disks")  # its stage takes longer to set up than it takes
 def test_what_postgres_says_of_a_full_disk_makes_a_run_wait_and_loses_nothing(
     befall: Callable[..., None], refusing: Stage, tally: Tally

@@ -320,6 +320,7 @@ async def test_an_interrupted_backfill_pauses_its_runs_and_the_same_request_goes
     }
 
 
+@pytest.mark.long
 async def test_a_partition_that_fails_is_told_of_and_the_others_go_on(world: World) -> None:
     class Careless(Crew):
         def _start(self, pools: ExitStack) -> Worker | Here:
@@ -334,6 +335,7 @@ async def test_a_partition_that_fails_is_told_of_and_the_others_go_on(world: Wor
     assert (said["state"], said["reason"]) == ("paused", "unfinished")
 
 
+@pytest.mark.long
 async def test_dead_letters_are_tried_again_and_nothing_else_is_paid_for(world: World) -> None:
     world.plan_mishaps({"kind": "content_filter", "first": 2})
     await backfill(world, last=DAYS[0], parallel=1)
@@ -384,6 +386,7 @@ async def test_a_model_that_changes_pauses_the_backfill_until_somebody_says_go_o
     assert paid(world) == 3 * DOCUMENTS
 
 
+@pytest.mark.long
 async def test_after_a_change_of_model_the_other_model_s_results_are_not_reused(world: World) -> None:
     await backfill(world, last=DAYS[0])
     world.plan_mishaps(NEW_MODEL)

@@ -136,6 +136,7 @@ async def test_a_lane_with_nothing_left_to_do_gives_its_money_to_one_that_waits_
     assert probe.run_id != run.run_id
 
 
+@pytest.mark.long
 async def test_a_storm_of_429_is_weathered_without_a_dead_letter(world: World) -> None:
     world.plan_mishaps({"kind": "rate_limited", "share": 0.5, "seed": 3})
     run, _ = await world.run()

@@ -150,6 +150,7 @@ async def test_a_run_that_may_work_at_any_hour_goes_on_at_peak_prices(
     assert (found.off_peak_attempts, found.off_peak_saved_pico) == (0, 0)
 
 
+@pytest.mark.long
 async def test_only_attempts_of_lanes_that_would_have_waited_count_as_saved(world: World) -> None:
     paused, _ = await world.run(budget="0.002 USD", **OFF_PEAK)
     lines = bill(world)
@@ -170,6 +171,7 @@ async def test_a_run_that_starts_in_a_peak_makes_no_attempt_not_even_to_prime(wo
     assert {line["band"] for line in bill(world)} == {"off-peak"}
 
 
+@pytest.mark.long
 async def test_ctrl_c_while_it_waits_ends_it_paused_at_once_and_the_policy_is_that_of_the_next_start(
     world: World,
 ) -> None:

@@ -419,6 +419,7 @@ def test_root_keeps_the_data_of_a_private_home_elsewhere_and_opens_nothing(home:
 
 
 @as_root
+@pytest.mark.long
 def test_programs_that_the_account_cannot_reach_are_copied_beside_the_data(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ async def test_who_had_a_place_before_the_limit_fell_and_waits_for_money_queues_
         assert (await most_in_flight(world))[FLASH] == 3
 
 
+@pytest.mark.long
 async def test_a_limit_holds_for_whoever_resumes_the_run_and_is_told(world: World) -> None:
     async with at_work(world) as (run, working), ledger_of(world) as ledger:
         await steering.limit(ledger, run.run_id, ["flash=2"])
@@ -197,6 +198,7 @@ async def test_a_limit_holds_for_whoever_resumes_the_run_and_is_told(world: Worl
     assert report.resumed_line(seen, None).endswith(f"in flight: {told}")  # type: ignore[union-attr]  # it is resumed
 
 
+@pytest.mark.long
 async def test_a_lane_begins_with_the_limit_before_its_first_heartbeat(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +213,7 @@ async def test_a_lane_begins_with_the_limit_before_its_first_heartbeat(
         assert (await most_in_flight(world))[FLASH] == 2
 
 
+@pytest.mark.long
 async def test_two_starts_of_a_run_share_what_may_be_in_flight(world: World) -> None:
     """As from two machines, of which neither knows of the other."""
     async with at_work(world) as (run, _):
@@ -223,6 +226,7 @@ async def test_two_starts_of_a_run_share_what_may_be_in_flight(world: World) -> 
         await asyncio.gather(other, return_exceptions=True)
 
 
+@pytest.mark.long
 async def test_a_lowered_cap_stops_lanes_that_hold_more_and_what_is_left_under_it_is_used(world: World) -> None:
     """A lane's first grant would do for all of the documents."""
     async with at_work(world) as (run, working), ledger_of(world) as ledger:
