@@ -22,12 +22,12 @@ from schemas.errors import BackfillAtWork
 from schemas.money import Currency, Money
 from tasks.ledger.budgets import WantedBudget, find_budget
 from tasks.ledger.connection import Ledger
-from tasks.ledger.leases import LOCK_SPACE
+from tasks.ledger.leases import LIVING_LANE, LOCK_SPACE
 from tasks.ledger.rows import as_json
 
 #: A lane lives by its session lock here, not by its heartbeat: whoever was killed a moment ago works on nothing.
 #: A run with a limit says nothing of a file that another one took whole.
-_COVERED = text("""
+_COVERED = text(f"""
     WITH held AS (
         SELECT DISTINCT ON (f.path) f.path, f.run_id, f.file_no, f.size, f.sha256, f.rows
         FROM run r JOIN input_file f USING (run_id)
@@ -36,11 +36,7 @@ _COVERED = text("""
     )
     SELECT h.path, h.run_id, h.size, h.sha256, h.rows, r.prompt_version, r.policy, r.selection, r.backfill_id,
            r.state IN ('running', 'paused') AND EXISTS (
-               SELECT FROM lane l
-               JOIN pg_locks k ON k.locktype = 'advisory' AND k.granted
-                   AND (k.classid, k.objid, k.objsubid) = (:space, l.lane_id, 2)
-               JOIN pg_database b ON b.oid = k.database AND b.datname = current_database()
-               WHERE l.run_id = h.run_id AND l.ended_at IS NULL) AS is_at_work,
+               {LIVING_LANE} WHERE l.run_id = h.run_id AND l.ended_at IS NULL) AS is_at_work,
            e.ended, e.dead, m.models
     FROM held h JOIN run r USING (run_id)
     CROSS JOIN LATERAL (
@@ -60,7 +56,7 @@ _COVERED = text("""
             WHERE s.run_id = h.run_id AND s.file_no = h.file_no AND d.state IN ('result', 'reused')
               AND o.served_model IS NOT NULL
             GROUP BY p.tier, o.served_model) x) m
-""")
+""")  # noqa: S608 (made of our own constants)
 
 _SERVED = text("""
     SELECT DISTINCT ON (i.tier) i.tier, o.served_model

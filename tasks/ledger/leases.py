@@ -35,6 +35,11 @@ DEAD_AFTER_S = 30.0
 GRACE_S = 8.0
 #: Where session locks live among Postgres's advisory locks.
 LOCK_SPACE = 0x4661
+#: The lanes `l` whose process holds its session lock; `:space` is LOCK_SPACE.
+LIVING_LANE = """SELECT FROM lane l
+    JOIN pg_locks k ON k.locktype = 'advisory' AND k.granted
+        AND (k.classid, k.objid, k.objsubid) = (:space, l.lane_id, 2)
+    JOIN pg_database b ON b.oid = k.database AND b.datname = current_database()"""
 
 #: A connection whose session holds a lane's lock.
 Session = AsyncConnection

@@ -22,7 +22,7 @@ from schemas.pricing import Price
 from tasks.ledger.budgets import WantedBudget, find_budget
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_answers_digest, compute_digest
-from tasks.ledger.leases import LOCK_SPACE, end_lanes, lock_lanes
+from tasks.ledger.leases import LIVING_LANE, LOCK_SPACE, end_lanes, lock_lanes
 from tasks.ledger.rows import append, as_json
 
 
@@ -83,14 +83,10 @@ class LimitChange:
 
 
 #: `is_same_work`: it would send the same. `is_at_work`: a lane of it holds its session lock.
-_UNFINISHED = text("""
+_UNFINISHED = text(f"""
     SELECT run_id, is_same_work AND is_same_budget AS is_same,
            is_same_work AND NOT is_same_budget AND EXISTS (
-               SELECT FROM lane l
-               JOIN pg_locks k ON k.locktype = 'advisory' AND k.granted
-                   AND (k.classid, k.objid, k.objsubid) = (:space, l.lane_id, 2)
-               JOIN pg_database b ON b.oid = k.database AND b.datname = current_database()
-               WHERE l.run_id = found.run_id AND l.ended_at IS NULL) AS is_at_work
+               {LIVING_LANE} WHERE l.run_id = found.run_id AND l.ended_at IS NULL) AS is_at_work
     FROM (
         SELECT run_id,
                prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
@@ -103,7 +99,7 @@ _UNFINISHED = text("""
         WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state IN ('running', 'paused')
     ) found
     ORDER BY run_id DESC
-""")
+""")  # noqa: S608 (made of our own constants)
 
 #: From so many on, comparing all pairs of a run's rows takes longer than counting them.
 MANY_DOCUMENTS = 1000
