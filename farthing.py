@@ -468,13 +468,14 @@ def _report_backfill(
 
 
 def _backfill_exit_code(outcome: dict[str, Any], job: Job, found: list[BackfillRun], proofs: list[Proof]) -> int:
+    from schemas.announcements import exceeds
     from tasks.ledger.spend import by_partition
 
     if not all(proof.proved for proof in proofs):
         return LedgerMismatch.exit_code
     if outcome["state"] != "done":
         return PAUSED
-    return int(any(each.dead_letters > job.tolerance * each.documents for each in by_partition(found)))
+    return int(any(exceeds(each.dead_letters, each.documents, job.tolerance) for each in by_partition(found)))
 
 
 def _load_job(name: str, is_in_sandbox: bool = False) -> Job:

@@ -55,7 +55,7 @@ log = structlog.get_logger("farthing.backfills")
 MOST_STARTS = 4
 #: What stops one run for these reasons stops the others as well.
 FOR_ALL = frozenset({"budget", "provider", "key", "price"})
-INTERRUPTION, MODEL_CHANGED = "interrupted", "model_changed"
+MODEL_CHANGED = "model_changed"
 #: Connections of the process that starts the others: its lock, and what it asks.
 CONNECTIONS = 3
 
@@ -287,7 +287,7 @@ class BackfillWork:
                     for _ in range(self._at_work):
                         workers.create_task(self._work())
             except BaseException:
-                await self._pause_all(INTERRUPTION)
+                await self._pause_all(runs.INTERRUPTED)
                 raise
             finally:
                 watching.cancel()
@@ -299,8 +299,8 @@ class BackfillWork:
         if self._is_interrupted:
             enrichment.terminate_lanes()
         self._is_interrupted = True
-        self.stop(Stopped(INTERRUPTION, INTERRUPTED))
-        self.stopped = replace(self.stopped or Stopped(INTERRUPTION, INTERRUPTED), pauses=True)
+        self.stop(Stopped(runs.INTERRUPTED, INTERRUPTED))
+        self.stopped = replace(self.stopped or Stopped(runs.INTERRUPTED, INTERRUPTED), pauses=True)
         self._woken.set()
 
     def stop(self, why: Stopped) -> None:
@@ -432,7 +432,7 @@ async def settle_unseen(job: str, settings: Settings, advice: str) -> dict[str, 
         if mine is None:
             return None
         is_done = not mine.left
-        state, reason = ("done", None) if is_done else ("paused", INTERRUPTION)
+        state, reason = ("done", None) if is_done else ("paused", runs.INTERRUPTED)
         await backfills.change_backfill(ledger, mine.backfill_id, state=state, reason=reason, lanes=0)
     return {
         "backfill_id": mine.backfill_id,

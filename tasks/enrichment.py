@@ -203,7 +203,7 @@ async def paused_if_cut_short(settings: Settings, run: Run) -> AsyncIterator[Non
         is_interrupted = isinstance(error, asyncio.CancelledError | KeyboardInterrupt)
         with suppress(LedgerUnavailable, TimeoutError):  # whoever resumes it finds out all the same
             async with asyncio.timeout(GOODBYE_S):
-                await settle_run(settings, run, [Ended("interrupted" if is_interrupted else "failed")])
+                await settle_run(settings, run, [Ended(runs.INTERRUPTED if is_interrupted else "failed")])
         raise
 
 
@@ -315,7 +315,7 @@ def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
     async def pause() -> None:
         try:
             async with lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
-                await runs.change_state(ledger, run.run_id, "paused", "interrupted")
+                await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)
         except LedgerUnavailable:
             terminate_lanes()
 

@@ -11,8 +11,7 @@ from typing import Any
 from prefect import State
 from prefect.states import Cancelled, Failed
 
-#: Why a run or a backfill is paused that somebody interrupted: Ctrl-C, SIGTERM, Prefect's Cancel.
-INTERRUPTED = "interrupted"
+from tasks.ledger import runs
 
 #: What a flow returns: plain values, alone or in a state.
 Final = dict[str, Any] | State[dict[str, Any]]
@@ -24,7 +23,7 @@ def final(outcome: dict[str, Any]) -> Final:
     match outcome["state"], outcome["reason"]:
         case "done", _:
             return Failed(name="DeadLetters", message=message, data=outcome) if outcome["advice"] else outcome
-        case "paused", reason if reason == INTERRUPTED:
+        case "paused", runs.INTERRUPTED:
             return Cancelled(message=message, data=outcome)
         case state, _:  # running: another start goes on with it; superseded: by another start, with another job
             return Failed(name=state.capitalize(), message=message or f"the run is {state}", data=outcome)

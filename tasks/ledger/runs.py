@@ -129,8 +129,8 @@ _STEERED = text("""
 
 #: The states of a run that is not over. Of one that is, nothing can be changed.
 UNDER_WAY = ("running", "paused")
-#: Why a run is paused where somebody asked for it from elsewhere.
-OPERATOR = "operator"
+#: Why a run is paused where somebody asked for it from elsewhere, and by Ctrl-C, SIGTERM or Prefect's Cancel.
+OPERATOR, INTERRUPTED = "operator", "interrupted"
 
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
 
