@@ -343,7 +343,9 @@ def _list_partitions(request: BackfillRequest, job: Job, in_sandbox: bool) -> Pl
     now = _now(settings, in_sandbox)
 
     async def plan(ledger: Ledger | None) -> Plan:
-        return await backfills.plan(request, job, ledger, load_price_book(), now, is_simulated=is_simulated)
+        return await backfills.plan(
+            request, job, ledger, load_price_book(settings.prices), now, is_simulated=is_simulated
+        )
 
     return _ask(plan, in_sandbox, as_lane=True) if has_ledger else wait_for(plan(None))
 
@@ -566,7 +568,7 @@ async def _check(request: RunRequest, job: Job, settings: Settings) -> list[tupl
     from tasks.ledger.leases import USUAL_TIMES
 
     now = _now(settings, in_sandbox=settings.sandbox)
-    enrichment.check_prices(job, load_price_book(), request.cap(job).currency, now, request.hours(job))
+    enrichment.check_prices(job, load_price_book(settings.prices), request.cap(job).currency, now, request.hours(job))
     async with (
         enrichment.completions_for(job, settings) as completions,
         enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s, pool_size=1) as ledger,
@@ -650,7 +652,9 @@ def estimate(
 
     loaded = _load_job(job, in_sandbox)
     size = wait_for(_measure(loaded, partition or [], limit))
-    found = compute(loaded, size, load_price_book(), _now(_settings(), in_sandbox), _find_history(loaded, in_sandbox))
+    settings = _settings()
+    book, now = load_price_book(settings.prices), _now(settings, in_sandbox)
+    found = compute(loaded, size, book, now, _find_history(loaded, in_sandbox))
     if as_json:
         print_json(report.estimate_json(found))
     else:
@@ -869,7 +873,7 @@ def prices(
     from schemas.pricing import load_price_book
     from tasks import report
 
-    book, instant = load_price_book(), _parse_instant(at)
+    book, instant = load_price_book(_settings().prices), _parse_instant(at)
     found = _find_prices(book, instant, model, currency, everything)
     if as_json:
         print_json({"at": instant.isoformat(), "prices": [report.price_json(each, book, instant) for each in found]})
@@ -1189,7 +1193,7 @@ def _sandbox_clock(settings: Settings) -> datetime | None:
     if settings.sandbox_clock is not None:
         return settings.sandbox_clock.astimezone(UTC)
     try:
-        load_price_book().at("deepseek-flash", Currency.USD, utc_now() + timedelta(days=1))
+        load_price_book(settings.prices).at("deepseek-flash", Currency.USD, utc_now() + timedelta(days=1))
     except UnknownPrice:
         tell(f"the sandbox's clock starts at {PRICED:%Y-%m-%d}: today has no price yet (see `farthing prices`)")
         return PRICED
@@ -1251,7 +1255,7 @@ async def _prove(ledger: Ledger, run_id: int) -> Proof:
     from schemas.pricing import load_price_book
     from tasks.ledger.proof import prove
 
-    return await prove(ledger, run_id, load_price_book())
+    return await prove(ledger, run_id, load_price_book(_settings().prices))
 
 
 async def _conclude(url: SecretStr, run_id: int) -> tuple[Audit, Proof]:

@@ -6,8 +6,8 @@ holidays were exempted later than the hours began, so each exemption has a date 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from functools import lru_cache
 
@@ -28,19 +28,23 @@ def _is_day_off(day: date) -> bool:
         raise UnknownPrice(
             f"peak hours are not known for {day}: the installed chinesecalendar has no Chinese public holidays of "
             f"{day.year}; update it with `pip install --upgrade chinesecalendar` (a year appears in the November "
-            "before it)"
+            "before it), or write the year's days off into a price file of your own (README: Prices)"
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class PeakHours:
-    """A provider's peak hours. Windows are [start, end) in UTC; exemptions start on calendar days of `utc_offset`."""
+    """A provider's peak hours. Windows are [start, end) in UTC; exemptions start on calendar days of `utc_offset`.
+
+    `days_off` are the public holidays of the years that somebody wrote down; chinesecalendar knows the others.
+    """
 
     since: datetime
     windows: tuple[tuple[time, time], ...]
     utc_offset: timedelta
     weekends_exempt_from: date
     holidays_exempt_from: date
+    days_off: Mapping[int, frozenset[date]] = field(default_factory=dict)
 
     def is_peak(self, utc: datetime) -> bool:
         """Whether `utc` is inside a peak window.
@@ -74,9 +78,13 @@ class PeakHours:
         return frozenset(seen)
 
     def _is_peak_day(self, day: date) -> bool:
-        if day >= self.holidays_exempt_from and _is_day_off(day):
+        if day >= self.holidays_exempt_from and self._is_holiday(day):
             return False
         return day.weekday() < 5 or day < self.weekends_exempt_from
+
+    def _is_holiday(self, day: date) -> bool:
+        written = self.days_off.get(day.year)
+        return _is_day_off(day) if written is None else day in written
 
     def _edges_after(self, utc: datetime) -> Iterator[datetime]:
         """Every instant after `utc` at which peak may begin or end, in order: window edges and local midnights."""

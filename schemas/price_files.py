@@ -7,6 +7,7 @@ refused, and so is an amount that is not a string, because a TOML number would a
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -156,14 +157,29 @@ class Peak(_Written):
             raise ValueError("a window must end after it starts, within one UTC day; split one that crosses midnight")
         return self
 
-    def hours(self) -> PeakHours:
+    def hours(self, days_off: Mapping[int, frozenset[date]]) -> PeakHours:
         return PeakHours(
             since=self.since,
             windows=tuple(self.windows_utc),
             utc_offset=timedelta(hours=self.utc_offset_hours),
             weekends_exempt_from=self.weekends_exempt_from,
             holidays_exempt_from=self.holidays_exempt_from,
+            days_off=days_off,
         )
+
+
+class Calendar(_Written):
+    """One [[calendar]]: a year's public holidays in China, every day off from Monday to Friday at least."""
+
+    year: int = Field(ge=2026, le=2100)
+    days_off: list[date] = Field(min_length=1)
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _days_are_of_the_year(self) -> Self:
+        if strays := [f"{day}" for day in self.days_off if day.year != self.year]:
+            raise ValueError(f"{', '.join(strays)}: not in {self.year}; each year has a [[calendar]] of its own")
+        return self
 
 
 class Alias(_Written):
@@ -179,6 +195,7 @@ class PriceFile(_Written):
 
     what_if_only: bool = False
     peak: Peak | None = None
+    calendars: list[Calendar] = Field(default_factory=list, alias="calendar")
     aliases: list[Alias] = Field(default_factory=list, alias="alias")
     written_rows: list[Row] = Field(default_factory=list, alias="row")
     machines: list[Machine] = Field(default_factory=list, alias="machine")
@@ -188,19 +205,15 @@ class PriceFile(_Written):
         """Every row, those of machines included."""
         return (*self.written_rows, *(machine.row() for machine in self.machines))
 
-    @model_validator(mode="after")
-    def _peak_rows_have_peak_hours(self) -> Self:
-        for row in self.written_rows:
-            if row.peak and (self.peak is None or row.valid_from < self.peak.since):
-                raise ValueError(f"{row.model} has a peak price from {row.valid_from} but [peak] does not cover it")
-        return self
-
 
 def read_price_files(folder: Path) -> tuple[PriceFile, ...]:
     """Every *.toml of `folder` in order of name. Raises ConfigurationError with every problem at once."""
     paths = sorted(folder.glob("*.toml"))
     if not paths:
-        raise ConfigurationError(f"no price files in {folder}; put deepseek.toml there, or leave the folder unset")
+        raise ConfigurationError(
+            f"no price files in {folder}: FARTHING_PRICES names a folder with *.toml (README: Prices); unset "
+            "it where you have none"
+        )
     files: list[PriceFile] = []
     problems: list[Problem] = []
     for path in paths:

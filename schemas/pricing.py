@@ -1,8 +1,9 @@
 """What a token costs: by model, currency, date, hour, weekday and Chinese holiday, in exact integers.
 
-The book is read from schemas/prices/*.toml, which says where each row comes from and how to add one. A price is asked
-for at an instant. DeepSeek does not say whether an attempt's dispatch or its completion decides [?]: attempts are
-booked by their completion, and the ledger keeps both instants, on the provider's clock, so that this can be redone.
+The book is read from schemas/prices/*.toml, which says where each row comes from and how to add one, and from price
+files of the user's own (FARTHING_PRICES). A price is asked for at an instant. DeepSeek does not say whether an
+attempt's dispatch or its completion decides [?]: attempts are booked by their completion, and the ledger keeps both
+instants, on the provider's clock, so that this can be redone.
 What the book does not know, it refuses: an unknown price is never zero.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cache
@@ -128,7 +129,8 @@ class _Card:
         if index < 0:
             raise UnknownPrice(
                 f"no price of {self._label} at {utc:%Y-%m-%d %H:%M} UTC: its first row is from "
-                f"{self._starts[0]:%Y-%m-%d %H:%M}; if you know the earlier price, add its row to schemas/prices"
+                f"{self._starts[0]:%Y-%m-%d %H:%M}; if you know the earlier price, add its row to a "
+                "price file of your own (README: Prices)"
             )
         return index
 
@@ -183,7 +185,7 @@ class PriceBook:
                 return target
         raise UnknownPrice(
             f"no price for model {model[:60]!r}; known are {', '.join(self.models)}. Add a [[row]] or an [[alias]] "
-            "for it to schemas/prices"
+            "for it to a price file of your own (README: Prices)"
         )
 
     def at(self, model: str, currency: Currency, instant: datetime, prompt_tokens: int = 0) -> Price:
@@ -232,7 +234,7 @@ class PriceBook:
             have = ", ".join(self.currencies(name))
             raise UnknownPrice(
                 f"no price of {name} in {currency}, only in {have}; cards are never converted: add the {currency} "
-                "rows to schemas/prices"
+                "rows to a price file of your own (README: Prices)"
             )
         return card
 
@@ -245,23 +247,44 @@ class PriceBook:
                 problems.append(f"prices: alias {pattern} leads to {target}, which has no row")
             hidden = [name for name in self.models if name != target and fnmatchcase(name, pattern)]
             problems += [f"prices: alias {pattern} also covers {name}, which has rows of its own" for name in hidden]
-        if self._hours is None:
-            problems += [
-                f"prices: {price.name} has no [peak] table" for price in self._rows if price.band is Band.PEAK
-            ]
+        problems += [
+            f"prices: {price.name} is a peak price, but [peak] does not cover it"
+            for price in self._rows
+            if price.band is Band.PEAK and (self._hours is None or price.valid_from < self._hours.since)
+        ]
         if problems:
             raise ConfigurationError(*problems)
 
 
 @cache
-def load_price_book(folder: Path | None = None) -> PriceBook:
-    """The price book in `folder`, or the one that ships. Raises ConfigurationError with every problem at once."""
-    files = read_price_files(PRICES if folder is None else folder)
-    hours = [file.peak.hours() for file in files if file.peak]
-    if len(hours) > 1:
+def load_price_book(own: Path | None = None) -> PriceBook:
+    """The book that ships and, on top of it, the user's own price files. Raises ConfigurationError.
+
+    `own` is `Settings.prices`: rows, aliases and calendars that were published after this release.
+    """
+    return read_price_book(PRICES) if own is None else read_price_book(PRICES, own)
+
+
+def read_price_book(*folders: Path) -> PriceBook:
+    """The price book of all files in `folders`. Raises ConfigurationError with every problem of a folder at once."""
+    files = [file for folder in folders for file in read_price_files(folder)]
+    peaks = [file.peak for file in files if file.peak]
+    if len(peaks) > 1:
         raise ConfigurationError("prices: two files have a [peak] table; only one provider may have peak hours")
+    days_off = _days_off(files)
+    hours = peaks[0].hours(days_off) if peaks else None
     prices = [price for file in files for price in _prices(file)]
-    return PriceBook(prices, [alias for file in files for alias in file.aliases], hours[0] if hours else None)
+    return PriceBook(prices, [alias for file in files for alias in file.aliases], hours)
+
+
+def _days_off(files: Iterable[PriceFile]) -> dict[int, frozenset[date]]:
+    """The public holidays of every year that a file has. Raises ConfigurationError where two have the same year."""
+    days_off: dict[int, frozenset[date]] = {}
+    for calendar in (calendar for file in files for calendar in file.calendars):
+        if calendar.year in days_off:
+            raise ConfigurationError(f"prices: two [[calendar]] tables are of {calendar.year}; keep one of them")
+        days_off[calendar.year] = frozenset(calendar.days_off)
+    return days_off
 
 
 def _prices(file: PriceFile) -> list[Price]:

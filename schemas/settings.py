@@ -32,6 +32,8 @@ class Settings(BaseSettings):
     #: are alike each `otel_every`-th is traced.
     otel: bool = False
     otel_every: int = Field(default=100, ge=1)
+    #: A folder of price files that are added to the book that ships.
+    prices: Path | None = None
     #: The price card, for a provider that has no `/user/balance` to tell it (a self-hosted one).
     currency: Currency | None = None
     #: Set by the sandbox, never by a user: the provider is the emulator, so figures are simulated, and its

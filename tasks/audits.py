@@ -32,9 +32,10 @@ async def prove_runs(job: str, days: int) -> list[Proof]:
     """A proof of each run of the job that was opened in the last `days`, newest first, from the rows themselves."""
     since = datetime.now(UTC) - timedelta(days=days)
     with fit_to_be_stored():
-        async with opened(require_database(Settings()), Role.LANE, pool_size=1) as ledger:
+        settings = Settings()
+        async with opened(require_database(settings), Role.LANE, pool_size=1) as ledger:
             recent = [run for run in await spend.list_runs(ledger, job) if run.opened_at >= since]
-            return [await proof.prove(ledger, run.run, load_price_book()) for run in recent]
+            return [await proof.prove(ledger, run.run, load_price_book(settings.prices)) for run in recent]
 
 
 def verdict(audit: Audit, proofs: list[Proof]) -> dict[str, Any]:

@@ -203,7 +203,7 @@ async def begun(request: BackfillRequest, settings: Settings) -> AsyncIterator[t
 
 async def check(request: BackfillRequest, job: Job, settings: Settings, ledger: Ledger) -> Plan:
     """What a backfill would do now, with all that can be wrong checked. Nothing is written or sent to the model."""
-    book, run = load_price_book(), request.run()
+    book, run = load_price_book(settings.prices), request.run()
     async with enrichment.completions_for(job, settings) as completions:
         provider = await enrichment.ask_provider(completions, job, run, settings)
     now = utc_now() + provider.clock_offset

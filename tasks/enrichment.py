@@ -70,7 +70,7 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
     """Check everything, then resume or open the run. Raises ConfigurationError, UnknownPrice and the like: exit 2."""
     telemetry.require(settings)
     job = load_job(request.job, request.root)
-    book = load_price_book()
+    book = load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
         lane_ledger(settings, times.once_within_s) as ledger,
@@ -130,7 +130,7 @@ async def work_lane(
     request: RunRequest, settings: Settings, run: Run, show: Show = show_nothing, times: LeaseTimes = USUAL_TIMES
 ) -> Ended:
     """Work on the run in this process until nothing is left or something makes the lane drain."""
-    job, book = load_job(request.job, request.root), load_price_book()
+    job, book = load_job(request.job, request.root), load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
         lane_ledger(settings, times.answer_within_s, pool_size=LANE_CONNECTIONS) as ledger,

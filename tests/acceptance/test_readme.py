@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg
+import pytest
 import yaml
 
 import farthing
 from schemas import errors
+from schemas.errors import UnknownPrice
 from schemas.jobfile import JobFile
+from schemas.money import Currency
+from schemas.pricing import Band, load_price_book
 from schemas.settings import Settings
 from tasks.job_template import JOB_YAML
 
@@ -41,6 +46,20 @@ def test_every_command_is_in_the_readme_and_every_one_in_it_exists() -> None:
 def test_the_job_in_the_readme_is_the_one_that_new_writes() -> None:
     shown = section("Write a job").split("```yaml\n")[1].split("```")[0]
     assert yaml.safe_load(shown) == yaml.safe_load(JOB_YAML.replace("@NAME@", "tickets"))
+
+
+def test_the_price_file_in_the_readme_is_added_to_the_book(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        section("Against DeepSeek and your own Postgres").split("```toml\n")[1].split("```")[0], "utf-8"
+    )
+    added = set(load_price_book(tmp_path).rows()) - set(load_price_book().rows())
+    assert {(price.model, price.band) for price in added} == {
+        ("deepseek-flash", Band.OFF_PEAK),
+        ("deepseek-flash", Band.PEAK),
+    }
+    with pytest.raises(UnknownPrice):
+        load_price_book().at("deepseek-flash", Currency.USD, datetime(2027, 1, 1, 12, tzinfo=UTC))
+    assert load_price_book(tmp_path).at("deepseek-flash", Currency.USD, datetime(2027, 1, 1, 12, tzinfo=UTC))
 
 
 def test_every_job_key_is_in_the_readme() -> None:

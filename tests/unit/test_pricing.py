@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from schemas.attempts import Usage
 from schemas.errors import ConfigurationError, UnknownPrice
 from schemas.money import Currency
-from schemas.pricing import PRICES, Band, Price, PriceBook, load_price_book, reservation
+from schemas.pricing import PRICES, Band, Price, PriceBook, load_price_book, read_price_book, reservation
 
 USD, CNY = Currency.USD, Currency.CNY
 FLASH, PRO = "deepseek-flash", "deepseek-v4-pro"
@@ -156,7 +156,7 @@ def test_holidays_were_not_exempt_before_2026_09_18(tmp_path: Path) -> None:
     text = (PRICES / "deepseek.toml").read_text("utf-8")
     later = text.replace("holidays_exempt_from = 2026-09-18", "holidays_exempt_from = 2026-09-26")
     (tmp_path / "deepseek.toml").write_text(later, "utf-8")
-    assert has_peak(load_price_book(tmp_path), date(2026, 9, 25))
+    assert has_peak(read_price_book(tmp_path), date(2026, 9, 25))
 
 
 def test_the_zone_of_the_asker_does_not_matter(book: PriceBook) -> None:
@@ -218,6 +218,41 @@ def test_where_the_holiday_calendar_ends_the_price_is_refused_with_what_to_updat
     with pytest.raises(UnknownPrice, match="chinesecalendar"):
         book.dearest(FLASH, USD, utc("2026-12-31T00:00"), end)
     assert book.at("self-hosted-flash-2xh100", USD, utc("2031-06-01T02:00"))
+
+
+NEXT_YEAR = """
+[[calendar]]
+year = 2027
+days_off = [2027-01-01, 2027-02-08]
+source = "a test"
+"""
+
+
+def test_a_calendar_of_ones_own_goes_on_where_the_package_s_ends(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(NEXT_YEAR, "utf-8")
+    book = load_price_book(tmp_path)
+    assert [has_peak(book, date(2027, month, day)) for month, day in ((1, 1), (1, 4), (2, 7), (2, 8), (2, 9))] == [
+        False, True, False, False, True,
+    ]  # fmt: skip
+    assert not has_peak(book, date(2026, 10, 1)), "the years before are still the package's"
+    assert book.next_change(FLASH, USD, utc("2026-12-31T10:00")) == utc("2027-01-04T01:00")
+    with pytest.raises(UnknownPrice, match="2028"):
+        book.at(FLASH, USD, utc("2027-12-31T16:00"))
+
+
+def test_a_calendar_of_ones_own_is_believed_before_the_package_s(tmp_path: Path) -> None:
+    """The State Council has changed a year's holidays in mid-year before, as in 2020."""
+    (tmp_path / "mine.toml").write_text(NEXT_YEAR.replace("2027", "2026"), "utf-8")
+    book = load_price_book(tmp_path)
+    assert has_peak(book, date(2026, 10, 1))
+
+
+def test_rows_of_ones_own_come_on_top_of_those_that_ship(tmp_path: Path, book: PriceBook) -> None:
+    later = ROW.replace('"m"', f'"{FLASH}"').replace("2026-01-01", "2026-12-01")
+    (tmp_path / "mine.toml").write_text(later, "utf-8")
+    own = load_price_book(tmp_path)
+    assert own.at(FLASH, USD, utc("2026-12-01T00:00")).miss_pico == 10**6
+    assert own.at(FLASH, USD, utc("2026-11-30T23:59")) == book.at(FLASH, USD, utc("2026-11-30T23:59"))
 
 
 # ---- names --------------------------------------------------------------------------------------------------------
@@ -350,7 +385,7 @@ source = "a test"
 
 def test_which_row_is_dearest_depends_on_the_bounds_of_the_attempt(tmp_path: Path) -> None:
     (tmp_path / "m.toml").write_text(TWO_ROWS, "utf-8")
-    book = load_price_book(tmp_path)
+    book = read_price_book(tmp_path)
     start, end = utc("2026-01-31T23:59"), utc("2026-02-01T00:01")
     assert book.dearest("m", USD, start, end, input_bound=10, max_tokens=100).output_pico == 5_000_000
     assert book.dearest("m", USD, start, end, input_bound=1000, max_tokens=100).miss_pico == 2_000_000
@@ -383,7 +418,7 @@ def test_a_row_that_changes_on_a_band_edge_lends_no_price_it_did_not_hold(
     text = PEAK + banded("2026-01-01T00:00", *old) + banded(f"2026-11-24T{edge}", *new)
     (tmp_path / "m.toml").write_text(text, "utf-8")
     instant = utc(f"2026-11-24T{edge}")
-    book = load_price_book(tmp_path)
+    book = read_price_book(tmp_path)
     assert book.dearest("m", USD, instant - SECOND, instant + SECOND).miss_pico == dearest * 10**6
     assert book.next_change("m", USD, instant - SECOND) == instant
 
@@ -519,7 +554,7 @@ BANDED = ROW.replace("flat", "off_peak") + 'peak = { miss = "2", output = "4" }\
 
 def test_the_smallest_file_loads(tmp_path: Path) -> None:
     (tmp_path / "m.toml").write_text(PEAK + BANDED, "utf-8")
-    assert [price.band for price in load_price_book(tmp_path).rows()] == [Band.OFF_PEAK, Band.PEAK]
+    assert [price.band for price in read_price_book(tmp_path).rows()] == [Band.OFF_PEAK, Band.PEAK]
 
 
 @pytest.mark.parametrize(
@@ -546,6 +581,8 @@ def test_the_smallest_file_loads(tmp_path: Path) -> None:
         (PEAK + BANDED + ROW + "above_tokens = 5", "both flat and banded"),
         ('[[alias]]\npattern = "a"\nmodel = "b"\n' + ROW, "alias a leads to b"),
         ('[[alias]]\npattern = "m*"\nmodel = "n"\n' + ROW + ROW.replace('"m"', '"n"'), "also covers m"),
+        (NEXT_YEAR.replace("2027-02-08", "2028-02-08") + ROW, r"calendar\.1: 2028-02-08: not in 2027"),
+        (NEXT_YEAR + NEXT_YEAR + ROW, r"two \[\[calendar\]\] tables are of 2027"),
         ("[[row]", "m.toml: "),
         ("", ""),
     ],
@@ -554,14 +591,14 @@ def test_a_wrong_price_file_is_refused_with_what_to_write(tmp_path: Path, text: 
     if text:
         (tmp_path / "m.toml").write_text(text, "utf-8")
     with pytest.raises(ConfigurationError, match=message or "no price files"):
-        load_price_book(tmp_path)
+        read_price_book(tmp_path)
 
 
 def test_two_files_with_peak_hours_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text(PEAK + BANDED.replace('"m"', f'"{name}"'), "utf-8")
     with pytest.raises(ConfigurationError, match="only one provider"):
-        load_price_book(tmp_path)
+        read_price_book(tmp_path)
 
 
 def test_the_book_is_read_once() -> None:
