@@ -94,6 +94,14 @@ OffPeak = Annotated[
         show_default=False,
     ),
 ]
+FinishByTime = Annotated[
+    str | None,
+    typer.Option(
+        "--finish-by",
+        metavar="TIME",
+        help="Off-peak, but done by then: peak prices only as needed. 08:30+08:00, or 2026-12-01T08:30+08:00.",
+    ),
+]
 Lanes = Annotated[int, typer.Option("--lanes", min=1, max=64, metavar="N", help="Processes that share the work.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
@@ -207,11 +215,12 @@ def run(
     in_sandbox: InSandbox = False,
     lanes: Lanes = 1,
     off_peak: OffPeak = None,
+    finish_by: FinishByTime = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a job, or resume the run of it that did not finish."""
-    request = _request(job, partition, limit, budget, lanes, off_peak)
+    request = _request(job, partition, limit, budget, lanes, off_peak, finish_by)
     _run(request, is_in_sandbox=in_sandbox, is_quiet=quiet, as_json=as_json)
 
 
@@ -222,6 +231,7 @@ def _request(
     budget: str | None,
     lanes: int,
     off_peak: bool | None = None,
+    finish_by: str | None = None,
 ) -> RunRequest:
     """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
     from pydantic import ValidationError
@@ -230,7 +240,9 @@ def _request(
 
     slices, when = tuple(partitions or ()), _hours(off_peak)
     try:
-        return RunRequest(job=job, partitions=slices, limit=limit, budget=budget, lanes=lanes, when=when)
+        return RunRequest(
+            job=job, partitions=slices, limit=limit, budget=budget, lanes=lanes, when=when, finish_by=finish_by
+        )
     except ValidationError as error:
         raise ConfigurationError(*_explain(error, "--")) from None
 
@@ -522,6 +534,7 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
                 lanes=request.lanes,
                 root=str(request.root),
                 when=request.when,
+                finish_by=request.finish_by,
                 return_state=True,
             )
         )

@@ -31,12 +31,14 @@ async def enrich(
     lanes: int = 1,
     root: str = ".",
     when: When | None = None,
+    finish_by: str | None = None,
 ) -> Final:
     """Run a job over a selection of its input, or resume the run of it that did not finish.
 
-    `budget` is like "25 USD" and overrides the job's, `when` is now or off-peak and does, too. Keys and database come
-    from the environment of the process that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from
-    parameters. Ends with the run's outcome: Completed only where `farthing run` would exit with 0.
+    `budget` is like "25 USD" and overrides the job's, `when` is now or off-peak and does, too. `finish_by`, like
+    08:30+08:00, waits for off-peak prices as far as there is time. Keys and database come from the environment of the
+    process that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from parameters. Ends with the run's
+    outcome: Completed only where `farthing run` would exit with 0.
     """
     request = RunRequest(
         job=job,
@@ -46,6 +48,7 @@ async def enrich(
         lanes=lanes,
         root=Path(root),
         when=when,
+        finish_by=finish_by,
     )
     settings = Settings()
     configure(json_lines=settings.log_json)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from datetime import date
+from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from schemas.backfills import Drift
+from schemas.finish_by import FinishBy
 from schemas.jobs import Job, When
 from schemas.money import Money
 
@@ -27,6 +28,14 @@ def _check_limit(given: str | None) -> str | None:
     return given
 
 
+def _check_finish_by(given: str | None) -> str | None:
+    if given is not None:
+        FinishBy.parse(given)
+    return given
+
+
+#: An instant or a time of every day, as a user writes it.
+FinishByText = Annotated[str | None, AfterValidator(_check_finish_by)]
 #: Sums of money as a user writes them.
 Sum = Annotated[str | None, AfterValidator(_check_sum)]
 Limit = Annotated[str | None, AfterValidator(_check_limit)]
@@ -38,7 +47,9 @@ class RunRequest(BaseModel):
     `job` is a name under `jobs/` or a path; `partitions` names slices of the input (none: all of it); `limit`
     takes the first so many documents; `budget` overrides the job's ("25 USD"), and a resumed run without one keeps
     what it had; `lanes` is how many processes work; `when` overrides the job's, for this start of the run only.
-    `backfill` is the number of the backfill that the run is a part of, whose budget it draws on.
+    `finish_by` (an instant, or a time of every day, with its zone) lets it wait for off-peak prices, and pay peak
+    prices only as it must to be done by then. `backfill` is the number of the backfill that the run is a part of,
+    whose budget it draws on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,15 +61,28 @@ class RunRequest(BaseModel):
     lanes: int = Field(default=1, ge=1, le=64)
     root: Path = Path(".")
     when: When | None = None
+    finish_by: FinishByText = None
     backfill: int | None = None
 
     def cap(self, job: Job) -> Money:
         """The budget of a new run: what was asked for, else the job's own."""
         return Money.parse(self.budget) if self.budget else job.budget
 
+    @model_validator(mode="after")
+    def _waits_if_it_has_time(self) -> Self:
+        if self.finish_by and self.when is When.NOW:
+            raise ValueError(
+                "a run that works at any hour finishes as soon as it can: leave --finish-by or --now out"
+            )
+        return self
+
     def hours(self, job: Job) -> When:
         """When attempts may be made: as was asked for, else as the job says."""
-        return self.when or job.when
+        return self.when or (When.OFF_PEAK if self.finish_by else job.when)
+
+    def due(self, now: datetime) -> datetime | None:
+        """When the run is to be done, for somebody who asks now by the provider's clock. None: nobody said."""
+        return FinishBy.parse(self.finish_by).after(now) if self.finish_by else None
 
     def selection(self, job: Job) -> dict[str, Any]:
         """Which documents are meant, as plain values: runs of the same selection resume one another."""

@@ -30,6 +30,7 @@ from schemas.errors import (
     RunUnsettled,
     UnknownPrice,
 )
+from schemas.finish_by import off_peak_between
 from schemas.jobs import Job, When
 from schemas.money import Currency
 from schemas.off_peak import guard_of, tariff_of
@@ -78,6 +79,7 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
     ):
         provider = await ask_provider(completions, job, request, settings)
         check_prices(job, book, provider.currency, utc_now() + provider.clock_offset, request.hours(job))
+        check_due(job, book, provider.currency, utc_now() + provider.clock_offset, request)
         manifest = await bulkhead.plan(
             job.input,
             shard_rows=job.shard_rows,
@@ -149,6 +151,7 @@ async def work_lane(
             show=show,
             times=times,
             when=request.hours(job),
+            due=request.due(utc_now() + provider.clock_offset),
         )
         allow_descriptors(plan)
         lane_id = await leases.register(ledger, run.run_id)
@@ -274,6 +277,15 @@ def check_prices(job: Job, book: PriceBook, currency: Currency, now: datetime, w
             raise UnknownPrice(f"{find_place(job, tier.model)}: {tier.name}: {error}") from None
     if when is When.OFF_PEAK:
         tariff_of(job, book, currency).decide(now, guard_of(job))
+
+
+def check_due(job: Job, book: PriceBook, currency: Currency, now: datetime, request: RunRequest) -> None:
+    """Raises ConfigurationError where the run is late already, UnknownPrice where hours until then are unknown."""
+    if (due := request.due(now)) is None:
+        return
+    if due <= now:
+        raise ConfigurationError(f"--finish-by {request.finish_by} is past: name a later instant, or leave it out")
+    off_peak_between(tariff_of(job, book, currency), guard_of(job), now, due)
 
 
 def usable_prices(job: Job, book: PriceBook, currency: Currency) -> Iterator[Price]:

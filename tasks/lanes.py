@@ -16,7 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -29,21 +29,22 @@ from schemas.brakes import Breaker, RetryBudget
 from schemas.ceilings import share
 from schemas.errors import FarthingError, LedgerUnavailable
 from schemas.jobs import Job, When
-from schemas.off_peak import guard_of, tariff_of
+from schemas.off_peak import Open, Shut, guard_of, tariff_of
 from schemas.pricing import PriceBook
 from schemas.records import Intent, Record
 from tasks.bulkhead import Bulkhead
 from tasks.climbs import Climber
 from tasks.completions import Completions
 from tasks.drains import Draining
+from tasks.finish_by import Haste
 from tasks.grants import Grants
-from tasks.ledger import attempts, leases
+from tasks.ledger import attempts, leases, runs
 from tasks.ledger.attempts import Permit, Reusable, Withheld
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes, Orders
 from tasks.ledger.runs import Run
 from tasks.limiter import Limiter
-from tasks.off_peak import Gate, always
+from tasks.off_peak import LOOK_AGAIN_LEAST_S, Gate, always
 from tasks.patience import Patience
 from tasks.priming import PRIMING, Primer
 from tasks.shards import ShardWork
@@ -74,6 +75,8 @@ BUILD_S = 2.0
 #: Nothing but failures for so long: the provider is down. Down for so long: the run stops. In its seconds, which for
 #: one that takes no time (a scale of 0) are ours.
 DARK_S, GIVE_UP_S = 30.0, 600.0
+#: How often a lane that is to be done by an instant looks how many documents are left, in the provider's seconds.
+PACE_EVERY_S = 30.0
 #: How often one attempt may find out whether an absent provider is back, in its seconds.
 PROBE_EVERY_S = 5.0
 
@@ -118,6 +121,8 @@ class LanePlan:
     times: LeaseTimes = USUAL_TIMES
     random: Random | None = None
     when: When = When.NOW
+    #: When the run is to be done, by the provider's clock; only of one that waits for off-peak prices.
+    due: datetime | None = None
 
     @property
     def ceilings(self) -> dict[str, int]:
@@ -149,6 +154,8 @@ class Lane:
     _patience: Patience = field(init=False)
     #: Numbers of the shards under way.
     _working: set[int] = field(default_factory=set)
+    #: Set where the run is to be done by an instant.
+    _haste: Haste | None = None
     _work: asyncio.Task[None] | None = None
     _is_interrupted: bool = False
 
@@ -199,6 +206,7 @@ class Lane:
                 self._beat(),
                 self._keep_on_disk(),
                 self._give_back(),
+                self._watch_pace(),
             )
         ]
         work = self._work = asyncio.create_task(self._work_shards())
@@ -277,15 +285,35 @@ class Lane:
 
     def _make_gate(self) -> Gate:
         plan, completions = self.plan, self.completions
-        tariff = tariff_of(plan.job, plan.book, plan.run.currency)
-        waits = partial(tariff.decide, guard=guard_of(plan.job))
+        tariff, guard = tariff_of(plan.job, plan.book, plan.run.currency), guard_of(plan.job)
+        decide: Callable[[datetime], Open | Shut] = always
+        if plan.due is not None:
+            self._haste = Haste(tariff, guard, plan.due, completions.now, self._count_left, self._tell_of_peak)
+            decide = self._haste.decide
+        elif plan.when is When.OFF_PEAK:
+            decide = partial(tariff.decide, guard=guard)
         return Gate(
-            decide=waits if plan.when is When.OFF_PEAK else always,
+            decide=decide,
             now=completions.now,
             ask_time=completions.correct_clock,
             draining=self._patience.draining,
             scale=plan.scale,
         )
+
+    async def _count_left(self) -> int:
+        return await self._patience.ask(leases.count_left, self.ledger, self.plan.run.run_id)
+
+    async def _tell_of_peak(self, left: int | None) -> None:
+        detail = {"lane": self.lane_id, "documents_left": left}
+        key = f"buys_peak {self.lane_id} {left}"
+        await self._patience.ask(partial(runs.note, key=key), self.ledger, self.plan.run.run_id, "buys_peak", detail)
+
+    async def _watch_pace(self) -> None:
+        if self._haste is not None:
+            every_s = max(PACE_EVERY_S * self.plan.scale, LOOK_AGAIN_LEAST_S)
+            with suppress(Draining):
+                await self._haste.watch(every_s, lambda: self.climber.gate.shut is None)
+        await asyncio.Event().wait()  # a helper does not return
 
     async def _work_shards(self) -> None:
         async with asyncio.TaskGroup() as shards:

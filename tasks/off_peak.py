@@ -62,7 +62,7 @@ class Gate:
             while shut is not None:
                 await self._rest_until(shut)
                 shut = self.look()
-            log.info("off-peak prices again")
+            log.info("waits no more")
             return True
 
     async def _rest_until(self, shut: Shut) -> None:

@@ -196,6 +196,11 @@ _BEAT = text("""
             SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)) s
 """)
 
+_LEFT = text("""
+    SELECT r.documents - (SELECT coalesce(sum(l.done), 0) FROM lane l WHERE l.run_id = r.run_id)
+    FROM run r WHERE r.run_id = :run_id
+""")
+
 
 async def register(ledger: Ledger, run_id: RunId) -> LaneId:
     """A new lane of a run, on this host and process."""
@@ -339,6 +344,12 @@ async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
     query = select(shard.shard_no).where(shard.run_id == run_id, shard.state.in_(["open", "leased"])).limit(1)
     async with ledger.transaction() as connection:
         return (await connection.execute(query)).first() is not None
+
+
+async def count_left(ledger: Ledger, run_id: RunId) -> int:
+    """How many documents of the run have not ended, by what its lanes have committed: one row per lane."""
+    async with ledger.transaction() as connection:
+        return int((await connection.execute(_LEFT, {"run_id": run_id})).scalar_one())
 
 
 async def has_living(ledger: Ledger, run_id: RunId) -> bool:

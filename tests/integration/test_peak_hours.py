@@ -16,7 +16,7 @@ import pytest
 from sandbox.bill import bill_path, read_lines
 from sandbox.tariff import charge_at
 from schemas.attempts import Call, Reply
-from schemas.errors import UnknownPrice
+from schemas.errors import ConfigurationError, UnknownPrice
 from schemas.jobs import When
 from tasks import enrichment
 from tasks.completions import Completions
@@ -201,6 +201,26 @@ async def test_a_pause_from_elsewhere_ends_the_wait(world: World) -> None:
     assert bill(world) == []
 
 
+async def test_a_run_that_has_time_enough_waits_and_one_that_has_not_buys_as_late_as_it_can(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seconds of work are left: with an hour of off-peak time before the end the run waits for that."""
+    move_clock_at(monkeypatch, world, 60, GUARD)
+    async with at_work(world, finish_by="2026-09-24T05:00Z") as (run, lane):
+        await wait_for_reason(world, run, "there is time enough to finish by 13:00 Beijing (05:00 UTC)")
+        signal.raise_signal(signal.SIGINT)
+        assert (await settled(world, run, lane)).state == "paused"
+    assert {line["band"] for line in bill(world)} == {"off-peak"}
+    before = len(bill(world))
+    async with at_work(world, finish_by="2026-09-24T03:00Z") as (again, lane):
+        assert again.run_id == run.run_id
+        await asyncio.sleep(0.5)
+        assert len(bill(world)) > before, "nothing is off-peak before the end, and no pace is known"
+        assert (await settled(world, run, lane)).state == "done"
+    assert {line["band"] for line in bill(world)[before:]} <= {"off-peak", "peak"}
+    assert world.value("SELECT count(*) FROM run_event WHERE kind = 'buys_peak'") == 1
+
+
 async def test_money_is_given_back_while_it_waits(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another run of a shared budget may need it."""
     move_clock_at(monkeypatch, world, 60, GUARD)
@@ -209,6 +229,12 @@ async def test_money_is_given_back_while_it_waits(world: World, monkeypatch: pyt
         async with asyncio.timeout(20):
             while world.value("SELECT granted FROM budget") != world.value("SELECT sum(cost_pico) FROM attempt"):
                 await asyncio.sleep(0.05)
+
+
+async def test_an_end_that_is_past_starts_nothing(world: World) -> None:
+    with pytest.raises(ConfigurationError, match="is past"):
+        await world.open(finish_by="2026-09-24T00:49Z")
+    assert world.value("SELECT count(*) FROM run") == 0
 
 
 async def test_where_nobody_knows_the_hours_nothing_starts(world: World) -> None:
