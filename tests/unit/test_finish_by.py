@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -12,6 +13,7 @@ from schemas.finish_by import LOOK_AGAIN, FinishBy, Pace, decide, off_peak_betwe
 from schemas.money import Currency
 from schemas.off_peak import Open, Shut, Tariff
 from schemas.pricing import load_price_book
+from tasks.finish_by import Haste
 
 #: Wednesday 2026-11-25: peak 01:00 to 04:00 and 06:00 to 10:00 UTC.
 TARIFF = Tariff(load_price_book(), ("deepseek-flash",), Currency.USD)
@@ -84,6 +86,38 @@ def test_a_run_at_the_pace_it_was_seen_at_is_done_in_time_where_it_can_be(now: i
 def test_a_pace_needs_documents_and_is_taken_for_a_quarter_slower() -> None:
     assert Pace().seen(0, HOUR).time_for(10) is None
     assert Pace().seen(40, HOUR).seen(40, HOUR).time_for(80) == 2.5 * HOUR
+
+
+async def test_a_lane_learns_the_pace_while_its_gate_is_open_and_tells_once_that_it_buys() -> None:
+    clock, left, told = [at("00:00")], [100], list[int | None]()
+
+    async def count_left() -> int:
+        return left[0]
+
+    async def tell(documents: int | None) -> None:
+        told.append(documents)
+
+    haste = Haste(TARIFF, GUARD, at("03:00"), lambda: clock[0], count_left, tell)
+    is_open = True
+    watch = asyncio.create_task(haste.watch(0.0, lambda: is_open))
+
+    async def pass_time(to: str, now_left: int) -> None:
+        clock[0], left[0] = at(to), now_left
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    await pass_time("00:00", 100)
+    await pass_time("00:30", 70)
+    assert haste.pace == Pace(30, timedelta(minutes=30))
+    is_open = False
+    await pass_time("01:00", 70)
+    await pass_time("01:30", 70)
+    assert haste.pace == Pace(30, timedelta(minutes=30)), "while nothing may begin, no pace is seen"
+    assert isinstance(haste.decide(at("01:45")), Open), "70 documents take up to 88 minutes, and 75 are left"
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert told == [70]
+    watch.cancel()
 
 
 @pytest.mark.parametrize(
