@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from schemas.pricing import Price, PriceBook
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
+    from schemas.spending import Side
     from tasks.backfills import Plan
     from tasks.ledger.connection import Ledger
     from tasks.ledger.proof import Proof
@@ -726,26 +727,80 @@ def new(
 
 
 @app.command()
-def audit(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
-    """Say what a run, a job or the whole ledger cost, tier by tier."""
+def audit(
+    target: Target = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--by",
+            metavar="SIDE",
+            help="Split it by job, run, day, tier, model, purpose or hours instead; may be repeated.",
+        ),
+    ] = None,
+    top: Annotated[
+        int, typer.Option("--top", min=0, max=1000, metavar="N", help="Name the N dearest documents.")
+    ] = 5,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write the lines of --by, or all there are, as CSV.")
+    ] = None,
+    parquet: Annotated[
+        Path | None, typer.Option("--parquet", metavar="FILE", help="The same as Parquet, with exact decimals.")
+    ] = None,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run, a job or the whole ledger cost, and what for."""
     from tasks import report
     from tasks.ledger import spend
 
     run_id, job = _parse_target(target)
+    sides = _parse_sides(by, is_export=bool(csv or parquet))
 
     async def read(ledger: Ledger) -> tuple[Audit | None, Sequence[RunSummary]]:
         listed = [] if run_id else await spend.list_runs(ledger, job=job)
         if target is None and len({(each.currency, each.is_simulated) for each in listed}) > 1:
             return None, listed  # sums of two currencies, or of real and simulated money, would mean nothing
-        return await spend.audit(ledger, run=run_id, job=job), listed
+        return await spend.audit(ledger, run=run_id, job=job, by=sides, top=top), listed
 
     found, listed = _ask(read, in_sandbox)
     if found is None:
-        tell("this ledger holds real and simulated runs, or two currencies: audit a job or a run by itself")
+        _tell_unlike_runs(is_refused=bool(sides))
+    else:
+        _export(found, csv, parquet)
     if as_json:
         print_json((found.to_json() if found else {}) | {"run_list": [each.to_json() for each in listed]})
+    elif found is not None and by:
+        show(report.line_table(found))
     else:
         show(*(report.audit_report(found) if found else ()), *([] if run_id else [report.run_table(listed)]))
+
+
+def _parse_sides(given: Sequence[str] | None, *, is_export: bool) -> tuple[Side, ...]:
+    """What to split a spend by; for an export, where nobody says, everything."""
+    from schemas.spending import Side
+
+    wanted = dict.fromkeys(given or ())
+    if unknown := [name for name in wanted if name not in set(Side)]:
+        raise ConfigurationError(f"--by: a spend cannot be split by {unknown[0]!r}, only by {', '.join(Side)}")
+    return tuple(map(Side, wanted)) or (tuple(Side) if is_export else ())
+
+
+def _tell_unlike_runs(*, is_refused: bool) -> None:
+    told = "this ledger holds real and simulated runs, or two currencies: audit a job or a run by itself"
+    if is_refused:
+        raise ConfigurationError(told)
+    tell(told)
+
+
+def _export(found: Audit, csv: Path | None, parquet: Path | None) -> None:
+    if csv is None and parquet is None:
+        return
+    from tasks import exports
+
+    for path, write in ((csv, exports.write_csv), (parquet, exports.write_parquet)):
+        if path is not None:
+            write(found, path)
+            tell(f"{path}: {len(found.lines):,} lines, by {', '.join(found.by)}")
 
 
 @app.command()

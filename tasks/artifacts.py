@@ -51,7 +51,7 @@ async def show_report(run: Run, settings: Settings) -> None:
     url = require_database(settings)
     try:
         async with opened(url, Role.AUDITOR, pool_size=1, answer_within_s=REPORT_WITHIN_S) as ledger:
-            audit = await spend.audit(ledger, run=run.run_id)
+            audit = await spend.audit(ledger, run=run.run_id, top=0)  # Prefect's pages name no document
         await acreate_table_artifact(_cost_rows(audit), key=f"run-{run.run_id}-cost", description="Cost by tier")
         await acreate_markdown_artifact(
             report.markdown(audit), key=f"run-{run.run_id}-report", description=f"Report of run {run.run_id}"

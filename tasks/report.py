@@ -25,14 +25,13 @@ from schemas.money import Currency, Money
 from schemas.off_peak import spell
 from schemas.pricing import Band, Price, PriceBook
 from schemas.requests import spell_command
+from schemas.spending import MILLION, Line, Sums, per_million
 from tasks.ledger.proof import Proof
 from tasks.ledger.spend import Audit, PartitionSpend, Progress, RunSummary, SharedBudget, TierSpend, Waste
 from tasks.steering import Capped, Limited, Steered
 
 if TYPE_CHECKING:
     from tasks.backfills import Plan  # which brings in all that a run needs
-
-MILLION = 10**6
 
 #: Said wherever figures of a sandbox run are shown.
 SIMULATED = (
@@ -238,8 +237,8 @@ class Section:
 
 def sections(audit: Audit) -> list[Section]:
     """The report of an audit; parts with nothing to say are left out."""
-    parts = [_totals(audit), _tiers(audit), _cache(audit), _escalations(audit), _accuracy(audit), _dead(audit)]
-    return [part for part in [*parts, _waste(audit)] if part.rows]
+    made = (_totals, _tiers, _token_costs, _cache, _escalations, _accuracy, _dearest, _dead, _waste)
+    return [part for make in made if (part := make(audit)).rows]
 
 
 def audit_report(audit: Audit) -> list[RenderableType]:
@@ -285,18 +284,36 @@ def _totals(audit: Audit) -> Section:
         ("attempts", f"{audit.attempts:,}", True),
         ("escalated", f"{audit.escalated:,}", audit.escalated),
         ("cost", _exact(audit, audit.cost_pico), audit.currency),
-        ("saved against peak prices", _off_peak_saving(audit), audit.off_peak_attempts),
         ("not known to be billed", unknown, audit.unknown_pico),
+        (
+            "so it is between",
+            f"{_money(audit, audit.cost_pico)} and {_money(audit, audit.high_pico)}",
+            audit.unknown_pico,
+        ),
+        ("at peak prices, off-peak", _hours(audit), set(audit.hours) - {"flat"}),
+        ("saved against peak prices", _off_peak_saving(audit), audit.off_peak_attempts),
         ("corrections", _money(audit, audit.adjusted_pico), audit.adjusted_pico),
         (
             "per 1,000 documents" + (", reused ones too" if audit.reused else ""),
             _money(audit, audit.pico_per_1000_documents),
             audit.pico_per_1000_documents,
         ),
+        ("per document: mean, median, 95 %", _per_document(audit), audit.document_costs.documents),
         _budget(audit),
-        ("tokens: cached, not cached, output", _tokens(audit), audit.attempts),
     ]
     return Section(title(audit), ("", ""), tuple((name, figure) for name, figure, is_told in rows if is_told))
+
+
+def _hours(audit: Audit) -> str:
+    costs = [audit.hours[band].cost_pico if band in audit.hours else 0 for band in (Band.PEAK, Band.OFF_PEAK)]
+    return " / ".join(f"{_money(audit, pico)} ({share(pico, audit.cost_pico)})" for pico in costs)
+
+
+def _per_document(audit: Audit) -> str:
+    """What a document cost that was sent: mean and median, what 19 of 20 stay under, and the dearest."""
+    costs = audit.document_costs
+    figures = (_money(audit, pico) for pico in (costs.mean_pico, costs.p50_pico, costs.p95_pico))
+    return f"{' / '.join(figures)}, at most {_money(audit, costs.max_pico)}"
 
 
 def _off_peak_saving(audit: Audit) -> str:
@@ -344,6 +361,29 @@ def _tiers(audit: Audit) -> Section:
     return Section("Where the money went", columns, tuple(rows))
 
 
+def _token_costs(audit: Audit) -> Section:
+    """Tokens by the bucket they were billed in, and what a million of each came to."""
+    costs = audit.token_costs
+    buckets = (
+        ("cached", audit.hit_tokens, costs.hit_pico),
+        ("not cached", audit.miss_tokens, costs.miss_pico),
+        ("output", audit.output_tokens, costs.output_pico),
+        ("all", audit.hit_tokens + audit.miss_tokens + audit.output_tokens, audit.cost_pico),
+    )
+    rows = [
+        (
+            name,
+            f"{tokens:,}",
+            _money(audit, pico),
+            share(pico, audit.cost_pico),
+            _money(audit, per_million(pico, tokens)),
+        )
+        for name, tokens, pico in buckets
+        if audit.attempts
+    ]
+    return Section("What the tokens cost", ("tokens", "billed", "cost", "of all", "per 1M"), tuple(rows))
+
+
 def _cache(audit: Audit) -> Section:
     """What the prompt cache saved: hits are priced against misses of the same tokens, at each attempt's own price."""
     if not audit.attempts:
@@ -351,12 +391,22 @@ def _cache(audit: Audit) -> Section:
     rate = "—" if audit.prefix_hit_rate is None else share(round(audit.prefix_hit_rate * MILLION), MILLION)
     rows = (
         ("shared prefix that hit, after priming", rate),
+        ("its tokens: expected, hit", f"{audit.expected_hit_tokens:,} / {audit.real_hit_tokens:,}"),
         ("saved by hits", _money(audit, audit.saved_pico)),
         ("the same attempts without a cache", _money(audit, audit.cost_pico + audit.saved_pico)),
-        ("lost to misses of the prefix", _money(audit, audit.lost_pico)),
+        ("lost to misses of the prefix", _lost(audit)),
         ("spent on priming", _money(audit, audit.priming_pico)),
     )
     return Section("What the cache saved", ("", ""), rows)
+
+
+def _lost(audit: Audit) -> str:
+    """What misses cost, and whether the prefix was not there at all or only in part."""
+    told = _money(audit, audit.lost_pico)
+    if not audit.lost_pico:
+        return told
+    partly = audit.lost_pico - audit.lost_whole_pico
+    return f"{told}: {_money(audit, audit.lost_whole_pico)} none of it hit, {_money(audit, partly)} a part did"
 
 
 def _escalations(audit: Audit) -> Section:
@@ -365,13 +415,19 @@ def _escalations(audit: Audit) -> Section:
             f"{each.reason.replace('_', ' ')} → {each.to_tier}",
             f"{each.escalated:,}",
             f"{each.rescued:,}",
+            f"{each.agreed:,}",
             f"{each.changed:,}",
             f"{each.right_before:,} → {each.right_after:,} of {each.labelled:,}" if each.labelled else "—",
             _money(audit, each.cost_pico),
+            share(each.cost_pico, audit.cost_pico),
+            _money(audit, each.pico_per_rescued),
         )
         for each in audit.escalations
     ]
-    columns = ("why, to which tier", "documents", "answered there", "changed", "right before → after", "cost")
+    columns = (
+        *("why, to which tier", "documents", "answered there", "same", "changed", "right before → after"),
+        *("cost", "of all", "per answer"),
+    )
     return Section("What escalation bought", columns, tuple(rows), _gain_note(audit))
 
 
@@ -399,6 +455,22 @@ def _accuracy(audit: Audit) -> Section:
     return Section("Against the labels", ("answered by", "labelled results", "right", "share"), tuple(rows), note)
 
 
+def _dearest(audit: Audit) -> Section:
+    rows = [
+        (
+            each.document_id or f"number {each.document_no}",
+            f"{each.run}",
+            f"{(each.reason or each.state or 'not ended').replace('_', ' ')}{f', {each.tier}' if each.tier else ''}",
+            f"{each.attempts:,}",
+            _money(audit, each.cost_pico),
+            f"at most {_money(audit, each.unknown_pico)}" if each.unknown_pico else "—",
+        )
+        for each in audit.document_costs.dearest
+    ]
+    columns = ("dearest documents", "run", "what became of it", "attempts", "cost", "not known")
+    return Section("What single documents cost", columns, tuple(rows))
+
+
 def _dead(audit: Audit) -> Section:
     rows = [(reason.replace("_", " "), f"{count:,}") for reason, count in audit.dead_letters_by_reason.items()]
     return Section("Dead letters", ("reason", "documents"), tuple(rows))
@@ -416,13 +488,56 @@ def _waste(audit: Audit) -> Section:
         )
         for each in audit.waste
     ]
-    columns = ("attempts that bought no answer", "tier", "purpose", "attempts", "cost", "not known")
-    return Section("Waste", columns, tuple(rows))
+    columns = ("attempts that bought no result", "tier", "purpose", "attempts", "cost", "not known")
+    return Section("Waste", columns, tuple(rows), _waste_note(audit) if rows else "")
+
+
+def _waste_note(audit: Audit) -> str:
+    """What each kind of waste came to."""
+    kinds = {
+        kind: [each for each in audit.waste if each.kind == kind] for kind in ("failed", "superseded", "unknown")
+    }
+    costs = {
+        kind: sum(each.cost_pico + each.unknown_pico for each in found) for kind, found in kinds.items() if found
+    }
+    told = [
+        f"{kind} {'at most ' if kind == 'unknown' else ''}{_money(audit, pico)}"
+        + ("" if kind == "unknown" else f" ({share(pico, audit.cost_pico)} of all)")
+        for kind, pico in costs.items()
+    ]
+    return f"Together: {', '.join(told)}."
 
 
 def _what_came(waste: Waste) -> str:
     """`answered, invalid answer`, or just `blank` where signal and verdict are one."""
-    return ", ".join(dict.fromkeys(filter(None, (waste.signal, waste.verdict)))).replace("_", " ")
+    kind = waste.kind if waste.kind == "superseded" else None
+    return ", ".join(dict.fromkeys(filter(None, (waste.signal, waste.verdict, kind)))).replace("_", " ")
+
+
+def line_table(audit: Audit) -> Table:
+    """The spend split by the sides that were asked for; the parts add up to all of it."""
+    currency = Currency(audit.currency) if audit.currency else None
+    columns = (*audit.by, "attempts", "cached", "not cached", "output", "cost", "of all", "per 1M", "not known")
+    made = table(
+        title(audit), columns, (_line_cells(audit, each) for each in audit.lines), texts=range(len(audit.by))
+    )
+    if currency is not None:
+        made.add_section()
+        whole = sum((each.sums for each in audit.lines), Sums())
+        _add_row(made, *_line_cells(audit, Line(("all", *[""] * (len(audit.by) - 1)), whole)))
+    return made
+
+
+def _line_cells(audit: Audit, line: Line) -> tuple[str, ...]:
+    sums = line.sums
+    return (
+        *line.names,
+        *(f"{each:,}" for each in (sums.attempts, sums.hit_tokens, sums.miss_tokens, sums.output_tokens)),
+        _money(audit, sums.cost_pico),
+        share(sums.cost_pico, audit.cost_pico),
+        _money(audit, sums.pico_per_million),
+        f"at most {_money(audit, sums.unknown_pico)}" if sums.unknown_pico else "—",
+    )
 
 
 def _money(audit: Audit, pico: int | None) -> str:

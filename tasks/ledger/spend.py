@@ -1,22 +1,25 @@
 """Spend: what runs cost and how far they are, read from the auditor's views and nothing else.
 
-An audit counts rows. Progress adds up the counters that lanes keep in the transactions they commit, one row per
-lane, so that looking costs nothing. Money is integers of pico units; what is unknown is a bound of its own.
+An audit counts rows, once (`breakdowns`). Progress adds up the counters that lanes keep in the transactions they
+commit, one row per lane, so that looking costs nothing. Money is integers of pico units; what is unknown is a bound
+of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from sqlalchemy import RowMapping, text
+from sqlalchemy import CursorResult, RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.announcements import RunEvent
 from schemas.errors import ConfigurationError
+from schemas.spending import Cell, Line, Side, add_up, per_million, split
+from tasks.ledger.breakdowns import HASHED, DocumentCosts, ask, read_cells, read_document_costs, read_lines
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
 
@@ -24,6 +27,8 @@ Row = TypeVar("Row")
 
 #: Events that a progress view shows, the newest first.
 RECENT_EVENTS = 10
+#: Of the dearest documents an audit names so many, where nobody asks for more.
+DEAREST = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,11 @@ class Escalation:
     cost_pico: int
     unknown_pico: int
 
+    @property
+    def pico_per_rescued(self) -> int | None:
+        """What one document that was answered there cost, those that were not included; rounded up."""
+        return -(-self.cost_pico // self.rescued) if self.rescued else None
+
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
@@ -76,7 +86,10 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True)
 class Waste:
-    """Attempts that bought no usable answer, by what came of them."""
+    """Attempts that bought no result, by what came of them.
+
+    `kind`: `failed`; `unknown`, where nobody knows whether it was billed; `superseded` by a higher tier's answer.
+    """
 
     tier: str
     purpose: str
@@ -86,6 +99,24 @@ class Waste:
     attempts: int
     cost_pico: int
     unknown_pico: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class HoursSpend:
+    """What attempts cost that were billed in one band of hours."""
+
+    attempts: int
+    cost_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCosts:
+    """What the tokens of each bucket cost; together they are the whole known cost."""
+
+    hit_pico: int
+    miss_pico: int
+    output_pico: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +143,9 @@ class Audit:
 
     `run`, `job`, `state` and the like are filled in where the scope has exactly one. `results` counts reused ones
     too, so results + dead_letters + duplicates == documents once every run of the scope is done. Total cost is in
-    [cost_pico, cost_pico + unknown_pico]; corrections (`adjusted_pico`) are apart. `lost_pico` is what misses of
-    the shared prefix cost after priming, `saved_pico` what hits saved against misses.
+    [cost_pico, high_pico]; corrections (`adjusted_pico`) are apart. `lost_pico` is what misses of
+    the shared prefix cost after priming, `lost_whole_pico` of it where nothing hit; `saved_pico` is what hits saved
+    against misses. After priming, `expected_hit_tokens` of the prefix should have hit, and `real_hit_tokens` did.
     `off_peak_saved_pico` is what the `off_peak_attempts` of lanes that wait for off-peak prices would have cost more
     at peak ones.
     """
@@ -155,9 +187,27 @@ class Audit:
     waste: tuple[Waste, ...]
     dead_letters_by_reason: dict[str, int]
     distinct_documents: int
+    expected_hit_tokens: int
+    real_hit_tokens: int
+    lost_whole_pico: int
+    token_costs: TokenCosts
+    hours: dict[str, HoursSpend]
+    document_costs: DocumentCosts
     shared_budget: SharedBudget | None = None
     off_peak_attempts: int = 0
     off_peak_saved_pico: int = 0
+    by: tuple[Side, ...] = ()
+    lines: tuple[Line, ...] = ()
+
+    @property
+    def high_pico(self) -> int:
+        """The most that the spend can be: its known cost and the bounds of what is unknown."""
+        return self.cost_pico + self.unknown_pico
+
+    @property
+    def pico_per_million_tokens(self) -> int | None:
+        """The effective price of a million billed tokens, cached ones among them. None without any."""
+        return per_million(self.cost_pico, self.hit_tokens + self.miss_tokens + self.output_tokens)
 
     @property
     def done(self) -> int:
@@ -175,7 +225,9 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """One JSON object: money as integers, rates as plain numbers, instants in ISO 8601, None where unknown."""
-        return _json_object(asdict(self) | {"pico_per_1000_documents": self.pico_per_1000_documents})
+        names = ("pico_per_1000_documents", "pico_per_million_tokens", "high_pico")
+        made = {name: getattr(self, name) for name in names}
+        return _json_object(asdict(self) | made | {"lines": [line.to_json(self.by) for line in self.lines]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,17 +378,14 @@ _SCOPE = text("""
 
 _JOBS = text("SELECT DISTINCT job FROM run_overview ORDER BY job LIMIT 20")
 
-_TOTALS = text("""
-    SELECT coalesce(sum(documents), 0) AS documents, coalesce(sum(results + reused), 0) AS results,
-           coalesce(sum(reused), 0) AS reused, coalesce(sum(duplicates), 0) AS duplicates,
-           coalesce(sum(dead_letters), 0) AS dead_letters, coalesce(sum(attempts), 0) AS attempts,
-           coalesce(sum(cost_pico), 0) AS cost_pico, coalesce(sum(unknown_pico), 0) AS unknown_pico,
-           coalesce(sum(unknown_attempts), 0) AS unknown_attempts,
-           coalesce(sum(adjusted_pico), 0) AS adjusted_pico, coalesce(sum(hit_tokens), 0) AS hit_tokens,
-           coalesce(sum(miss_tokens), 0) AS miss_tokens, coalesce(sum(output_tokens), 0) AS output_tokens,
-           coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
-           coalesce(sum(priming_pico), 0) AS priming_pico, coalesce(sum(escalated), 0) AS escalated
-    FROM run_cost WHERE run_id = ANY(:runs)
+_RUNS_TOGETHER = text("""
+    SELECT coalesce(sum(documents), 0) AS documents, coalesce(sum(adjusted_pico), 0) AS adjusted_pico
+    FROM run_overview WHERE run_id = ANY(:runs)
+""")
+
+_ENDED = text("""
+    SELECT state, tier, reason, sum(documents) AS documents FROM ended WHERE run_id = ANY(:runs)
+    GROUP BY state, tier, reason ORDER BY sum(documents) DESC, reason
 """)
 
 #: Of documents that never were read, in a shard whose file changed, only the number is known. A duplicate has the
@@ -367,28 +416,19 @@ _SHARED = text("""
     ) budget
 """)
 
-_TIERS = text("""
-    SELECT tier, sum(attempts) AS attempts, sum(results) AS results, sum(cost_pico) AS cost_pico,
-           sum(unknown_pico) AS unknown_pico, sum(hit_tokens) AS hit_tokens, sum(miss_tokens) AS miss_tokens,
-           sum(output_tokens) AS output_tokens
-    FROM tier_cost WHERE run_id = ANY(:runs) GROUP BY tier ORDER BY min(run_id), sum(attempts) DESC, tier
-""")
-
-_PURPOSES = text("""
-    SELECT purpose, count(*) AS attempts, coalesce(sum(cost_pico), 0) AS cost_pico, sum(unknown_pico) AS unknown_pico
-    FROM attempt WHERE run_id = ANY(:runs) GROUP BY purpose ORDER BY purpose
-""")
-
 #: A tier on which nothing ever hit shows no prefix; the run's other tiers tell its length, since they share it.
 _CACHE = text("""
     WITH tier AS (
-        SELECT attempts, coalesce(real_hit_tokens, 0) AS hit, lost_pico, saved_pico,
+        SELECT attempts, coalesce(real_hit_tokens, 0) AS hit, lost_pico, lost_whole_pico, saved_pico,
                coalesce(prefix_tokens, max(prefix_tokens) OVER (PARTITION BY run_id)) AS prefix_tokens
         FROM cache_efficiency WHERE run_id = ANY(:runs)
     )
     SELECT CASE WHEN sum(attempts) = 0 THEN NULL WHEN sum(hit) = 0 THEN 0
                 ELSE round(sum(hit)::numeric / sum(attempts * prefix_tokens), 6) END::double precision AS hit_rate,
-           coalesce(sum(lost_pico), 0) AS lost_pico, coalesce(sum(saved_pico), 0) AS saved_pico
+           coalesce(sum(attempts * prefix_tokens), 0) AS expected_hit_tokens,
+           coalesce(sum(hit), 0) AS real_hit_tokens,
+           coalesce(sum(lost_pico), 0) AS lost_pico, coalesce(sum(lost_whole_pico), 0) AS lost_whole_pico,
+           coalesce(sum(saved_pico), 0) AS saved_pico
     FROM tier
 """)
 
@@ -407,19 +447,6 @@ _ESCALATIONS = text("""
 _ACCURACY = text("""
     SELECT tier, sum(labelled) AS labelled, sum(correct) AS correct
     FROM accuracy WHERE run_id = ANY(:runs) GROUP BY tier ORDER BY tier
-""")
-
-_WASTE = text("""
-    SELECT tier, purpose, signal, verdict, billing, sum(attempts) AS attempts, sum(cost_pico) AS cost_pico,
-           sum(unknown_pico) AS unknown_pico
-    FROM waste WHERE run_id = ANY(:runs)
-    GROUP BY tier, purpose, signal, verdict, billing
-    ORDER BY sum(cost_pico) + sum(unknown_pico) DESC, sum(attempts) DESC, 1, 2, 3
-""")
-
-_DEAD_LETTERS = text("""
-    SELECT reason, count(*) AS documents FROM dead_letter WHERE run_id = ANY(:runs)
-    GROUP BY reason ORDER BY count(*) DESC, reason
 """)
 
 _SUMS = """
@@ -497,11 +524,14 @@ _ALL_EVENTS = text("""
 """)
 
 
-async def audit(ledger: Ledger, *, run: int | None = None, job: str | None = None) -> Audit:
+async def audit(
+    ledger: Ledger, *, run: int | None = None, job: str | None = None, by: Sequence[Side] = (), top: int = DEAREST
+) -> Audit:
     """What a run, a job's runs, or (neither given) the whole ledger cost, from one snapshot of the rows.
 
-    Raises ConfigurationError where there is no such run or job, and where the scope mixes currencies or simulated
-    with real money: sums of those would mean nothing.
+    `by` asks for the spend split by these sides, too, and `top` for so many of the dearest documents. Raises
+    ConfigurationError where there is no such run or job, and where the scope mixes currencies or simulated with real
+    money: sums of those would mean nothing.
     """
     async with ledger.transaction() as connection:
         await connection.execute(_SNAPSHOT)
@@ -511,13 +541,18 @@ async def audit(ledger: Ledger, *, run: int | None = None, job: str | None = Non
         _require_one({row.currency for row in scope}, "currencies")
         _require_one({"simulated" if row.is_simulated else "real" for row in scope}, "kinds of money")
         runs = [row.run_id for row in scope]
+        if len(runs) == 1:
+            await connection.execute(HASHED)
         return Audit(
             run=_only(runs),
             job=_only([row.job for row in scope]),
             currency=_only([row.currency for row in scope]),
             runs=tuple(runs),
+            by=tuple(by),
+            lines=await read_lines(connection, runs, by) if by else (),
+            document_costs=await read_document_costs(connection, runs, top),
             **await _read_totals(connection, runs),
-            **await _read_breakdowns(connection, runs),
+            **await _read_spend(connection, runs),
         )
 
 
@@ -617,22 +652,17 @@ def _spend(runs: Sequence[BackfillRun]) -> PartitionSpend:
 
 
 async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
-    """The fields of `Audit` that are sums over runs, and those that a scope of one state has."""
-    key = {"runs": runs}
-    totals = _plain((await connection.execute(_TOTALS, key)).mappings().one())
-    cache = _plain((await connection.execute(_CACHE, key)).mappings().one())
-    overview = (await connection.execute(_OVERVIEW, key)).mappings().all()
+    """The fields of `Audit` that say how its runs stand, and what the cache and the hours were worth."""
+    overview = (await ask(connection, _OVERVIEW, runs)).mappings().all()
     names = ("state", "reason", "is_simulated", "prompt_version", "opened_at", "finished_at", "budget_pico")
     name, is_simulated = (_only([row[name] for row in overview]) for name in ("budget_name", "is_simulated"))
-    ended = totals["results"] + totals["dead_letters"] + totals["duplicates"]
+    cache = _plain((await ask(connection, _CACHE, runs)).mappings().one())
     return {
-        **totals,
-        **_plain((await connection.execute(_OFF_PEAK, key)).mappings().one()),
+        **_plain((await ask(connection, _RUNS_TOGETHER, runs)).mappings().one()),
+        **_plain((await ask(connection, _OFF_PEAK, runs)).mappings().one()),
         "shared_budget": await _read_shared(connection, name, is_simulated, runs),
-        "distinct_documents": ended if len(runs) < 2 else (await connection.execute(_DISTINCT, key)).scalar_one(),
-        "prefix_hit_rate": cache["hit_rate"],
-        "lost_pico": cache["lost_pico"],
-        "saved_pico": cache["saved_pico"],
+        "prefix_hit_rate": cache.pop("hit_rate"),
+        **cache,
         **{name: _only([row[name] for row in overview]) for name in names},
     }
 
@@ -647,26 +677,98 @@ async def _read_shared(
     return SharedBudget(**_plain((await connection.execute(_SHARED, key)).mappings().one()))
 
 
-async def _read_breakdowns(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
-    """The fields of `Audit` that split the spend: by tier, purpose, escalation, signal and reason."""
-    key = {"runs": runs}
-    tiers = [_plain(row) for row in (await connection.execute(_TIERS, key)).mappings()]
-    purposes = [_plain(row) for row in (await connection.execute(_PURPOSES, key)).mappings()]
-    reasons = (await connection.execute(_DEAD_LETTERS, key)).all()
+async def _read_spend(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
+    """The fields of `Audit` that count attempts and documents, and those that split them."""
+    cells = await read_cells(connection, runs)
+    ended = [_plain(row) for row in (await ask(connection, _ENDED, runs)).mappings()]
     return {
-        "tiers": {row.pop("tier"): TierSpend(**row) for row in tiers},
-        "by_purpose": {row.pop("purpose"): PurposeSpend(**row) for row in purposes},
-        "escalations": await _read_rows(connection, _ESCALATIONS, Escalation, key),
-        "accuracy": await _read_rows(connection, _ACCURACY, Accuracy, key),
-        "waste": await _read_rows(connection, _WASTE, Waste, key),
-        "dead_letters_by_reason": {reason: documents for reason, documents in reasons},
+        **_count_documents(ended),
+        **_total(cells),
+        "distinct_documents": sum(row["documents"] for row in ended)
+        if len(runs) < 2
+        else (await ask(connection, _DISTINCT, runs)).scalar_one(),
+        "tiers": _by_tier(cells, ended),
+        "by_purpose": {
+            name: PurposeSpend(sums.attempts, sums.cost_pico, sums.unknown_pico)
+            for name, sums in sorted(split(cells, lambda cell: cell.purpose).items())
+        },
+        "hours": {
+            name: HoursSpend(sums.attempts, sums.cost_pico) for name, sums in split(cells, lambda c: c.band).items()
+        },
+        "waste": _waste(cells),
+        "escalations": _rows(await ask(connection, _ESCALATIONS, runs), Escalation),
+        "accuracy": _rows(await ask(connection, _ACCURACY, runs), Accuracy),
     }
+
+
+def _total(cells: Sequence[Cell]) -> dict[str, Any]:
+    sums = add_up(cells)
+    same = ("attempts", "cost_pico", "unknown_pico", "unknown_attempts", "escalated")
+    tokens = ("hit_tokens", "miss_tokens", "output_tokens", "reasoning_tokens")
+    return {
+        **{name: getattr(sums, name) for name in (*same, *tokens)},
+        "token_costs": TokenCosts(sums.hit_pico, sums.miss_pico, sums.output_pico),
+        "priming_pico": add_up(cell for cell in cells if cell.purpose == "priming").cost_pico,
+    }
+
+
+def _count_documents(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Documents by how they ended; a reused result is a result."""
+    of = dict.fromkeys(("result", "reused", "duplicate", "dead_letter"), 0)
+    reasons: dict[str, int] = {}
+    for row in ended:
+        of[row["state"]] += row["documents"]
+        if row["state"] == "dead_letter":
+            reasons[row["reason"]] = reasons.get(row["reason"], 0) + row["documents"]
+    return {
+        "results": of["result"] + of["reused"],
+        "reused": of["reused"],
+        "duplicates": of["duplicate"],
+        "dead_letters": of["dead_letter"],
+        "dead_letters_by_reason": dict(sorted(reasons.items(), key=lambda each: (-each[1], each[0]))),
+    }
+
+
+def _by_tier(cells: Sequence[Cell], ended: Sequence[Mapping[str, Any]]) -> dict[str, TierSpend]:
+    results: dict[str, int] = {}
+    for row in ended:
+        if row["state"] == "result":
+            results[row["tier"]] = results.get(row["tier"], 0) + row["documents"]
+    return {
+        name: TierSpend(
+            attempts=sums.attempts,
+            results=results.get(name, 0),
+            cost_pico=sums.cost_pico,
+            unknown_pico=sums.unknown_pico,
+            hit_tokens=sums.hit_tokens,
+            miss_tokens=sums.miss_tokens,
+            output_tokens=sums.output_tokens,
+        )
+        for name, sums in split(cells, lambda cell: cell.tier).items()
+    }
+
+
+def _waste(cells: Sequence[Cell]) -> tuple[Waste, ...]:
+    """What bought no result, the dearest first."""
+    parts = split(
+        [cell for cell in cells if cell.waste],
+        lambda cell: (cell.tier, cell.purpose, cell.signal, cell.verdict, cell.billing, cell.waste or ""),
+    )
+    made = [
+        Waste(*(tier, purpose, signal or "no reply", verdict, billing), s.attempts, s.cost_pico, s.unknown_pico, kind)
+        for (tier, purpose, signal, verdict, billing, kind), s in parts.items()
+    ]
+    return tuple(sorted(made, key=lambda each: -each.cost_pico - each.unknown_pico))
 
 
 async def _read_rows(
     connection: AsyncConnection, query: Any, kind: type[Row], key: dict[str, Any]
 ) -> tuple[Row, ...]:
-    return tuple(kind(**_plain(row)) for row in (await connection.execute(query, key)).mappings())
+    return _rows(await connection.execute(query, key), kind)
+
+
+def _rows(found: CursorResult[Any], kind: type[Row]) -> tuple[Row, ...]:
+    return tuple(kind(**_plain(row)) for row in found.mappings())
 
 
 async def _explain_nothing(connection: AsyncConnection, run: int | None, job: str | None) -> str:

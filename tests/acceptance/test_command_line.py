@@ -469,3 +469,35 @@ def test_whoever_may_only_audit_cannot_steer_and_is_told_what_it_takes(
     assert "GRANT farthing_lane" in left.stderr
     assert SECRET not in left.stderr
     assert steer("status", "2", "--json").json["state"] == "running"
+
+
+def test_an_audit_is_split_and_exported_as_asked(steer: Callable[..., Left], farthing: Terminal) -> None:
+    left = steer("audit", "1", "--by", "tier", "--by", "purpose", "--csv", "spend.csv", "--json")
+    assert (left.exit_code, left.json["by"]) == (0, ["tier", "purpose"])
+    assert sum(line["cost_pico"] for line in left.json["lines"]) == left.json["cost_pico"]
+    assert {(line["tier"], line["purpose"]) for line in left.json["lines"]} == {
+        *(("flash", "answer"), ("flash", "priming"), ("flash", "retry"), ("pro", "answer"))
+    }
+    assert "spend.csv: 4 lines, by tier, purpose" in left.stderr
+    header, *lines = (farthing.folder / "spend.csv").read_text().splitlines()
+    assert header.startswith("tier,purpose,currency,attempts,")
+    assert len(lines) == 4
+    shown = steer("audit", "1", "--by", "hours").stdout
+    assert {"off_peak", "not", "all"} <= {line.split()[0] for line in shown.splitlines() if line.strip()}
+    assert "Where the money went" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("audit", "1", "--by", "colour"), "only by job, run, day, tier, model, purpose, hours"),
+        (("audit", "1", "--csv", "nowhere/x.csv"), "nowhere/x.csv cannot be written: No such file"),
+    ],
+)
+def test_a_question_about_costs_that_has_no_answer_is_one_line(
+    steer: Callable[..., Left], arguments: tuple[str, ...], advice: str
+) -> None:
+    left = steer(*arguments)
+    assert (left.exit_code, left.stdout) == (2, "")
+    assert len(left.stderr.splitlines()) == 1
+    assert advice in left.stderr

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from pydantic import SecretStr
 
 from schemas.attempts import RunId
 from schemas.errors import ConfigurationError
-from schemas.money import Currency
+from schemas.money import Currency, Money
 from schemas.records import DocumentState, Record, ResultKey
+from schemas.spending import Side, Sums
+from tasks.exports import write_csv, write_parquet
 from tasks.ledger import runs, spend
+from tasks.ledger.breakdowns import DearDocument
 from tasks.ledger.connection import Ledger, Role, opened
-from tests.ledgers import CAP, COST, JOB, RESERVED, USAGE, Hand, opening, run_everything, sql
+from tests.ledgers import AT, CAP, COST, JOB, RESERVED, USAGE, Hand, opening, run_everything, sql
 
 #: Pro off-peak is 22,000 / 660,000 / 1,980,000 pico-dollars per token.
 PRO_COST = 640 * 22_000 + 100 * 660_000 + 5 * 1_980_000
@@ -78,13 +86,106 @@ async def test_an_audit_splits_the_spend_by_purpose_escalation_and_waste(ledger:
     assert found.escalations == (spend.Escalation("pro", "low_confidence", 1, 1, 0, 1, 1, 0, 1, PRO_COST, 0),)
     assert set(found.accuracy) == {spend.Accuracy("flash", 1, 1), spend.Accuracy("pro", 1, 1)}
     assert set(found.waste) == {
-        spend.Waste("flash", "answer", "lost", None, "unknown", 1, 0, RESERVED),
-        spend.Waste("flash", "answer", "no reply", None, "unknown", 1, 0, RESERVED),
-        spend.Waste("flash", "answer", "refused_by_provider", None, "known", 1, COST, 0),
+        spend.Waste("flash", "answer", "lost", None, "unknown", 1, 0, RESERVED, "unknown"),
+        spend.Waste("flash", "answer", "no reply", None, "unknown", 1, 0, RESERVED, "unknown"),
+        spend.Waste("flash", "answer", "refused_by_provider", None, "known", 1, COST, 0, "failed"),
+        spend.Waste("flash", "priming", "answered", "low_confidence", "known", 1, COST, 0, "superseded"),
     }
+    assert found.hours == {"off_peak": spend.HoursSpend(6, 5 * COST + PRO_COST)}
+    assert found.token_costs == spend.TokenCosts(
+        hit_pico=640 * (5 * 3_000 + 22_000),
+        miss_pico=100 * (5 * 150_000 + 660_000),
+        output_pico=5 * (5 * 600_000 + 1_980_000),
+    )
     # 4 flash hits after priming and 1 of pro, each of 640 tokens that did not cost the price of a miss
     assert found.saved_pico == 640 * (4 * (150_000 - 3_000) + (660_000 - 22_000))
     assert found.pico_per_1000_documents == round(1000 * found.cost_pico / 6)
+
+
+async def test_the_views_that_an_audit_reads_say_what_the_plain_ones_say(ledger: Ledger, ledger_url: str) -> None:
+    """`run_cost`, `tier_cost` and `waste` are written another way, for plain SQL."""
+    run = await run_everything(ledger)
+    found = await audit(ledger_url, run=run.run_id)
+    names = (
+        *("documents", "duplicates", "reused", "dead_letters", "attempts", "cost_pico", "unknown_pico", "hit_tokens"),
+        *("unknown_attempts", "miss_tokens", "output_tokens", "reasoning_tokens", "priming_pico", "escalated"),
+    )
+    (row,) = sql(ledger_url, f"SELECT results + reused, {', '.join(names)} FROM run_cost")
+    assert tuple(row) == (found.results, *(getattr(found, name) for name in names))
+    tiers = sql(ledger_url, "SELECT tier, attempts, results, cost_pico, unknown_pico FROM tier_cost")
+    assert {tier: (t.attempts, t.results, t.cost_pico, t.unknown_pico) for tier, t in found.tiers.items()} == {
+        row[0]: tuple(row[1:]) for row in tiers
+    }
+    waste = sql(ledger_url, "SELECT count(*), sum(attempts), sum(cost_pico), sum(unknown_pico) FROM waste")
+    wasted = [each for each in found.waste if each.kind != "superseded"]
+    sums = [sum(getattr(each, name) for each in wasted) for name in ("attempts", "cost_pico", "unknown_pico")]
+    assert tuple(waste[0]) == (len(wasted), *sums)
+
+
+async def test_single_documents_have_their_costs_and_the_dearest_is_named(ledger: Ledger, ledger_url: str) -> None:
+    run = await run_everything(ledger)
+    costs = (await audit(ledger_url, run=run.run_id, top=2)).document_costs
+    dearest = COST + PRO_COST  # document 1, which was escalated; the other four that were sent cost COST each
+    assert (costs.documents, costs.p50_pico, costs.p95_pico, costs.max_pico) == (5, COST, dearest, dearest)
+    assert costs.mean_pico == round((5 * COST + PRO_COST) / 5)
+    assert costs.dearest == (
+        DearDocument(1, 2, "d2", "result", "flash", None, 2, COST, RESERVED),
+        DearDocument(1, 4, "d4", "result", "flash", None, 2, COST, RESERVED),
+    )
+    named = (await audit(ledger_url, run=run.run_id, top=5)).document_costs.dearest
+    assert named[2:] == (
+        DearDocument(1, 1, "d1", "result", "pro", None, 2, dearest, 0),
+        DearDocument(1, 0, "d0", "result", "flash", None, 1, COST, 0),
+        DearDocument(1, 3, "d3", "dead_letter", "flash", "refused_by_provider", 1, COST, 0),
+    )
+
+
+@pytest.mark.parametrize("sides", [tuple(Side), *[(side,) for side in Side], (Side.PURPOSE, Side.TIER)])
+async def test_the_lines_of_every_breakdown_add_up_to_the_whole(
+    sides: tuple[Side, ...], ledger: Ledger, ledger_url: str
+) -> None:
+    await run_everything(ledger)
+    found = await audit(ledger_url, by=sides)
+    whole = sum((line.sums for line in found.lines), Sums())
+    for name in ("attempts", "cost_pico", "unknown_pico", "hit_tokens", "miss_tokens", "output_tokens", "escalated"):
+        assert getattr(whole, name) == getattr(found, name), name
+    assert whole.hit_pico + whole.miss_pico + whole.output_pico == found.cost_pico
+    assert len({line.names for line in found.lines}) == len(found.lines)
+    assert {len(line.names) for line in found.lines} == {len(sides)}
+
+
+async def test_a_breakdown_names_its_parts(ledger: Ledger, ledger_url: str) -> None:
+    await run_everything(ledger)
+    found = await audit(ledger_url, by=(Side.HOURS, Side.MODEL))
+    lines = {line.names: (line.sums.attempts, line.sums.cost_pico, line.sums.unknown_pico) for line in found.lines}
+    assert lines == {
+        ("not known", "deepseek-flash"): (2, 0, 2 * RESERVED),
+        ("off_peak", "deepseek-flash"): (5, 5 * COST, 0),
+        ("off_peak", "deepseek-v4-pro"): (1, PRO_COST, 0),
+    }
+    days = await audit(ledger_url, by=(Side.DAY,))
+    assert [line.names for line in days.lines if line.sums.cost_pico] == [(f"{AT:%Y-%m-%d}",)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+async def test_an_export_adds_up_to_the_audit_and_holds_no_formula(
+    kind: str, ledger: Ledger, ledger_url: str, tmp_path: Path
+) -> None:
+    await run_everything(ledger)
+    sql(ledger_url, "UPDATE attempt_outcome SET served_model = '=cmd|'' /C calc''!A0' WHERE document_no = 1")
+    found = await audit(ledger_url, by=tuple(Side))
+    path = tmp_path / f"spend.{kind}"
+    if kind == "csv":
+        write_csv(found, path)
+        rows: list[dict[str, Any]] = list(csv.DictReader(path.read_text("utf-8").splitlines()))
+    else:
+        write_parquet(found, path)
+        rows = pq.read_table(path).to_pylist()
+    assert list(rows[0])[:8] == ["job", "run", "day", "tier", "model", "purpose", "hours", "currency"]
+    assert sum(int(row["cost_pico"]) for row in rows) == found.cost_pico
+    assert sum(Decimal(row["cost"]) for row in rows) == Money(found.cost_pico, Currency.USD).decimal
+    assert sum(Decimal(row["at_most"]) for row in rows) == Money(found.high_pico, Currency.USD).decimal
+    assert {row["model"] for row in rows} == {"deepseek-flash", "'=cmd|' /C calc'!A0"}
 
 
 async def test_a_job_is_the_sum_of_its_runs_and_the_ledger_the_sum_of_its_jobs(
@@ -167,7 +268,19 @@ async def test_a_lost_cache_shows_in_rate_and_money(ledger: Ledger, ledger_url: 
         await hand.record(Record(hand.outcome(number, usage=usage)))
     found = await audit(ledger_url, run=1)
     assert found.prefix_hit_rate == pytest.approx(2 / 3, abs=1e-6)
-    assert found.lost_pico == 640 * (150_000 - 3_000)
+    assert found.lost_pico == found.lost_whole_pico == 640 * (150_000 - 3_000)
+    assert (found.expected_hit_tokens, found.real_hit_tokens) == (3 * 640, 2 * 640)
+
+
+async def test_a_prefix_that_hit_in_part_is_no_whole_loss(ledger: Ledger, ledger_url: str) -> None:
+    hand = await Hand.join(ledger, await runs.open_run(ledger, opening()))
+    lease = (await hand.claim()).lease
+    for number in range(3):
+        usage = USAGE if number else replace(USAGE, hit=512, miss=228)
+        await hand.intend(hand.intent(lease, number))
+        await hand.record(Record(hand.outcome(number, usage=usage)))
+    found = await audit(ledger_url, run=1)
+    assert (found.lost_pico, found.lost_whole_pico) == (128 * (150_000 - 3_000), 0)
 
 
 async def test_corrections_are_reported_apart(ledger: Ledger, ledger_url: str) -> None:

@@ -17,8 +17,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console, RenderableType
 
 import farthing
-from schemas.inert import escape_markdown, plain
+from schemas.inert import escape_cell, escape_markdown, plain
+from schemas.spending import Line, Side, Sums
 from tasks import report
+from tasks.ledger.breakdowns import DearDocument
 from tasks.ledger.proof import Evidence, Proof
 from tasks.ledger.spend import Escalation, Event, RunSummary, TierSpend, Waste
 from tasks.live import Pace, line, panel
@@ -77,16 +79,27 @@ def test_no_table_and_no_line_for_a_terminal_acts(text: str) -> None:
     audit = replace(
         AUDIT, job=text, state=text, reason=text, tiers={text: TierSpend(1, 1, 1, 0, 1, 1, 1)},
         escalations=(Escalation(text, text, 1, 1, 1, 1, 1, 1, 1, 1, 0),),
-        waste=(Waste(text, text, text, text, text, 1, 0, 1),), dead_letters_by_reason={text: 1},
+        waste=(Waste(text, text, text, text, text, 1, 0, 1, text),), dead_letters_by_reason={text: 1},
+        document_costs=replace(AUDIT.document_costs, dearest=(DearDocument(1, 1, text, text, text, text, 1, 1, 1),)),
+        lines=(Line((text,), Sums(attempts=1)),), by=(Side.MODEL,),
     )  # fmt: skip
     progress = replace(PROGRESS, job=text, state=text, waiting_because=text, events=(event,))
     summary = RunSummary(1, text, text, text, 1, 1, 1, 0, 1, "USD", False, NOW, NOW)
     proof = Proof(1, text, text, {"G1": Evidence(1, (text,), text)})
     shown = rendered(
-        *report.run_report(audit, proof), report.run_table([summary]), report.progress_table(progress),
+        *report.run_report(audit, proof), report.line_table(audit), report.run_table([summary]),
+        report.progress_table(progress),
         report.proof_table(proof), panel(progress, Pace()), line(progress, Pace()),
     )  # fmt: skip
     assert acts(shown) == []
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "  =1", "\t=1", "\r\n=1", "\uff1d1"])
+def test_a_cell_of_a_spreadsheet_is_no_formula(text: str) -> None:
+    made = escape_cell(text)
+    assert made.startswith(("'", "\\"))
+    assert acts(made) == []
+    assert escape_cell("deepseek-flash") == "deepseek-flash"
 
 
 @pytest.mark.parametrize("text", ["[bold]x[/]", "[/nothing]", ":skull:", "[link=http://evil]y[/link]"])

@@ -12,16 +12,19 @@ from rich.console import Console, RenderableType
 from farthing import _exit_code
 from schemas.money import PICO, Currency, Money
 from tasks import report
+from tasks.ledger.breakdowns import DearDocument, DocumentCosts
 from tasks.ledger.proof import Evidence, Proof
 from tasks.ledger.spend import (
     Accuracy,
     Audit,
     Escalation,
     Event,
+    HoursSpend,
     Progress,
     PurposeSpend,
     SharedBudget,
     TierSpend,
+    TokenCosts,
     Waste,
 )
 from tasks.live import Pace, duration, line, panel, project
@@ -67,9 +70,25 @@ AUDIT = Audit(
     by_purpose={"answer": PurposeSpend(1_234, 3 * PICO + 141_592_653_589, 12_000_000_000)},
     escalations=(Escalation("pro", "low_confidence", 200, 180, 120, 60, 190, 100, 150, 2 * PICO, 0),),
     accuracy=(Accuracy("flash", 800, 780), Accuracy("pro", 190, 171)),
-    waste=(Waste("flash", "answer", "lost", None, "unknown", 1, 0, 12_000_000_000),),
+    waste=(
+        Waste("flash", "answer", "lost", None, "unknown", 1, 0, 12_000_000_000, "unknown"),
+        Waste("flash", "answer", "answered", "low_confidence", "known", 200, 314_159_265_359, 0, "superseded"),
+    ),
     dead_letters_by_reason={"invalid_answer": 14, "too_large": 1},
     distinct_documents=1_000,
+    expected_hit_tokens=1_234_000,
+    real_hit_tokens=1_233_951,
+    lost_whole_pico=80_000_000,
+    token_costs=TokenCosts(5 * 10**11, 2 * PICO + 6 * 10**11, 41_592_653_589),
+    hours={"off_peak": HoursSpend(1_000, 2 * PICO), "peak": HoursSpend(234, PICO + 141_592_653_589)},
+    document_costs=DocumentCosts(
+        990,
+        3_173_325_911,
+        900_000_000,
+        9_000_000_000,
+        77_000_000_000,
+        (DearDocument(7, 41, "t-41", "dead_letter", "pro", "invalid_answer", 6, 77_000_000_000, 0),),
+    ),
 )
 PROGRESS = Progress(
     run=7,
@@ -130,10 +149,58 @@ def test_the_report_shows_the_audit_s_totals() -> None:
         "15",
         "1,234",
         "3,141,592,653,589 pico",
-        "2,000,001 / 1,000,002 / 30,003",
+        "2,000,001",
+        "1,000,002",
+        "30,003",
     ):
         assert figure in text
     assert f"at most {Money(AUDIT.unknown_pico, Currency.USD)}, 1 attempts" in text
+
+
+def rows_of(title: str, audit: Audit = AUDIT) -> dict[str, tuple[str, ...]]:
+    """The rows of the report's part of that title, by their first cell."""
+    (part,) = (part for part in report.sections(audit) if part.title.startswith(title))
+    return {row[0]: row[1:] for row in part.rows}
+
+
+def test_what_is_unknown_makes_the_cost_an_interval() -> None:
+    assert rows_of("tickets")["so it is between"] == ("$3.14 and $3.15",)
+    assert "so it is between" not in rows_of("tickets", replace(AUDIT, unknown_pico=0))
+
+
+def test_the_buckets_tokens_were_billed_in_have_an_effective_price() -> None:
+    rows = rows_of("What the tokens cost")
+    assert rows["cached"] == ("2,000,001", "$0.500", "15.91 %", "$0.250")
+    assert rows["all"] == ("3,030,006", "$3.14", "100.00 %", "$1.04")
+
+
+def test_peak_and_off_peak_are_told_apart_where_there_is_such_a_thing() -> None:
+    assert rows_of("tickets")["at peak prices, off-peak"] == ("$1.14 (36.33 %) / $2.00 (63.66 %)",)
+    flat = replace(AUDIT, hours={"flat": HoursSpend(9, 9)})
+    assert "at peak prices, off-peak" not in rows_of("tickets", flat)
+
+
+def test_single_documents_are_told_by_mean_median_and_the_dearest() -> None:
+    told = "$0.00317 / $0.000900 / $0.00900, at most $0.0770"
+    assert rows_of("tickets")["per document: mean, median, 95 %"] == (told,)
+    assert rows_of("What single documents cost")["t-41"] == ("7", "invalid answer, pro", "6", "$0.0770", "—")
+
+
+def test_a_lost_cache_says_how_it_was_lost() -> None:
+    lost = rows_of("What the cache saved")["lost to misses of the prefix"]
+    assert lost == ("$0.0000880: $0.0000800 none of it hit, $0.00000800 a part did",)
+
+
+def test_waste_is_added_up_by_kind_and_superseded_answers_are_named() -> None:
+    (part,) = (part for part in report.sections(AUDIT) if part.title == "Waste")
+    assert part.note == "Together: superseded $0.314 (10.00 % of all), unknown at most $0.0120."
+    assert "answered, low confidence, superseded" in rows_of("Waste")
+
+
+def test_an_escalation_says_what_one_answer_cost_there_and_its_share() -> None:
+    told = rows_of("What escalation bought")["low confidence → pro"]
+    assert told[-3:] == ("$2.00", "63.66 %", "$0.0111")
+    assert AUDIT.escalations[0].pico_per_rescued == -(-2 * PICO // 180)
 
 
 def test_markdown_and_terminal_say_the_same() -> None:
