@@ -25,6 +25,8 @@ from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, Le
 from schemas.inert import plain_lines
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from pydantic import SecretStr, ValidationError
     from rich.console import RenderableType
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from schemas.estimates import History, Size
     from schemas.jobs import Job, When
     from schemas.money import Currency
+    from schemas.price_files import Machine
     from schemas.pricing import Price, PriceBook
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
     from tasks.live import View
     from tasks.steering import Capped, Limited, Steered
+    from tasks.whatif import Comparison
 
 T = TypeVar("T")
 
@@ -801,6 +805,92 @@ def _export(found: Audit, csv: Path | None, parquet: Path | None) -> None:
         if path is not None:
             write(found, path)
             tell(f"{path}: {len(found.lines):,} lines, by {', '.join(found.by)}")
+
+
+@app.command()
+def whatif(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's number, or a job's name for its newest run.")],
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            "--ladder", metavar="A,B", help="These steps instead: tiers of the run, or models with a price."
+        ),
+    ] = None,
+    threshold: Annotated[
+        str | None, typer.Option("--threshold", metavar="X", help="Escalate what is less sure than this, 0 to 1.")
+    ] = None,
+    off_peak: Annotated[bool, typer.Option("--off-peak", help="All of it at off-peak prices.")] = False,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="No prompt token is cached.")] = False,
+    prices: Annotated[
+        str | None, typer.Option("--prices", metavar="DATE", help="At the cards of a day, like 2026-05-01.")
+    ] = None,
+    self_hosted: Annotated[
+        str | None,
+        typer.Option("--self-hosted", metavar="M", help="On this machine of the price files."),
+    ] = None,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run would have cost otherwise, by its own attempts. Nothing is sent. Without options: the usual."""
+    from schemas.pricing import load_machines, load_price_book
+    from schemas.whatif import Scenario
+    from tasks import whatif as comparing
+    from tasks.ledger.whatif import read_past
+
+    run_id, job = _parse_target(run)
+    own = _settings().prices
+    below, book, machines = _parse_threshold(threshold), load_price_book(own), load_machines(own)
+    scenario = Scenario(
+        ladder=tuple(name.strip() for name in ladder.split(",")) if ladder else (),
+        is_off_peak=off_peak,
+        has_cache=not no_cache,
+        prices_at=None if prices is None else _parse_day(prices),
+        hosts={} if self_hosted is None else _find_hosts(self_hosted, machines),
+    )
+
+    async def read(ledger: Ledger) -> Comparison:
+        number = run_id or await _find_newest(ledger, job)
+        was = await read_past(ledger, number, book)
+        if scenario == Scenario() and below is None:
+            return comparing.compare(was, book, machines)
+        past = was if below is None else await read_past(ledger, number, book, below)
+        return comparing.ask(was, past, scenario, book, machines)
+
+    found = _ask(read, in_sandbox)
+    if as_json:
+        print_json(comparing.comparison_json(found))
+    else:
+        show(*comparing.comparison_report(found))
+
+
+def _parse_threshold(given: str | None) -> Decimal | None:
+    from decimal import Decimal, InvalidOperation
+
+    if given is None:
+        return None
+    try:
+        below = Decimal(given)
+    except InvalidOperation:
+        below = Decimal(-1)
+    if not 0 <= below <= 1:
+        raise ConfigurationError(f"--threshold: {given!r} is no confidence; write a number from 0 to 1, like 0.85")
+    return below
+
+
+def _parse_day(given: str) -> datetime:
+    """A day begins at midnight UTC; an instant is taken as it is."""
+    return _parse_instant(f"{given}T00:00:00Z" if len(given) == len("2026-05-01") else given)
+
+
+def _find_hosts(given: str, machines: Sequence[Machine]) -> dict[str, str]:
+    """The model that a machine takes the place of. Raises ConfigurationError with the machines there are."""
+    hosts = {machine.model: machine.hosts for machine in machines}
+    if given not in hosts:
+        raise ConfigurationError(
+            f"--self-hosted: there is no machine {given!r}, only {', '.join(hosts)}; "
+            "add yours to a price file of your own (README: Prices)"
+        )
+    return {hosts[given]: given}
 
 
 @app.command()

@@ -110,11 +110,12 @@ class Row(_Written):
 
 
 class Machine(_Written):
-    """One [[machine]]: GPUs by the hour, and the tokens they are assumed to serve in it."""
+    """One [[machine]]: GPUs by the hour, the model they host, and the tokens they are assumed to serve in it."""
 
     model: str = Field(min_length=1)
     currency: Annotated[Currency, Field(strict=False)]
     valid_from: AwareDatetime
+    hosts: str = Field(min_length=1)
     gpus: int = Field(gt=0)
     gpu_hour: PicoPerHour
     tokens_per_hour: int = Field(gt=0)

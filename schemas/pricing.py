@@ -24,7 +24,7 @@ from schemas.attempts import Usage
 from schemas.errors import ConfigurationError, UnknownPrice
 from schemas.money import Currency
 from schemas.peak_hours import PeakHours
-from schemas.price_files import Alias, Amounts, PriceFile, Row, read_price_files
+from schemas.price_files import Alias, Amounts, Machine, PriceFile, Row, read_price_files
 
 PRICES = Path(__file__).with_name("prices")
 
@@ -101,9 +101,9 @@ class _Card:
         self._label = f"{prices[0].model} in {prices[0].currency}"
         self._hours = hours
 
-    def at(self, utc: datetime, prompt_tokens: int) -> Price:
+    def at(self, utc: datetime, prompt_tokens: int, hours_at: datetime) -> Price:
         period = self._periods[self._index(utc)]
-        return period.price(self._band(period, utc), prompt_tokens)
+        return period.price(self._band(period, hours_at), prompt_tokens)
 
     def between(self, start: datetime, end: datetime, input_bound: int) -> list[Price]:
         """Every price that may hold at some instant of [start, end]."""
@@ -156,6 +156,7 @@ class PriceBook:
         by_card = groupby(self._rows, key=lambda price: (price.model, price.currency))
         self._cards = {key: _Card(list(group), hours) for key, group in by_card}
         self._aliases = tuple((alias.pattern.lower(), alias.model) for alias in aliases)
+        self._by_name = {price.name: price for price in self._rows}
         self._names = {name: price.model for price in self._rows for name in (price.model, price.model.lower())}
         self._refuse_ambiguity()
 
@@ -188,13 +189,29 @@ class PriceBook:
             "for it to a price file of your own (README: Prices)"
         )
 
-    def at(self, model: str, currency: Currency, instant: datetime, prompt_tokens: int = 0) -> Price:
+    def at(
+        self,
+        model: str,
+        currency: Currency,
+        instant: datetime,
+        prompt_tokens: int = 0,
+        *,
+        hours_at: datetime | None = None,
+    ) -> Price:
         """The price row in force at `instant` for a prompt of `prompt_tokens` (hit + miss).
 
-        Raises UnknownPrice for an unknown model or currency, before the first row, and where the holiday calendar
-        ends; the message says what to update.
+        `hours_at` asks for the band of another instant's hours. Raises UnknownPrice for an unknown model or currency,
+        before the first row, and where the holiday calendar ends; the message says what to update.
         """
-        return self._card(model, currency).at(_utc(instant), prompt_tokens)
+        return self._card(model, currency).at(_utc(instant), prompt_tokens, _utc(hours_at or instant))
+
+    def find(self, name: str) -> Price | None:
+        """The row of that name."""
+        return self._by_name.get(name)
+
+    def in_band(self, price: Price, band: Band) -> Price:
+        """The row that holds in the hours of `band` where `price` holds in others; itself where all cost the same."""
+        return price if price.band is Band.FLAT else self._by_name[_name(price, band)]
 
     def dearest(
         self,
@@ -287,6 +304,13 @@ def _days_off(files: Iterable[PriceFile]) -> dict[int, frozenset[date]]:
     return days_off
 
 
+@cache
+def load_machines(own: Path | None = None) -> tuple[Machine, ...]:
+    """The machines in the price files that ship and in the user's own. Raises ConfigurationError."""
+    folders = (PRICES,) if own is None else (PRICES, own)
+    return tuple(each for folder in folders for file in read_price_files(folder) for each in file.machines)
+
+
 def _prices(file: PriceFile) -> list[Price]:
     return [
         _price(row, band, amounts, file.what_if_only)
@@ -298,9 +322,8 @@ def _prices(file: PriceFile) -> list[Price]:
 
 def _price(row: Row, band: Band, amounts: Amounts, is_what_if_only: bool) -> Price:
     valid_from = row.valid_from.astimezone(UTC)
-    name = f"{row.model}/{row.currency}/{valid_from:%Y-%m-%dT%H:%MZ}/{band}"
     return Price(
-        name=f"{name}/above-{row.above_tokens}" if row.above_tokens else name,
+        name=_name(row, band),
         model=row.model,
         currency=row.currency,
         band=band,
@@ -314,6 +337,11 @@ def _price(row: Row, band: Band, amounts: Amounts, is_what_if_only: bool) -> Pri
         is_uncertain=row.uncertain,
         is_what_if_only=is_what_if_only,
     )
+
+
+def _name(row: Row | Price, band: Band) -> str:
+    name = f"{row.model}/{row.currency}/{row.valid_from.astimezone(UTC):%Y-%m-%dT%H:%MZ}/{band}"
+    return f"{name}/above-{row.above_tokens}" if row.above_tokens else name
 
 
 def _period(valid_from: datetime, prices: list[Price]) -> _Period:

@@ -29,7 +29,7 @@ from sandbox import service
 from sandbox.bill import bill_path, read_lines
 from schemas.settings import Settings
 from tasks.ledger import runs
-from tests.ledgers import lane_ledger, opening, run_everything
+from tests.ledgers import RESERVED, lane_ledger, opening, run_everything
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hunter2-not-to-be-shown"
@@ -89,7 +89,7 @@ def test_help_names_every_command(farthing: Terminal) -> None:
     left = farthing("--help")
     assert left.exit_code == 0
     told = set(re.findall(r"^  ([a-z]+)  ", left.stdout, flags=re.MULTILINE))
-    reading = {"estimate", "audit", "status", "verify", "prices"}
+    reading = {"estimate", "audit", "whatif", "status", "verify", "prices"}
     assert told == {"demo", "run", "backfill", "pause", "limit", "budget", *reading, "sandbox", "db", "new"}
 
 
@@ -487,11 +487,32 @@ def test_an_audit_is_split_and_exported_as_asked(steer: Callable[..., Left], far
     assert "Where the money went" not in shown
 
 
+def test_what_if_begins_with_what_the_audit_says(steer: Callable[..., Left]) -> None:
+    cost = steer("audit", "1", "--json").json["cost_pico"]
+    usual = steer("whatif", "1", "--json").json
+    assert (usual["cost_pico"], usual["unknown_pico"]) == (cost, 2 * RESERVED)
+    by_name = {found["name"]: found["cost_pico"] for found in usual["scenarios"]}
+    assert by_name["flash alone"] < cost < by_name["pro alone"] < by_name["gpt-5.5 alone"]
+    assert by_name["all off-peak"] == cost
+    (asked,) = steer("whatif", "1", "--ladder", "flash", "--off-peak", "--json").json["scenarios"]
+    assert asked["cost_pico"] == by_name["flash alone"]
+    shown = steer("whatif", "1", "--ladder", "gpt-5.5", "--no-cache").stdout
+    assert "another tokenizer counts otherwise" in " ".join(shown.split())
+    assert steer("whatif", "1", "--threshold", "0.4", "--prices", "2026-05-01", "--json").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
         (("audit", "1", "--by", "colour"), "only by job, run, day, tier, model, purpose, hours"),
         (("audit", "1", "--csv", "nowhere/x.csv"), "nowhere/x.csv cannot be written: No such file"),
+        (("whatif", "1", "--threshold", "lots"), "write a number from 0 to 1"),
+        (("whatif", "1", "--threshold", "1.1"), "write a number from 0 to 1"),
+        (("whatif", "1", "--ladder", "gpt-9"), "no price for model 'gpt-9'"),
+        (("whatif", "1", "--prices", "1999-01-01"), "its first row is from"),
+        (("whatif", "1", "--prices", "May"), "is not a time"),
+        (("whatif", "1", "--self-hosted", "toaster"), "only self-hosted-flash-2xh100"),
+        (("whatif", "9"), "there is no run 9"),
     ],
 )
 def test_a_question_about_costs_that_has_no_answer_is_one_line(
