@@ -25,7 +25,9 @@ def final(outcome: dict[str, Any]) -> Final:
             return Failed(name="DeadLetters", message=message, data=outcome) if outcome["advice"] else outcome
         case "paused", runs.INTERRUPTED:
             return Cancelled(message=message, data=outcome)
-        case state, _:  # running: another start goes on with it; superseded: by another start, with another job
+        case "running", _:  # a failed flow run that is named Running would look alive
+            return Failed(name="Unfinished", message=message or "another start goes on with the run", data=outcome)
+        case state, _:  # superseded: by another start, with another job
             return Failed(name=state.capitalize(), message=message or f"the run is {state}", data=outcome)
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 from prefect import State
 from prefect.exceptions import UnfinishedRun
 from prefect.states import Cancelling, Failed
 
 from tasks.final_states import final, outcome_of
+
+#: What the example automation of automations.yaml takes for the end of a flow run.
+ENDS = {
+    name
+    for each in yaml.safe_load((Path(__file__).parents[2] / "automations.yaml").read_text())["automations"]
+    if "prefect.flow-run.heartbeat" in each["trigger"].get("after", ())
+    for name in each["trigger"]["expect"]
+}
 
 
 def outcome(state: str, reason: str | None = None, advice: str = "") -> dict[str, object]:
@@ -22,7 +33,7 @@ def outcome(state: str, reason: str | None = None, advice: str = "") -> dict[str
         (outcome("paused", "interrupted", "run the same command"), "Cancelled", "CANCELLED"),
         (outcome("done", None, "3 of 4 documents are dead letters"), "DeadLetters", "FAILED"),
         (outcome("superseded", "the job changed", "run the same command"), "Superseded", "FAILED"),
-        (outcome("running"), "Running", "FAILED"),
+        (outcome("running"), "Unfinished", "FAILED"),
     ],
 )
 async def test_what_is_no_success_is_not_green_and_says_why(given: dict[str, object], name: str, kind: str) -> None:
@@ -32,6 +43,7 @@ async def test_what_is_no_success_is_not_green_and_says_why(given: dict[str, obj
     for words in filter(None, (given["reason"], given["advice"])):
         assert str(words) in str(state.message)
     assert await outcome_of(state) == given
+    assert f"prefect.flow-run.{name}" in ENDS, "the example automation would take it for a process that is gone"
 
 
 def test_a_success_is_its_outcome() -> None:
