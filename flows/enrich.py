@@ -55,9 +55,13 @@ async def enrich(
     follow_in_prefect()
     guard_temporary_server()
     run = await open_run(request)
-    async with traced(settings, run), announced(run, settings), paused_if_cut_short(settings, run):
-        async with shown_progress(run, settings):
-            ended = await work_lanes(request, run)
+    async with (
+        traced(settings, run),
+        announced(run, settings),
+        shown_progress(run, settings),
+        paused_if_cut_short(settings, run),
+    ):
+        ended = await work_lanes(request, run)
         outcome = await settle_run(run, ended)
     await show_report(run, settings)
     return final(outcome)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import structlog
 from prefect.artifacts import (
@@ -17,7 +17,7 @@ from prefect.artifacts import (
     aupdate_progress_artifact,
 )
 
-from schemas.inert import escape_markdown, plain
+from schemas.inert import escape_markdown
 from schemas.money import Currency, Money
 from schemas.settings import Settings
 from tasks import report
@@ -33,26 +33,34 @@ log = structlog.get_logger("farthing.artifacts")
 EVERY_S = 5.0
 #: A run that has ended does not hang on its report; `farthing audit` has it, too.
 REPORT_WITHIN_S = 120.0
+LAST_LOOK_S = 10.0
 
 
 @asynccontextmanager
 async def shown_progress(run: Run, settings: Settings) -> AsyncIterator[None]:
-    """Keep a progress artifact up to date while the block lasts."""
-    showing = asyncio.create_task(_show_progress(run, settings))
+    """Keep a progress artifact up to date while the block lasts, and have it say at last how the run ended."""
+    over = asyncio.Event()
+    showing = asyncio.create_task(_show_progress(run, settings, over))
     try:
         yield
     finally:
-        showing.cancel()
-        await asyncio.gather(showing, return_exceptions=True)
+        over.set()
+        try:
+            await asyncio.wait([showing], timeout=LAST_LOOK_S)
+        finally:
+            showing.cancel()
 
 
 async def show_report(run: Run, settings: Settings) -> None:
-    """Publish the cost table and the report of a run that has ended."""
+    """Publish the tables of costs and escalations, and the report, of a run that has ended."""
     url = require_database(settings)
     try:
         async with opened(url, Role.AUDITOR, pool_size=1, answer_within_s=REPORT_WITHIN_S) as ledger:
             audit = await spend.audit(ledger, run=run.run_id, top=0)  # Prefect's pages name no document
-        await acreate_table_artifact(_cost_rows(audit), key=f"run-{run.run_id}-cost", description="Cost by tier")
+        for name, part in (("cost", report.tiers(audit)), ("escalations", report.escalations(audit))):
+            if part.rows:
+                rows = report.cells(part.columns, part.rows)
+                await acreate_table_artifact(rows, key=f"run-{run.run_id}-{name}", description=part.title)
         await acreate_markdown_artifact(
             report.markdown(audit), key=f"run-{run.run_id}-report", description=f"Report of run {run.run_id}"
         )
@@ -89,39 +97,30 @@ async def show_backfill(backfill_id: int, settings: Settings) -> None:
         log.warning("prefect shows no partitions", backfill=backfill_id, error=type(error).__name__)
 
 
-async def _show_progress(run: Run, settings: Settings) -> None:
-    async with opened(require_database(settings), Role.AUDITOR, pool_size=1) as ledger:
-        try:
+async def _show_progress(run: Run, settings: Settings, over: asyncio.Event) -> None:
+    """Look now and then, and once more when it is over."""
+    try:
+        async with opened(require_database(settings), Role.AUDITOR, pool_size=1) as ledger:
             artifact_id = await acreate_progress_artifact(
                 0.0, key=f"run-{run.run_id}", description=escape_markdown(run.job)
             )
-            while True:
+            while not over.is_set():
                 await aupdate_progress_artifact(artifact_id, *await _progress(ledger, run))
-                await asyncio.sleep(EVERY_S)
-        except Exception as error:
-            log.warning("prefect shows no progress", run=run.run_id, error=type(error).__name__)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(over.wait(), EVERY_S)
+            await aupdate_progress_artifact(artifact_id, *await _progress(ledger, run))
+    except Exception as error:
+        log.warning("prefect shows no progress", run=run.run_id, error=type(error).__name__)
 
 
 async def _progress(ledger: Ledger, run: Run) -> tuple[float, str]:
     """Percent done, and the line that says the rest."""
     now = await spend.progress(ledger, run.run_id)
     spent = Money(now.cost_pico, run.currency)
-    words = [f"{now.done:,} of {now.documents:,} documents", f"{spent} spent", f"{now.in_flight} in flight"]
-    if now.waiting_because:
-        words.append(f"waiting: {now.waiting_because}")
+    words = [f"{now.done:,} of {now.documents:,} documents", f"{spent} spent"]
+    if now.state != "running":
+        words.append(now.waiting_because or now.state)
+    elif now.lanes:  # else its lanes are on their way
+        words.append(f"{now.in_flight} in flight")
+        words += [f"waiting: {now.waiting_because}"] if now.waiting_because else []
     return 100 * now.done / max(1, now.documents), escape_markdown(" · ".join(words))
-
-
-def _cost_rows(audit: spend.Audit) -> list[dict[str, object]]:
-    """One row per tier; sums as text, since Prefect's table would print integers of pico units."""
-    currency = Currency(audit.currency or Currency.USD)
-    return [
-        {
-            "tier": plain(name),
-            "attempts": tier.attempts,
-            "results": tier.results,
-            "cost": str(Money(tier.cost_pico, currency)),
-            "at most, of unknown": str(Money(tier.unknown_pico, currency)),
-        }
-        for name, tier in audit.tiers.items()
-    ]

@@ -45,7 +45,9 @@ def follow_in_prefect() -> None:
     if any(isinstance(handler, APILogHandler) for handler in logger.handlers):
         return
     handler = APILogHandler()
-    handler.setFormatter(_formatter(_make_plain, structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0)))
+    handler.setFormatter(
+        _formatter(_leave_to_prefect, _make_plain, structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0))
+    )
     logger.addHandler(handler)
 
 
@@ -55,6 +57,11 @@ class JsonHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic o
     def __init__(self) -> None:
         super().__init__(sys.stderr)
         self.setFormatter(_formatter(structlog.processors.JSONRenderer()))
+
+
+def _leave_to_prefect(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Its page has the instant and the level of each line beside it."""
+    return {key: value for key, value in event.items() if key not in ("timestamp", "level")}
 
 
 def _make_plain(logger: object, name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

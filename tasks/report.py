@@ -237,7 +237,7 @@ class Section:
 
 def sections(audit: Audit) -> list[Section]:
     """The report of an audit; parts with nothing to say are left out."""
-    made = (_totals, _tiers, _token_costs, _cache, _escalations, _accuracy, _dearest, _dead, _waste)
+    made = (_totals, tiers, _token_costs, _cache, escalations, _accuracy, _dearest, _dead, _waste)
     return [part for make in made if (part := make(audit)).rows]
 
 
@@ -256,9 +256,15 @@ def markdown(audit: Audit) -> str:
     return "\n\n".join([*parts, f"> {SIMULATED}"] if audit.is_simulated else parts)
 
 
+def cells(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[dict[str, object]]:
+    """A table for Prefect: sums as text, since it would print integers of pico units."""
+    return [dict(zip(columns, map(plain, row), strict=True)) for row in rows]
+
+
 def _markdown(part: Section) -> str:
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(map(escape_markdown, cells))} |"
+        whole = [escape_markdown(cell).replace(" %", "\u00a0%") for cell in cells]  # or a narrow column breaks there
+        return f"| {' | '.join(whole)} |"
 
     ruler = line(["---"] + ["---:"] * (len(part.columns) - 1))
     body = "\n".join([f"## {escape_markdown(part.title)}", "", line(part.columns), ruler, *map(line, part.rows)])
@@ -345,7 +351,8 @@ def _documents(audit: Audit) -> str:
     return f"{audit.documents:,} in {len(audit.runs)} runs ({audit.distinct_documents:,} different ones ended)"
 
 
-def _tiers(audit: Audit) -> Section:
+def tiers(audit: Audit) -> Section:
+    """What each tier did, and its share of the cost."""
     rows = [
         (
             name,
@@ -409,7 +416,8 @@ def _lost(audit: Audit) -> str:
     return f"{told}: {_money(audit, audit.lost_whole_pico)} none of it hit, {_money(audit, partly)} a part did"
 
 
-def _escalations(audit: Audit) -> Section:
+def escalations(audit: Audit) -> Section:
+    """Why documents climbed, and what came of it."""
     rows = [
         (
             f"{each.reason.replace('_', ' ')} → {each.to_tier}",
@@ -826,8 +834,8 @@ PARTITION_COLUMNS = ("partition", "state", "documents", "results", "dead letters
 
 
 def partition_rows(found: Sequence[PartitionSpend], currency: Currency) -> list[dict[str, object]]:
-    """The same for Prefect: sums as text, since its table would print integers of pico units."""
-    return [dict(zip(PARTITION_COLUMNS, map(plain, _partition_cells(each, currency)), strict=True)) for each in found]
+    """The same for Prefect."""
+    return cells(PARTITION_COLUMNS, (_partition_cells(each, currency) for each in found))
 
 
 def _partition_cells(each: PartitionSpend, currency: Currency) -> tuple[str, ...]:

@@ -204,7 +204,7 @@ def test_an_escalation_says_what_one_answer_cost_there_and_its_share() -> None:
 
 
 def test_markdown_and_terminal_say_the_same() -> None:
-    text, marked = shown(*report.audit_report(AUDIT)), report.markdown(AUDIT)
+    text, marked = shown(*report.audit_report(AUDIT)), report.markdown(AUDIT).replace("\u00a0%", " %")
     for part in report.sections(AUDIT):
         assert part.title in text
         assert f"## {part.title}" in marked
