@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,76 +18,13 @@ import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 
-from sandbox import postgres
-from sandbox.licences import write_corpus
+from tests.acceptance.prefect_server import ROOT, Played, Server
 from tests.world import JOB, PROMPT, SCHEMA, write_documents
 
-ROOT = Path(__file__).parents[2]
 #: One server serves all of these tests, so one worker runs them.
 pytestmark = pytest.mark.xdist_group("prefect")
-_SECTION = (ROOT / "README.md").read_text("utf-8").split("\n## On a schedule\n")[1]
-README_S_SCHEDULE = [line.removeprefix("$ ") for line in _SECTION.split("```")[1].splitlines()[1:]]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 AUTOMATIONS = yaml.safe_load((ROOT / "automations.yaml").read_text())["automations"]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A Prefect server of its own, and the environment in which commands use it."""
-
-    url: str
-    environment: dict[str, str]
-
-    def post(self, path: str, **wanted: Any) -> Any:
-        """What the server has of this kind; `wanted` narrows it, in the words of Prefect's filters."""
-        body = json.dumps(wanted).encode()
-        request = urllib.request.Request(
-            f"{self.url}/{path}", data=body, headers={"Content-Type": "application/json"}, method="POST"
-        )
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)
-
-    def command(self, *arguments: str) -> str:
-        done = subprocess.run(arguments, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    home = tmp_path_factory.mktemp("prefect")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    environment = os.environ | {
-        "PREFECT_HOME": str(home / "prefect"),
-        "PREFECT_SERVER_API_PORT": str(port),
-        "PREFECT_API_URL": url,
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "FARTHING_HOME": str(home / "farthing"),
-        "FARTHING_TIME_SCALE": "0",
-    }
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    (start,) = [line for line in README_S_SCHEDULE if line.startswith("prefect server start")]
-    shell = subprocess.Popen(["bash", "-c", f"{start} wait"], cwd=home, env=environment, start_new_session=True)
-    try:
-        wait_until_healthy(f"{url}/health")
-        yield Server(url, environment)
-    finally:
-        os.killpg(shell.pid, signal.SIGTERM)
-        shell.wait(30)
-
-
-def wait_until_healthy(url: str) -> None:
-    for _ in range(600):
-        try:
-            with urllib.request.urlopen(url):
-                return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.2)
-    raise AssertionError("the Prefect server did not answer: see fastapi's pin in pyproject.toml")
 
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
@@ -107,33 +37,7 @@ def test_every_deployment_loads_strictly_and_takes_its_parameters(
     assert flow.validate_parameters(deployment["parameters"]).items() >= deployment["parameters"].items()
 
 
-@pytest.fixture(scope="module")
-def played(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The README's commands, and the URL of the ledger that they leave.
-
-    All but those that start the server, which is this module's, and activate the environment, which is on.
-    """
-    own = ("source ", "prefect server start", "export PREFECT_API_URL")
-    played = [line for line in README_S_SCHEDULE if not line.startswith(own)]
-    assert len(README_S_SCHEDULE) - len(played) == len(own)
-    write_corpus(ROOT / "data" / "licences")  # the README's reader has them from `make demo`
-    told = tmp_path_factory.mktemp("played") / "told"
-    with told.open("wb") as log:
-        outputs = {"stdout": log, "stderr": log}
-        shell = subprocess.Popen(
-            ["bash", "-ec", "\n".join(played)], cwd=ROOT, env=server.environment, start_new_session=True, **outputs
-        )
-    try:
-        assert shell.wait(600) == 0, told.read_text()
-        with postgres.running(Path(server.environment["FARTHING_HOME"])) as ledger:
-            yield ledger.url
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(shell.pid, signal.SIGKILL)  # the worker, too
-        server.command("farthing", "sandbox", "down", "--force")
-
-
-def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, played: str) -> None:
+def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, played: Played) -> None:
     assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
     (flow_run,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["enrich"]}})
     assert (flow_run["state_type"], flow_run["parameters"]) == (
@@ -142,11 +46,15 @@ def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Serv
     )
 
 
-def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server, played: str) -> None:
-    shown = {"key": {"any_": ["run-1", "run-1-cost", "run-1-report"]}}
-    artifacts = {artifact["key"]: artifact for artifact in server.post("artifacts/filter", artifacts=shown)}
-    assert artifacts.keys() == {"run-1", "run-1-cost", "run-1-report"}
-    assert artifacts["run-1"]["type"] == "progress"
+def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server, played: Played) -> None:
+    keys = ["run-1", "run-1-cost", "run-1-escalations", "run-1-report"]
+    found = server.post("artifacts/filter", artifacts={"key": {"any_": keys}})
+    artifacts = {artifact["key"]: artifact for artifact in found}
+    assert sorted(artifacts) == keys
+    assert (artifacts["run-1"]["type"], artifacts["run-1"]["data"]) == ("progress", 100)
+    assert artifacts["run-1"]["description"].endswith(" spent · done")
+    climbed = json.loads(artifacts["run-1-escalations"]["data"])
+    assert climbed[0]["why, to which tier"] == "low confidence → flash-thinking"
     assert "SIMULATED" in artifacts["run-1-report"]["data"]
     assert "flash" in artifacts["run-1-cost"]["data"]
 
@@ -158,7 +66,9 @@ def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Serve
     assert {"open", "settle"} <= {name.partition("-")[0] for name in tasks}
     assert {task["state_type"] for task in tasks.values()} == {"COMPLETED"}
 
-    messages = " ".join(line["message"] for line in wait_for_logs(server, "shard done", flow_run["id"]))
+    lines = [line["message"] for line in wait_for_logs(server, "shard done", flow_run["id"])]
+    assert "shard done documents=100 shard=0" in lines, "the page has the instant and the level beside it"
+    messages = " ".join(lines)
     everything = json.dumps([flow_run, tasks, artifacts, messages])
     assert "sk-sandbox" not in everything
     assert "postgresql://" not in everything
@@ -179,19 +89,27 @@ AUDIT = "import asyncio, flows.audit; print(asyncio.run(flows.audit.audit('oblig
 
 
 def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does_not_prove(
-    server: Server, played: str
+    server: Server, played: Played
 ) -> None:
     (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["audit-obligations"]}})
     assert "Where the money went" in artifact["data"]
     assert "Run 1: The ledger proves" in artifact["data"]
-    with psycopg.connect(played) as connection:
-        connection.execute("SET session_replication_role = replica")
-        connection.execute("UPDATE farthing.attempt_outcome SET cost = cost + 1 WHERE run_id = 1")
-    beside = replace(server, environment=server.environment | {"FARTHING_DATABASE_URL": played})
-    with pytest.raises(AssertionError, match="the ledger does not prove run 1"):
-        beside.command(sys.executable, "-c", AUDIT)
+    beside = replace(server, environment=server.environment | {"FARTHING_DATABASE_URL": played.ledger_url})
+    tamper(played.ledger_url, 1)
+    try:
+        with pytest.raises(AssertionError, match="the ledger does not prove run 1"):
+            beside.command(sys.executable, "-c", AUDIT)
+    finally:
+        tamper(played.ledger_url, -1)
     flow_runs = server.post("flow_runs/filter", flow_runs={"name": {"any_": ["audit-obligations"]}})
     assert sorted(found["state_type"] for found in flow_runs) == ["COMPLETED", "FAILED"]
+
+
+def tamper(ledger_url: str, pico: int) -> None:
+    """Make each attempt of run 1 dearer, as nobody may who is not the ledger's superuser."""
+    with psycopg.connect(ledger_url) as connection:
+        connection.execute("SET session_replication_role = replica")
+        connection.execute("UPDATE farthing.attempt_outcome SET cost = cost + %s WHERE run_id = 1", [pico])
 
 
 def test_a_backfill_has_a_task_run_for_each_partition_and_costs_what_was_billed(
@@ -246,7 +164,7 @@ class Beside:
 
 
 def test_automations_hear_of_a_budget_that_is_reached_of_dead_letters_and_of_the_end(
-    server: Server, played: str, tmp_path: Path
+    server: Server, played: Played, tmp_path: Path
 ) -> None:
     """The examples are there, and off until somebody turns them on."""
     server.command(sys.executable, "-m", "prefect", "automation", "create", "--from-file", "automations.yaml")
