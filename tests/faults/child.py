@@ -38,7 +38,7 @@ from tasks.ledger.runs import Run
 from tests.forked_readers import forked_readers
 
 API_KEY = "sk-sandbox-canary-5b1e"
-#: When a clock jumps, in seconds of the child's life: it is at work by then.
+#: When a clock that is set in mid-run jumps, in seconds of the child's life: it is at work by then.
 JUMP_AFTER_S = 1.5
 #: Signals that make a child tell where it is: its threads', and its tasks', stacks go to its log.
 STACKS, TASKS = signal.SIGUSR1, signal.SIGUSR2
@@ -52,7 +52,7 @@ class Order:
     operator would from elsewhere; `backfills` makes a backfill of it, with one partition. `serve` is what the
     processes that read do, forked; None: they are started, as for a user. `time_scale` is how fast the provider's
     world runs for the lane: at 0 it waits for nothing. `limits` are the process's resources (`resource.RLIMIT_…`),
-    for good; `clock_jump_s` is by how much this machine's clock is set in mid-run.
+    for good; `clock_jump_s` is by how much this machine's clock is set, in mid-run or, after 0 s, before all else.
     """
 
     root: Path
@@ -66,6 +66,7 @@ class Order:
     backfills: bool = False
     limits: Mapping[int, int] = field(default_factory=dict)
     clock_jump_s: float = 0.0
+    clock_jump_after_s: float = JUMP_AFTER_S
     serve: Callable[[int, int], None] | None = orders.serve
     request: dict[str, Any] = field(default_factory=dict)
     times: LeaseTimes = USUAL_TIMES
@@ -79,7 +80,7 @@ def obey(order: Order) -> None:
         os.dup2(log, standard)
     faulthandler.register(STACKS)
     if order.clock_jump_s:
-        _jump(order.clock_jump_s)
+        _jump(order.clock_jump_s, order.clock_jump_after_s)
     if order.failpoint is not None:
         os.environ[VARIABLE] = order.failpoint
     os._exit(_run(order))
@@ -157,12 +158,12 @@ async def _steer(order: Order, run: Run) -> None:
         await steering.cap(ledger, run.run_id, "2 USD")
 
 
-def _jump(seconds: float) -> None:
-    """Set the clock by so much once the lane is at work, as an administrator or a time server does."""
-    at = time.monotonic() + JUMP_AFTER_S
+def _jump(seconds: float, after_s: float) -> None:
+    """Set the clock by so much, as an administrator or a time server does."""
+    at = time.monotonic() + after_s
 
     def now() -> datetime:
-        return utc_now() + timedelta(seconds=seconds if time.monotonic() > at else 0)
+        return utc_now() + timedelta(seconds=seconds if time.monotonic() >= at else 0)
 
     known = Completions.__init__.__kwdefaults__
     assert known is not None

@@ -80,6 +80,22 @@ def test_a_clock_that_is_set_in_mid_run_changes_neither_the_lease_nor_the_bill(
     tally.count("clock set")
 
 
+def test_lanes_on_machines_whose_clocks_are_hours_apart_share_a_run_and_its_bill(stage: Stage, tally: Tally) -> None:
+    """One is three hours behind and dies; the other, ten minutes ahead, has its shards at once."""
+    stage.scene()
+    stage.starts = 2
+    behind = stage.start(clock_jump_s=-3 * 3600.0, clock_jump_after_s=0.0)
+    assert wait_until(lambda: "lane working" in stage.told_by(behind)), stage.told_by(behind)
+    ahead = stage.start(clock_jump_s=600.0, clock_jump_after_s=0.0)
+    assert wait_until(lambda: "lane working" in stage.told_by(ahead)), stage.told_by(ahead)
+    behind.kill()
+    assert stage.wait(ahead) == 0, stage.told_by(ahead)
+    assert stage.violations() == [], stage.told()
+    assert stage.value(f"SELECT count(*) FROM lane WHERE run_id = {stage.run_id} AND ended_because = 'died'") == 1
+    stage.starts = 1
+    tally.count("clocks of two machines apart")
+
+
 @pytest.mark.long
 def test_a_long_run_takes_no_more_memory_or_descriptors_than_a_short_one(
     ledger_of_stages: str, tmp_path: Path, scale: float, tally: Tally
