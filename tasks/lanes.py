@@ -301,7 +301,7 @@ class Lane:
         )
 
     async def _count_left(self) -> int:
-        return await self._patience.ask(leases.count_left, self.ledger, self.plan.run.run_id)
+        return await self._patience.ask(leases.find_left, self.ledger, self.plan.run.run_id)
 
     async def _tell_of_peak(self, left: int | None) -> None:
         detail = {"lane": self.lane_id, "documents_left": left}

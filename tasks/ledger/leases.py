@@ -346,7 +346,7 @@ async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
-async def count_left(ledger: Ledger, run_id: RunId) -> int:
+async def find_left(ledger: Ledger, run_id: RunId) -> int:
     """How many documents of the run have not ended, by what its lanes have committed: one row per lane."""
     async with ledger.transaction() as connection:
         return int((await connection.execute(_LEFT, {"run_id": run_id})).scalar_one())

@@ -62,7 +62,7 @@ _WITH_THRESHOLD = text(_GROUPS.format(standing=_STANDING))
 _AS_IT_WAS = text(_GROUPS.format(standing=_STOOD))
 
 
-async def read_past(ledger: Ledger, run_id: int, book: PriceBook, below: Decimal | None = None) -> Past:
+async def find_past(ledger: Ledger, run_id: int, book: PriceBook, below: Decimal | None = None) -> Past:
     """What a run did, as a threshold of `below` would have let it. Raises ConfigurationError for a run not there."""
     async with ledger.transaction() as connection:
         await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))

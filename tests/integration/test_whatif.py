@@ -12,14 +12,14 @@ from schemas.errors import ConfigurationError
 from schemas.whatif import Past, Scenario, reprice
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.spend import audit
-from tasks.ledger.whatif import read_past
+from tasks.ledger.whatif import find_past
 from tests.integration.test_spend import PRO_COST
 from tests.ledgers import BOOK, COST, RESERVED, run_everything
 
 
 async def read(url: str, below: str | None = None, run: int = 1) -> Past:
     async with opened(SecretStr(url), Role.AUDITOR) as ledger:
-        return await read_past(ledger, run, BOOK, None if below is None else Decimal(below))
+        return await find_past(ledger, run, BOOK, None if below is None else Decimal(below))
 
 
 async def test_priced_again_by_the_same_book_a_run_costs_what_it_cost(ledger: Ledger, ledger_url: str) -> None:
