@@ -68,7 +68,7 @@ advisories:
 	$(VENV)/advisories/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 lock:
-	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" uv pip compile pyproject.toml --extra sandbox --extra otel --extra dev --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url -o requirements.lock
 
 clean:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from schemas.engines import Engine
 from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable, Unforeseen
 from schemas.inert import plain_lines
 
@@ -108,6 +109,16 @@ FinishByTime = Annotated[
     ),
 ]
 Lanes = Annotated[int, typer.Option("--lanes", min=1, max=64, metavar="N", help="Processes that share the work.")]
+LanesOn = Annotated[
+    str | None,
+    typer.Option(
+        "--lanes-on",
+        metavar="processes|workers|dask|ray",
+        help="Where the lanes work: here, with Prefect's workers, on a Dask or a Ray cluster. Default: what "
+        "FARTHING_LANES_ON says, else processes.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
 Force = Annotated[bool, typer.Option("--force", help="Also while a run uses them.")]
@@ -219,13 +230,14 @@ def run(
     budget: Budget = None,
     in_sandbox: InSandbox = False,
     lanes: Lanes = 1,
+    lanes_on: LanesOn = None,
     off_peak: OffPeak = None,
     finish_by: FinishByTime = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a job, or resume the run of it that did not finish."""
-    request = _request(job, partition, limit, budget, lanes, off_peak, finish_by)
+    request = _request(job, partition, limit, budget, lanes, lanes_on, off_peak, finish_by)
     _run(request, is_in_sandbox=in_sandbox, is_quiet=quiet, as_json=as_json)
 
 
@@ -235,6 +247,7 @@ def _request(
     limit: int | None,
     budget: str | None,
     lanes: int,
+    lanes_on: str | None = None,
     off_peak: bool | None = None,
     finish_by: str | None = None,
 ) -> RunRequest:
@@ -243,11 +256,16 @@ def _request(
 
     from schemas.requests import RunRequest
 
-    slices, when = tuple(partitions or ()), _hours(off_peak)
+    asked = {
+        "limit": limit,
+        "budget": budget,
+        "lanes": lanes,
+        "lanes_on": lanes_on,
+        "when": _hours(off_peak),
+        "finish_by": finish_by,
+    }
     try:
-        return RunRequest(
-            job=job, partitions=slices, limit=limit, budget=budget, lanes=lanes, when=when, finish_by=finish_by
-        )
+        return RunRequest(job=job, partitions=tuple(partitions or ()), **asked)
     except ValidationError as error:
         raise ConfigurationError(*_explain(error, "--")) from None
 
@@ -441,7 +459,7 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
     from flows.backfill import backfill as flow  # meanwhile: both take seconds
     from tasks.backfills import settle_unseen
     from tasks.final_states import outcome_of
-    from tasks.steps import PREFECT_GONE
+    from tasks.prefect_server import PREFECT_GONE
 
     if server is not None:
         server.wait()
@@ -519,8 +537,10 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
     _tell_unfinished(wait_for(_check(request, job, settings)), request, job, settings)
     view.phase("starting Prefect")
     _prepare_prefect(settings)
-    from tasks.prefect_server import start_temporary_server
+    from tasks.prefect_server import require_lasting_server, start_temporary_server
 
+    if request.engine(settings) is Engine.WORKERS:
+        require_lasting_server()
     server = start_temporary_server()
     from flows.enrich import enrich  # meanwhile: both take seconds
     from tasks.final_states import outcome_of
@@ -540,6 +560,7 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
                 root=str(request.root),
                 when=request.when,
                 finish_by=request.finish_by,
+                lanes_on=request.lanes_on,
                 return_state=True,
             )
         )
@@ -554,7 +575,8 @@ def _despite_prefect(
     from httpx import TransportError  # Prefect's client; ours is httpx2
     from prefect.exceptions import UnfinishedRun
 
-    from tasks.steps import PREFECT_GONE, settle_unseen
+    from tasks.prefect_server import PREFECT_GONE
+    from tasks.steps import settle_unseen
 
     try:
         return wait_for(flow())
@@ -580,11 +602,12 @@ def _tell_unfinished(
 async def _check(request: RunRequest, job: Job, settings: Settings) -> list[tuple[int, dict[str, Any]]]:
     """All that can be wrong and is quick to know; returns the job's paused runs. The flow checks again."""
     from schemas.pricing import load_price_book
-    from tasks import enrichment
+    from tasks import engines, enrichment
     from tasks.bulkhead import Bulkhead
     from tasks.ledger import spend
     from tasks.ledger.leases import USUAL_TIMES
 
+    engines.require(request.engine(settings))
     now = _now(settings, in_sandbox=settings.sandbox)
     enrichment.check_prices(job, load_price_book(settings.prices), request.cap(job).currency, now, request.hours(job))
     async with (

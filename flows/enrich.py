@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prefect import flow
 
+from schemas.engines import Engine
 from schemas.jobs import When
 from schemas.requests import RunRequest
 from schemas.settings import Settings
@@ -32,13 +33,15 @@ async def enrich(
     root: str = ".",
     when: When | None = None,
     finish_by: str | None = None,
+    lanes_on: Engine | None = None,
 ) -> Final:
     """Run a job over a selection of its input, or resume the run of it that did not finish.
 
     `budget` is like "25 USD" and overrides the job's, `when` is now or off-peak and does, too. `finish_by`, like
-    08:30+08:00, waits for off-peak prices as far as there is time. Keys and database come from the environment of the
-    process that runs this (DEEPSEEK_API_KEY, FARTHING_DATABASE_URL), never from parameters. Ends with the run's
-    outcome: Completed only where `farthing run` would exit with 0.
+    08:30+08:00, waits for off-peak prices as far as there is time. `lanes_on` is processes, workers, dask or ray
+    (default: FARTHING_LANES_ON). Keys and database come from the environment of whatever works (DEEPSEEK_API_KEY,
+    FARTHING_DATABASE_URL), never from parameters. Ends with the run's outcome: Completed only where `farthing run`
+    would exit with 0.
     """
     request = RunRequest(
         job=job,
@@ -49,6 +52,7 @@ async def enrich(
         root=Path(root),
         when=when,
         finish_by=finish_by,
+        lanes_on=lanes_on,
     )
     settings = Settings()
     configure(json_lines=settings.log_json)

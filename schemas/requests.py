@@ -11,9 +11,11 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from schemas.backfills import Drift
+from schemas.engines import Engine
 from schemas.finish_by import FinishBy
 from schemas.jobs import Job, When
 from schemas.money import Money
+from schemas.settings import Settings
 
 
 def _check_sum(given: str | None) -> str | None:
@@ -46,10 +48,10 @@ class RunRequest(BaseModel):
 
     `job` is a name under `jobs/` or a path; `partitions` names slices of the input (none: all of it); `limit`
     takes the first so many documents; `budget` overrides the job's ("25 USD"), and a resumed run without one keeps
-    what it had; `lanes` is how many processes work; `when` overrides the job's, for this start of the run only.
-    `finish_by` (an instant, or a time of every day, with its zone) lets it wait for off-peak prices, and pay peak
-    prices only as it must to be done by then. `backfill` is the number of the backfill that the run is a part of,
-    whose budget it draws on.
+    what it had; `lanes` is how many processes work, and `lanes_on` where (default: what the environment says);
+    `when` overrides the job's, for this start of the run only. `finish_by` (an instant, or a time of every day, with
+    its zone) lets it wait for off-peak prices, and pay peak prices only as it must to be done by then. `backfill` is
+    the number of the backfill that the run is a part of, whose budget it draws on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +61,7 @@ class RunRequest(BaseModel):
     limit: int | None = Field(default=None, ge=1)
     budget: Sum = None
     lanes: int = Field(default=1, ge=1, le=64)
+    lanes_on: Engine | None = None
     root: Path = Path(".")
     when: When | None = None
     finish_by: FinishByText = None
@@ -84,6 +87,10 @@ class RunRequest(BaseModel):
         """When the run is to be done, for somebody who asks now by the provider's clock. None: nobody said."""
         return FinishBy.parse(self.finish_by).after(now) if self.finish_by else None
 
+    def engine(self, settings: Settings) -> Engine:
+        """Where the lanes work: as was asked for, else as the environment says."""
+        return self.lanes_on or settings.lanes_on
+
     def selection(self, job: Job) -> dict[str, Any]:
         """Which documents are meant, as plain values: runs of the same selection resume one another."""
         return {
@@ -94,6 +101,21 @@ class RunRequest(BaseModel):
             "partitions": sorted(self.partitions),
             "limit": self.limit,
         }
+
+
+class LaneRequest(BaseModel):
+    """A lane that is to work elsewhere on a run that is open. Prefect shows and stores it, so it holds no secret.
+
+    `mark` is what only that run of that ledger is called. Where ledger and provider are, the lane's own environment
+    says.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: RunRequest
+    run_id: int
+    mark: str
+    number: int
 
 
 def spell_command(job: str, selection: Mapping[str, Any], *, is_simulated: bool) -> str:

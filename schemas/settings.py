@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import AnyUrl, AwareDatetime, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from schemas.engines import Engine
 from schemas.money import Currency
 
 
@@ -36,6 +37,13 @@ class Settings(BaseSettings):
     prices: Path | None = None
     #: The price card, for a provider that has no `/user/balance` to tell it (a self-hosted one).
     currency: Currency | None = None
+    #: Where lanes work, unless a run is asked for with `--lanes-on`.
+    lanes_on: Engine = Engine.PROCESSES
+    #: The Dask scheduler or the Ray head to use, like tcp://10.0.0.5:8786 or ray://10.0.0.5:10001; none: a cluster
+    #: on this machine for as long as the run.
+    cluster: str | None = None
+    #: How many seconds a run waits for the first of Prefect's workers to take a lane.
+    workers_within_s: float = Field(default=120.0, gt=0)
     #: Set by the sandbox, never by a user: the provider is the emulator, so figures are simulated, and its
     #: seconds are `time_scale` of ours.
     sandbox: bool = False

@@ -42,7 +42,7 @@ from tasks import enrichment, samples, telemetry
 from tasks.bulkhead import Bulkhead
 from tasks.completions import utc_now
 from tasks.jobs import load_job
-from tasks.lanes import INTERRUPTED, Ended
+from tasks.lanes import INTERRUPTED, LANE_DIED, Ended
 from tasks.ledger import backfills, budgets, runs, spend
 from tasks.ledger.backfills import Backfill, Evidence, Wanted
 from tasks.ledger.connection import Ledger
@@ -406,7 +406,7 @@ class BackfillWork:
         """Bury who died, and say how the backfill was left."""
         for run_id in await backfills.find_running(self.ledger, self.backfill.backfill_id):
             run = await runs.find_run(self.ledger, RunId(run_id))
-            await enrichment.settle_run(self.settings, run, [Ended("lane_died", INTERRUPTED)], self.times)
+            await enrichment.settle_run(self.settings, run, [Ended(LANE_DIED, INTERRUPTED)], self.times)
         self.backfill = await backfills.find_backfill(self.ledger, self.backfill.backfill_id)
         is_done = not set(self.backfill.left) & set(self.due)
         reason = None if is_done else self.stopped.reason if self.stopped else "unfinished"

@@ -20,6 +20,7 @@ import structlog
 from pydantic import SecretStr
 
 from schemas.announcements import exceeds, spell_dead_letters
+from schemas.attempts import RunId
 from schemas.ceilings import MOST_IN_FLIGHT
 from schemas.documents import Manifest
 from schemas.errors import (
@@ -35,13 +36,13 @@ from schemas.jobs import Job, When
 from schemas.money import Currency
 from schemas.off_peak import guard_of, tariff_of
 from schemas.pricing import Price, PriceBook, load_price_book
-from schemas.requests import RunRequest
+from schemas.requests import LaneRequest, RunRequest
 from schemas.settings import Settings
 from tasks import spill, telemetry
 from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
 from tasks.jobs import find_place, load_job
-from tasks.lanes import GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
+from tasks.lanes import ADVICE, GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
 from tasks.ledger import backfills, leases, runs, spend
 from tasks.ledger.backfills import Backfill
 from tasks.ledger.connection import Ledger, Role, opened
@@ -55,6 +56,8 @@ log = structlog.get_logger("farthing.runs")
 #: registered gets so long to open its own.
 GONE_AFTER_S = 2.0
 SPARE_DESCRIPTORS = 256
+#: Why a lane that was started elsewhere does not begin. It would spoil the run, or pay for another one.
+_NOT_HERE = "this machine is not set up as the one that opened the run: {}; nothing was claimed, set it right"
 #: Connections of one lane: its heartbeat, two writers, and what shards and grants look up.
 LANE_CONNECTIONS = 6
 
@@ -129,9 +132,17 @@ async def read_labels(
 
 
 async def work_lane(
-    request: RunRequest, settings: Settings, run: Run, show: Show = show_nothing, times: LeaseTimes = USUAL_TIMES
+    request: RunRequest,
+    settings: Settings,
+    run: Run,
+    show: Show = show_nothing,
+    times: LeaseTimes = USUAL_TIMES,
+    shown_as: str | None = None,
 ) -> Ended:
-    """Work on the run in this process until nothing is left or something makes the lane drain."""
+    """Work on the run in this process until nothing is left or something makes the lane drain.
+
+    `shown_as` is what the lane is called by whoever started it elsewhere, and looks for it in the ledger.
+    """
     job, book = load_job(request.job, request.root), load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
@@ -155,6 +166,9 @@ async def work_lane(
         )
         allow_descriptors(plan)
         lane_id = await leases.register(ledger, run.run_id)
+        if shown_as is not None:
+            detail = {"lane": lane_id, "shown_as": shown_as}
+            await runs.note(ledger, run.run_id, leases.SHOWN_AS, detail, key=f"{leases.SHOWN_AS} {lane_id}")
         if plan.when is When.OFF_PEAK:  # the view off_peak_saving goes by this
             await runs.note(ledger, run.run_id, "off_peak", {"lane": lane_id}, key=f"off_peak {lane_id}")
         kept = await Spill.of(ledger, spill_of(settings), run.run_id, lane_id)
@@ -162,6 +176,46 @@ async def work_lane(
             lane = Lane(ledger, lane_id, completions, bulkhead, plan, kept, recorder)
             with draining_on_signals(lane):
                 return await lane.run_shards()
+
+
+async def ask_lanes(request: RunRequest, settings: Settings, run: Run) -> list[LaneRequest]:
+    """What lanes that work elsewhere are told."""
+    async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
+        mark = await runs.find_mark(ledger, run.run_id)
+    numbers = range(1, request.lanes + 1)
+    return [LaneRequest(run=request, run_id=run.run_id, mark=mark, number=number) for number in numbers]
+
+
+async def work_elsewhere(
+    asked: LaneRequest, settings: Settings, show: Show = show_nothing, shown_as: str | None = None
+) -> Ended:
+    """As `work_lane`, on another machine than the one that opened the run, or again after a process was killed.
+
+    Raises ConfigurationError where this machine has another job, input, provider or ledger: nothing is claimed.
+    """
+    telemetry.require(settings)
+    run = await _join_run(asked, settings)
+    if run.state != "running":
+        return Ended(run.state, ADVICE.get(run.state, ""))
+    return await work_lane(asked.run, settings, run, show, shown_as=shown_as)
+
+
+async def _join_run(asked: LaneRequest, settings: Settings) -> Run:
+    """The run, once it is certain that this machine may work on it, and what earlier lanes left here is recorded."""
+    job = load_job(asked.run.job, asked.run.root)
+    async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger, Bulkhead() as bulkhead:
+        run = await runs.find_run(ledger, RunId(asked.run_id))
+        if run.job != job.name or await runs.find_mark(ledger, run.run_id) != asked.mark:
+            raise ConfigurationError(_NOT_HERE.format("its FARTHING_DATABASE_URL names another ledger"))
+        if run.is_simulated != settings.sandbox:
+            raise ConfigurationError(_NOT_HERE.format("one of the two uses the sandbox, the other does not"))
+        if not await runs.is_of(ledger, run.run_id, job):
+            raise ConfigurationError(_NOT_HERE.format(f"its files of the job {job.name} are others"))
+        there = set(await bulkhead.list_files(job.input, root=asked.run.root))
+        if missing := [path for path in await runs.list_paths(ledger, run.run_id) if path not in there]:
+            raise ConfigurationError(_NOT_HERE.format(f"{len(missing)} files are not there, like {missing[0]}"))
+        await spill.load(ledger, run.run_id, spill_of(settings))
+        return run
 
 
 async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: LeaseTimes = USUAL_TIMES) -> Run:
@@ -316,8 +370,16 @@ def draining_on_signals(lane: Lane) -> Iterator[None]:
         yield
 
 
+def terminate_lanes() -> None:
+    """SIGTERM to the lanes that this process started, which answer as in `draining_on_signals`."""
+    for lane in multiprocessing.active_children():
+        lane.terminate()
+
+
 @contextmanager
-def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
+def pausing_on_signals(
+    settings: Settings, run: Run, hand_on: Callable[[], object] = terminate_lanes
+) -> Iterator[None]:
     """SIGINT and SIGTERM pause the run; its lanes, in other processes, see it within a heartbeat and drain.
 
     A second one is handed on to them, and so is the first where Postgres is away.
@@ -329,22 +391,16 @@ def pausing_on_signals(settings: Settings, run: Run) -> Iterator[None]:
             async with lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
                 await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)
         except LedgerUnavailable:
-            terminate_lanes()
+            hand_on()
 
     def stop() -> None:
         if pausing:
-            terminate_lanes()
+            hand_on()
         else:
             pausing.append(asyncio.get_running_loop().create_task(pause()))
 
     with on_signals(stop):
         yield
-
-
-def terminate_lanes() -> None:
-    """SIGTERM to the lanes that this process started, which answer as in `draining_on_signals`."""
-    for lane in multiprocessing.active_children():
-        lane.terminate()
 
 
 @contextmanager

@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import State
+from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelled, Failed
 
+from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
 from tasks.ledger import runs
 
 #: What a flow returns: plain values, alone or in a state.
@@ -29,6 +31,27 @@ def final(outcome: dict[str, Any]) -> Final:
             return Failed(name="Unfinished", message=message or "another start goes on with the run", data=outcome)
         case state, _:  # superseded: by another start, with another job
             return Failed(name=state.capitalize(), message=message or f"the run is {state}", data=outcome)
+
+
+def lane_final(ended: Ended) -> Final:
+    """What a lane's own flow returns: the reason of one that drained is its state's name, and what to do is told."""
+    if ended.is_done:
+        return {"reason": ended.reason}
+    make = Cancelled if ended.reason == runs.INTERRUPTED else Failed
+    return make(name=ended.reason, message=ended.advice)
+
+
+def lane_ended(state: State[Any]) -> Ended:
+    """How a lane ended, by the last state of its flow run: what `lane_final` said, or whatever kept it from that."""
+    match state.type:
+        case StateType.COMPLETED:
+            return Ended("done")
+        case StateType.CRASHED:
+            return Ended(LANE_DIED, DIED_ADVICE)
+        case _ if state.name in ("Failed", "Cancelled"):  # Prefect's own names
+            return Ended(f"lane_{state.name.lower()}", state.message or INTERRUPTED)
+        case _:
+            return Ended(state.name or "unknown", state.message or "")
 
 
 async def outcome_of(state: State[Any]) -> dict[str, Any]:

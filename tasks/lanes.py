@@ -63,8 +63,11 @@ LET_GO_S = 5.0
 #: How long an interrupted lane that has nothing in flight waits for a Postgres that is away to come back.
 INTERRUPTED_WAIT_S = 5.0
 INTERRUPTED = "run the same command to go on"
+#: The reason of a lane that did not say why it ended, and what to do next where that leaves something undone.
+LANE_DIED = "lane_died"
+DIED_ADVICE = f"a lane's process died and nobody finished its shards: {INTERRUPTED}"
 #: What to do next where somebody else ended the run, by its state.
-_ADVICE = {
+ADVICE = {
     "paused": INTERRUPTED,
     "superseded": "the job or its input changed, and a newer run took this one's place: see `farthing status`",
 }
@@ -424,7 +427,7 @@ class Lane:
     def _obey(self, orders: Orders) -> None:
         """Work as the run is to be worked on from now: not at all, with so much in flight, under this cap."""
         if orders.state != "running":
-            self.drain(orders.state, _ADVICE.get(orders.state, ""))
+            self.drain(orders.state, ADVICE.get(orders.state, ""))
         planned = 0 if self.plan.run.sharing else self.plan.lanes  # a backfill's orders count those to come, too
         lanes = max(planned, orders.lanes)  # some of those that were planned may have yet to come
         for name, ceiling in self.plan.ceilings.items():

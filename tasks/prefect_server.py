@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_STARTUP_T
 
 from schemas.errors import ConfigurationError
 
+PREFECT_GONE = "Prefect's server went away: look after it, and run the same command to go on"
 STOP_S = 5.0
 MOST_LAUNCHES = 3
 #: As Prefect starts its own: without pages, and with nothing that is only for a server that stays.
@@ -98,6 +99,15 @@ class TemporaryServer:
 def start_temporary_server() -> TemporaryServer | None:
     """Start one, which takes seconds. None: PREFECT_API_URL is set, so there is a real server."""
     return None if PREFECT_API_URL.value() else TemporaryServer()
+
+
+def require_lasting_server() -> None:
+    """Raises ConfigurationError where Prefect's server would end with this process: no worker can know of it."""
+    if not PREFECT_API_URL.value():
+        raise ConfigurationError(
+            "lanes on workers need a Prefect server that they share: start it with `prefect server start`, and set "
+            "PREFECT_API_URL to its address, here and for `prefect worker start`"
+        )
 
 
 def guard_temporary_server() -> None:

@@ -8,7 +8,6 @@ its file for as long as it lives: what is locked is not ours to load. Files hold
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,17 +18,15 @@ from typing import IO, Self
 import orjson
 import structlog
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import text
 
 from schemas.attempts import LaneId, RunId
 from schemas.records import Record
-from tasks.ledger import attempts
+from tasks.ledger import attempts, runs
 from tasks.ledger.connection import Ledger, PoisonValue
 from tasks.ledger.rows import storable
 
 log = structlog.get_logger("farthing.spill")
 
-_OPENED = text("SELECT extract(epoch FROM opened_at)::text, manifest_digest FROM run WHERE run_id = :run_id")
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 
 
@@ -46,7 +43,7 @@ class Spill:
     @classmethod
     async def of(cls, ledger: Ledger, folder: Path, run_id: RunId, lane_id: LaneId) -> Spill:
         """The spill of a lane of that run."""
-        return cls(folder, await _find_name(ledger, run_id), lane_id)
+        return cls(folder, await runs.find_mark(ledger, run_id), lane_id)
 
     def __enter__(self) -> Self:
         return self
@@ -105,20 +102,13 @@ class Spill:
             self.close()
 
 
-async def _find_name(ledger: Ledger, run_id: RunId) -> str:
-    """What only this run of this ledger is called: another database may have a run of the same number."""
-    async with ledger.transaction() as connection:
-        opened = (await connection.execute(_OPENED, {"run_id": run_id})).one()
-    return f"run-{run_id}-{hashlib.sha256(repr(tuple(opened)).encode()).hexdigest()[:16]}"
-
-
 async def load(ledger: Ledger, run_id: RunId, folder: Path) -> int:
     """Record what dead lanes of the run left on this machine; returns how many replies that were.
 
     Each in a transaction of its own: some may have become durable after all, and those must count once.
     """
     loaded = 0
-    for path in sorted(folder.glob(f"{await _find_name(ledger, run_id)}-lane-*.jsonl")):
+    for path in sorted(folder.glob(f"{await runs.find_mark(ledger, run_id)}-lane-*.jsonl")):
         with _claimed(path) as file:
             if file is None:
                 continue  # its lane lives

@@ -12,25 +12,28 @@ import structlog
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.futures import PrefectConcurrentFuture
+from prefect.futures import PrefectFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import ProcessPoolTaskRunner
 
 from schemas.attempts import RunId
+from schemas.engines import Engine
 from schemas.errors import FarthingError, Unforeseen
-from schemas.requests import RunRequest
+from schemas.requests import LaneRequest, RunRequest
 from schemas.settings import Settings
-from tasks import enrichment
-from tasks.lanes import INTERRUPTED, Ended
+from tasks import engines, enrichment
+from tasks.fleet import require_workers, work_on_workers
+from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
 from tasks.ledger import runs
 from tasks.ledger.leases import USUAL_TIMES
 from tasks.ledger.runs import Run
 from tasks.logs import configure, follow_in_prefect
+from tasks.prefect_server import PREFECT_GONE
 
 log = structlog.get_logger("farthing.steps")
 
-LANE_DIED = "a lane's process died and nobody finished its shards: run the same command to go on"
-PREFECT_GONE = "Prefect's server went away: look after it, and run the same command to go on"
+#: A lane that works in another process.
+Future = PrefectFuture[Coroutine[Any, Any, Ended]]
 
 
 @contextmanager
@@ -47,42 +50,67 @@ def fit_to_be_stored() -> Iterator[None]:
 @task(name="open", cache_policy=NO_CACHE, persist_result=False)
 async def open_run(request: RunRequest) -> Run:
     """Check everything, then resume or open the run."""
+    settings = Settings()
     with fit_to_be_stored():
-        return await enrichment.open_run(request, Settings())
+        engines.require(request.engine(settings))
+        if request.engine(settings) is Engine.WORKERS:
+            await require_workers()
+        return await enrichment.open_run(request, settings)
 
 
 async def work_lanes(request: RunRequest, run: Run) -> list[Ended]:
-    """Work on the run in this process or, with more lanes, in that many others."""
-    if request.lanes == 1:
-        return [await work_lane(request, run, 1)]
+    """Work on the run in this process or, with more lanes or elsewhere, in that many others."""
+    settings = Settings()
+    match request.engine(settings):
+        case Engine.PROCESSES if request.lanes == 1:
+            return [await work_lane(request, run, 1)]
+        case Engine.WORKERS:
+            return await work_on_workers(request, run, settings)
+        case engine:
+            return await _work_in_tasks(engine, request, run, settings)
+
+
+async def _work_in_tasks(engine: Engine, request: RunRequest, run: Run, settings: Settings) -> list[Ended]:
     async with get_client() as client:
         api = {PREFECT_API_URL: str(client.api_url)}  # else each process would start a server of its own
     with ExitStack() as stack:
         stack.enter_context(temporary_settings(api))
-        stack.enter_context(enrichment.pausing_on_signals(Settings(), run))
-        lanes = [_start_lane(stack, request, run, number) for number in range(1, request.lanes + 1)]
+        runner = stack.enter_context(engines.started(engine, request.lanes, settings.cluster))
+        stack.enter_context(
+            enrichment.pausing_on_signals(settings, run)
+        )  # only now: Ray had put its own answer there
+        if runner is None:
+            lanes: list[Future] = [_start_process(stack, request, run, n) for n in range(1, request.lanes + 1)]
+        else:
+            asked = await enrichment.ask_lanes(request, settings, run)
+            lanes = [runner.submit(join_lane, {"asked": each}) for each in asked]
         ended = await asyncio.gather(*(asyncio.to_thread(_await_lane, lane) for lane in lanes))
     failures = [end for end in ended if isinstance(end, Exception)]
     if len(failures) == len(ended):
         raise failures[0]
-    return [end if isinstance(end, Ended) else Ended("lane_died", LANE_DIED) for end in ended]
+    return [_explain(end) if isinstance(end, Exception) else end for end in ended]
 
 
-def _start_lane(
-    stack: ExitStack, request: RunRequest, run: Run, lane_no: int
-) -> PrefectConcurrentFuture[Coroutine[Any, Any, Ended]]:
+def _start_process(stack: ExitStack, request: RunRequest, run: Run, lane_no: int) -> Future:
     """A lane in a process of its own. A pool each: a pool that loses one process ends all of its others."""
     runner = stack.enter_context(ProcessPoolTaskRunner(max_workers=1, initializer=ignore_interrupts))
     return runner.submit(work_lane, {"request": request, "run": run, "lane_no": lane_no})
 
 
-def _await_lane(lane: PrefectConcurrentFuture[Coroutine[Any, Any, Ended]]) -> Ended | Exception:
+def _await_lane(lane: Future) -> Ended | Exception:
     """How the lane ended, or what ended it: its shards are taken over by the others."""
     try:
         return cast(Ended, lane.result())
     except Exception as error:
         log.warning("a lane's process ended", error=type(error).__name__)
         return error
+
+
+def _explain(failure: Exception) -> Ended:
+    """What ended a lane while another one went on: an error of its own, or the death of its process."""
+    if isinstance(failure, FarthingError | Unforeseen):
+        return Ended("lane_failed", str(failure))
+    return Ended(LANE_DIED, DIED_ADVICE)
 
 
 def ignore_interrupts() -> None:
@@ -98,6 +126,21 @@ async def work_lane(request: RunRequest, run: Run, lane_no: int) -> Ended:
     follow_in_prefect()
     with fit_to_be_stored():
         return await enrichment.work_lane(request, settings, run, show_as_task_run)
+
+
+@task(name="lane", task_run_name="lane-{asked.number}", cache_policy=NO_CACHE, persist_result=False)
+async def join_lane(asked: LaneRequest) -> Ended:
+    """As `work_lane`, wherever a cluster puts it, and again if the process is killed."""
+    return await work_elsewhere(asked)
+
+
+async def work_elsewhere(asked: LaneRequest, shown_as: str | None = None) -> Ended:
+    """Work as a lane of a run that was opened on another machine; `shown_as` is its flow run, if it has one."""
+    settings = Settings()
+    configure(json_lines=settings.log_json)
+    follow_in_prefect()
+    with fit_to_be_stored():
+        return await enrichment.work_elsewhere(asked, settings, show_as_task_run, shown_as)
 
 
 @task(name="settle", cache_policy=NO_CACHE, persist_result=False)

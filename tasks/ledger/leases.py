@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas import tables
 from schemas.attempts import LaneId, RunId
 from schemas.documents import Duplicate, InputFile, Shard
+from schemas.fleets import Kept
 from schemas.records import Lease
 from tasks.ledger.budgets import settle_grants
 from tasks.ledger.connection import Ledger, PassingFailure, cancellation_kept, explain
@@ -33,6 +34,8 @@ DEAD_AFTER_S = 30.0
 #: A lane whose session ended counts as dead after so long without a heartbeat, so that a restart of Postgres does
 #: not cost living lanes their shards.
 GRACE_S = 8.0
+#: The event that says as what a lane is shown by whatever started it.
+SHOWN_AS = "lane_shown"
 #: Where session locks live among Postgres's advisory locks.
 LOCK_SPACE = 0x4661
 #: The lanes `l` whose process holds its session lock; `:space` is LOCK_SPACE.
@@ -202,6 +205,14 @@ _LEFT = text("""
 """)
 
 
+_SHOWN = text("""
+    SELECT e.detail->>'shown_as', CASE
+        WHEN l.ended_at IS NULL THEN 'alive' WHEN l.ended_because = 'died' THEN 'died' ELSE 'left' END
+    FROM run_event e JOIN lane l ON l.run_id = e.run_id AND l.lane_id = CAST(e.detail->>'lane' AS bigint)
+    WHERE e.run_id = :run_id AND e.kind = :kind ORDER BY l.lane_id
+""")
+
+
 async def register(ledger: Ledger, run_id: RunId) -> LaneId:
     """A new lane of a run, on this host and process."""
     row = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid()}
@@ -358,6 +369,16 @@ async def has_living(ledger: Ledger, run_id: RunId) -> bool:
     query = select(lane.lane_id).where(lane.run_id == run_id, lane.ended_at.is_(None)).limit(1)
     async with ledger.transaction() as connection:
         return (await connection.execute(query)).first() is not None
+
+
+async def find_shown(ledger: Ledger, run_id: RunId) -> dict[str, Kept]:
+    """How the lanes of a run stand that are shown elsewhere, by what they are shown as there.
+
+    Of several that one flow run had, after Prefect started it again, the last one counts.
+    """
+    async with ledger.transaction() as connection:
+        rows = await connection.execute(_SHOWN, {"run_id": run_id, "kind": SHOWN_AS})
+        return {shown_as: Kept(kept) for shown_as, kept in rows}
 
 
 async def lock_lanes(connection: AsyncConnection, lanes: Sequence[LaneId]) -> set[LaneId]:

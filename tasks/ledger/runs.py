@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +107,12 @@ MANY_DOCUMENTS = 1000
 #: The event that says that all labels of a run came.
 LABELLED = "labelled"
 
+_OPENED = text("SELECT extract(epoch FROM opened_at)::text, manifest_digest FROM run WHERE run_id = :run_id")
+
+_IS_JOB = text("""
+    SELECT prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb) FROM run WHERE run_id = :run_id
+""")
+
 _LANES = text("SELECT lane_id FROM lane WHERE run_id = :run_id")
 
 _LEFT = text("SELECT shard_no FROM shard WHERE run_id = :run_id AND state NOT IN ('done', 'failed') LIMIT 1")
@@ -171,6 +178,28 @@ async def find_run(ledger: Ledger, run_id: RunId) -> Run:
     """Raises ConfigurationError where there is no such run."""
     async with ledger.transaction() as connection:
         return await _read(connection, run_id)
+
+
+async def find_mark(ledger: Ledger, run_id: RunId) -> str:
+    """What only this run of this ledger is called: another database may have a run of the same number."""
+    async with ledger.transaction() as connection:
+        opened = (await connection.execute(_OPENED, {"run_id": run_id})).one()
+    return f"run-{run_id}-{hashlib.sha256(repr(tuple(opened)).encode()).hexdigest()[:16]}"
+
+
+async def is_of(ledger: Ledger, run_id: RunId, job: Job) -> bool:
+    """Whether the run was opened with this very job: the same would be sent, and judged alike."""
+    asked = {"run_id": run_id, "prompt_version": job.prompt_version, "policy": json.dumps(policy(job))}
+    async with ledger.transaction() as connection:
+        return bool((await connection.execute(_IS_JOB, asked)).scalar_one())
+
+
+async def list_paths(ledger: Ledger, run_id: RunId) -> list[str]:
+    """The names of the run's files, as its manifest has them."""
+    file = tables.input_file.c
+    async with ledger.transaction() as connection:
+        query = select(file.path).where(file.run_id == run_id).order_by(file.file_no)
+        return list((await connection.execute(query)).scalars())
 
 
 async def change_state(ledger: Ledger, run_id: RunId, state: str, reason: str | None = None) -> bool:

@@ -18,12 +18,15 @@ import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 
+from schemas.requests import LaneRequest, RunRequest
 from tests.acceptance.prefect_server import ROOT, Played, Server
 from tests.world import JOB, PROMPT, SCHEMA, write_documents
 
 #: One server serves all of these tests, so one worker runs them.
 pytestmark = pytest.mark.xdist_group("prefect")
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+#: What the flow that opened a run asks of a lane.
+ASKED_OF_A_LANE = {"asked": LaneRequest(run=RunRequest(job="licences"), run_id=1, mark="run-1-0", number=1)}
 AUTOMATIONS = yaml.safe_load((ROOT / "automations.yaml").read_text())["automations"]
 
 
@@ -34,7 +37,8 @@ def test_every_deployment_loads_strictly_and_takes_its_parameters(
     """A flow file that does not import would deploy all the same, as a placeholder."""
     monkeypatch.chdir(ROOT)
     flow = load_flow_from_entrypoint(deployment["entrypoint"], use_placeholder_flow=False)
-    assert flow.validate_parameters(deployment["parameters"]).items() >= deployment["parameters"].items()
+    parameters = deployment.get("parameters", ASKED_OF_A_LANE)
+    assert flow.validate_parameters(parameters).items() >= parameters.items()
 
 
 def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, played: Played) -> None:
@@ -83,6 +87,26 @@ def wait_for_logs(server: Server, sought: str, flow_run_id: str) -> list[dict[st
             return lines
         time.sleep(0.2)
     raise AssertionError(f"{sought!r} is not in {lines}")
+
+
+def test_lanes_on_workers_are_flow_runs_of_their_own_and_cost_what_was_billed(server: Server, played: Played) -> None:
+    """The worker is the README's. Of two lanes on one shard the second finds nothing left, or never begins."""
+    beside = Beside(server, ROOT)
+    home = {"FARTHING_HOME": server.environment["FARTHING_HOME"]}
+    before = beside.farthing("sandbox", "bill", **home)
+    asked = ("run", "licences", "--sandbox", "--limit", "40", "--lanes", "2", "--lanes-on", "workers", "--quiet")
+    done = beside.farthing(*asked, **home)
+    bill = beside.farthing("sandbox", "bill", **home)
+    assert (done["state"], done["results"], done["proved"]) == ("done", 40, True)
+    assert done["cost_pico"] == bill["cost_pico"] - before["cost_pico"] > 0
+    lanes = server.post("flow_runs/filter", deployments={"name": {"any_": ["lane"]}})
+    assert len(lanes) == 2
+    assert "COMPLETED" in {lane["state_type"] for lane in lanes}
+    shown = server.post("task_runs/filter", flow_runs={"id": {"any_": [lane["id"] for lane in lanes]}})
+    assert "shard-00000" in {task["name"] for task in shown}
+    told = json.dumps([lanes, shown])
+    assert "sk-sandbox" not in told
+    assert "postgresql://" not in told
 
 
 AUDIT = "import asyncio, flows.audit; print(asyncio.run(flows.audit.audit('obligations')))"
@@ -153,9 +177,10 @@ class Beside:
     server: Server
     folder: Path
 
-    def farthing(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+    def farthing(self, *arguments: str, code: int = 0, **environment: str) -> dict[str, Any]:
         """The object that a command prints."""
-        environment = self.server.environment | {"FARTHING_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT)}
+        own = {"FARTHING_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT)}
+        environment = self.server.environment | own | environment
         command = [sys.executable, "-m", "farthing", *arguments, "--json"]
         done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr

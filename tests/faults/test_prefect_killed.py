@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +19,7 @@ from sandbox.bill import bill_path
 from tests.faults.checker import Beside, check
 from tests.faults.stage import wait_until
 from tests.faults.summary import Tally
+from tests.prefect_servers import QUIET, free_port, prefect_server
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = 400
@@ -35,52 +31,6 @@ MOMENTS = {
     "in its middle, two lanes": (f"SELECT count(*) / {DOCUMENTS // 4} FROM document", 2),
     "at its end": (f"SELECT count(*) / {DOCUMENTS} FROM document", 1),
 }
-
-
-@dataclass
-class PrefectServer:
-    """A real one, at an address that stays the same."""
-
-    home: Path
-    port: int
-    process: subprocess.Popen[bytes]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/api"
-
-    def kill(self) -> None:
-        """Without a word, as the kernel would when memory runs out."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    @property
-    def is_healthy(self) -> bool:
-        assert self.process.poll() is None, (self.home / "server.log").read_text()
-        try:
-            with urllib.request.urlopen(f"{self.url}/health"):
-                return True
-        except (urllib.error.URLError, ConnectionError):
-            return False
-
-
-@contextmanager
-def prefect_server(home: Path, port: int) -> Iterator[PrefectServer]:
-    environment = os.environ | {"PREFECT_HOME": str(home / "prefect"), **QUIET}
-    arguments = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("ab") as log:
-        process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log, start_new_session=True)
-    server = PrefectServer(home, port, process)
-    try:
-        assert wait_until(lambda: server.is_healthy, 120), (home / "server.log").read_text()
-        yield server
-    finally:
-        if process.poll() is None:
-            server.kill()
-
-
-#: `PREFECT_CLIENT_MAX_RETRIES`: what users wait for a server that is gone is Prefect's, and not tested here.
-QUIET = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1", "PREFECT_CLIENT_MAX_RETRIES": "0"}
 
 
 @dataclass
@@ -144,9 +94,3 @@ def test_when_prefects_server_dies_a_run_still_ends_and_pays_once(moment: str, t
         broken = [str(found) for found in check(ledger.url, bill_path(home), Beside()) if found.invariant != "I9"]
         assert broken == [], farthing.log.read_text()
     tally.count("Prefect server killed")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

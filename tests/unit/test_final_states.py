@@ -8,9 +8,10 @@ import pytest
 import yaml
 from prefect import State
 from prefect.exceptions import UnfinishedRun
-from prefect.states import Cancelling, Failed
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 
-from tasks.final_states import final, outcome_of
+from tasks.final_states import final, lane_ended, lane_final, outcome_of
+from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
 
 #: What the example automation of automations.yaml takes for the end of a flow run.
 ENDS = {
@@ -59,3 +60,26 @@ async def test_a_last_state_that_prefect_did_not_take_is_no_outcome() -> None:
     """As where somebody cancelled a flow run that no worker of Prefect's has."""
     with pytest.raises(UnfinishedRun):
         await outcome_of(Cancelling())
+
+
+@pytest.mark.parametrize(
+    ("ended", "kind"),
+    [(Ended("budget", "raise it"), "FAILED"), (Ended("interrupted", INTERRUPTED), "CANCELLED")],
+)
+def test_a_lane_that_drained_is_no_success_and_whoever_started_it_learns_why(ended: Ended, kind: str) -> None:
+    state = lane_final(ended)
+    assert isinstance(state, State)
+    assert (state.type.value, lane_ended(state)) == (kind, ended)
+
+
+@pytest.mark.parametrize(
+    ("state", "ended"),
+    [
+        (Completed(data=lane_final(Ended("done"))), Ended("done")),
+        (Crashed(message="by the worker"), Ended(LANE_DIED, DIED_ADVICE)),
+        (Failed(message="ConfigurationError: no key"), Ended("lane_failed", "ConfigurationError: no key")),
+        (Cancelled(), Ended("lane_cancelled", INTERRUPTED)),
+    ],
+)
+def test_a_lane_s_last_state_says_how_it_ended_whoever_gave_it(state: State[object], ended: Ended) -> None:
+    assert lane_ended(state) == ended

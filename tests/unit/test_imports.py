@@ -34,6 +34,8 @@ DOORS = {
     "pyarrow": ("tasks/documents/", "sandbox/"),
     "openai": ("tasks/completions.py",),
     "opentelemetry": ("tasks/telemetry.py",),
+    "prefect_dask": ("tasks/engines.py",),
+    "prefect_ray": ("tasks/engines.py",),
     "tenacity": ("tasks/completions.py", "tasks/lanes.py", "tasks/waits.py", "tasks/patience.py"),
 }
 

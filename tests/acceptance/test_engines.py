@@ -1,0 +1,311 @@
+"""One job on every engine that can work its lanes: the same results for the same bill, also if a process is killed.
+
+The engines are real: Prefect's server and two of its workers, a Dask and a Ray cluster of two processes. DeepSeek is
+emulated in this process, the checker is the fault harness's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox.bill import bill_path
+from sandbox.latency import Latency, Pace
+from sandbox.postgres import Server, create_database
+from sandbox.tariff import FLASH, PRO
+from tests.faults.checker import Answered, Beside, check, results
+from tests.prefect_servers import QUIET, PrefectServer, free_port, prefect_server
+from tests.world import World, make_world
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = 400
+#: Requests in flight at each tier, over all lanes, as the job says.
+CEILING = 16
+PAUSED = 3
+WITHIN_S = 600.0
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("prefect")]
+
+
+def needs(extra: str, module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(module) is None, reason=f"needs the extra: pip install 'farthing[{extra}]'")
+
+
+ELSEWHERE = [
+    pytest.param("workers"),
+    pytest.param("dask", marks=needs("dask", "prefect_dask")),
+    pytest.param("ray", marks=needs("ray", "prefect_ray")),
+]
+
+
+@pytest.fixture(scope="module")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    """A server that knows the pool and how a lane is started."""
+    with prefect_server(tmp_path_factory.mktemp("prefect"), free_port()) as server:
+        for command in (
+            ("work-pool", "create", "farthing", "--type", "process", "--overwrite"),
+            ("--no-prompt", "deploy", "--name", "lane"),
+        ):
+            subprocess.run(
+                [sys.executable, "-m", "prefect", *command],
+                cwd=ROOT,
+                env=environment_of(server),
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+        yield server
+
+
+def environment_of(server: PrefectServer) -> dict[str, str]:
+    prefect = {"PREFECT_HOME": str(server.home / "prefect"), "PREFECT_API_URL": server.url, **QUIET}
+    return os.environ | prefect | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def baseline(postgres: Server, template: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Answered]:
+    """How each document ends without any engine: in one lane of this process."""
+    url = create_database(postgres, f"baseline_{os.getpid()}", template=template)
+
+    async def work() -> int:
+        async with make_world(tmp_path_factory.mktemp("baseline"), url, DOCUMENTS) as world:
+            return (await world.run())[0].run_id
+
+    return results(url, asyncio.run(work()))
+
+
+@dataclass
+class Site:
+    """A world whose runs are started by commands, and shown by a Prefect server."""
+
+    world: World
+    prefect: PrefectServer
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a command and a worker are told, by which they find the same ledger and provider."""
+        settings = self.world.settings
+        assert settings.database_url is not None
+        assert settings.api_key is not None
+        return environment_of(self.prefect) | {
+            "FARTHING_DATABASE_URL": settings.database_url.get_secret_value(),
+            "FARTHING_SANDBOX": "1",
+            "FARTHING_TIME_SCALE": "0",
+            "FARTHING_HOME": str(self.world.root / "home"),
+            "DEEPSEEK_API_KEY": settings.api_key.get_secret_value(),
+            "DEEPSEEK_BASE_URL": settings.base_url,
+        }
+
+    @asynccontextmanager
+    async def command(self, on: str, lanes: int, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """`farthing run` in a terminal of its own, so that Ctrl-C there reaches what it started, too."""
+        job = self.world.root / "jobs/colours/job.yaml"
+        words = ("run", str(job), "--lanes", str(lanes), "--on", on, "--json", "--quiet")
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "farthing", *words),
+            cwd=self.world.root,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
+
+    async def run(self, on: str, lanes: int, **environment: str) -> dict[str, Any]:
+        """The object that the command prints when it ends, with its exit code."""
+        async with self.command(on, lanes, **environment) as process:
+            return await told(process)
+
+    @asynccontextmanager
+    async def workers(self, count: int = 2) -> AsyncIterator[list[subprocess.Popen[bytes]]]:
+        """Machines, each with a worker of Prefect's."""
+        words = ("worker", "start", "--pool", "farthing", "--name")
+        started = []
+        for number in range(count):
+            with (self.world.root / f"worker-{number}.log").open("wb") as log:
+                command = [sys.executable, "-m", "prefect", *words, f"machine-{number}"]
+                outputs = {"stdout": log, "stderr": log}
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=self.environment | {"COLUMNS": "200"},
+                        start_new_session=True,
+                        **outputs,
+                    )
+                )
+        try:
+            yield started
+        finally:
+            for worker in started:
+                with suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
+
+    @asynccontextmanager
+    async def engine(self, on: str) -> AsyncIterator[list[subprocess.Popen[bytes]]]:
+        """What has to be there before the command: of workers, two."""
+        if on != "workers":
+            yield []
+            return
+        async with self.workers() as started:
+            yield started
+
+    def flow_runs(self) -> list[dict[str, Any]]:
+        """The lanes of this ledger's run 1 as Prefect has them, the oldest first."""
+        found = self.prefect.post("flow_runs/filter", flow_runs={"name": {"like_": "run-1-lane-"}})
+        shown = {
+            row[0] for row in self.world.sql("SELECT detail->>'shown_as' FROM run_event WHERE kind = 'lane_shown'")
+        }
+        return sorted((each for each in found if each["id"] in shown), key=lambda each: each["created"])
+
+    def violations(self, baseline: Mapping[str, Answered]) -> list[str]:
+        """What the checker finds; I9 is about seconds, and of this provider each is none."""
+        peak = self.world.server.house.account.peak
+        beside = Beside(
+            root=self.world.root,
+            baseline=baseline,
+            peaks={model: (peak[model], CEILING) for model in (FLASH, PRO)},
+            canaries=["sk-sandbox"],
+        )
+        found = check(self.world.database_url, bill_path(self.world.root), beside)
+        return [str(each) for each in found if each.invariant != "I9"]
+
+
+async def told(process: asyncio.subprocess.Process) -> dict[str, Any]:
+    stdout, stderr = await asyncio.wait_for(process.communicate(), WITHIN_S)
+    assert stdout, stderr.decode()
+    found: dict[str, Any] = json.loads(stdout)
+    return found | {"code": process.returncode, "stderr": stderr.decode()}
+
+
+async def until(is_so: Callable[[], bool], process: asyncio.subprocess.Process) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        assert process.returncode is None, await process.communicate()
+        await asyncio.sleep(0.1)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, ledger_url: str, prefect: PrefectServer) -> AsyncIterator[Site]:
+    async with make_world(tmp_path, ledger_url, DOCUMENTS) as world:
+        job = tmp_path / "jobs/colours/job.yaml"
+        anywhere = f"path: {tmp_path}/documents.parquet"  # a worker's folder is another one
+        job.write_text(job.read_text().replace("path: documents.parquet", anywhere))
+        yield Site(world, prefect)
+
+
+def take_time(world: World) -> None:
+    """A reply takes so long that there is a middle in which something can happen."""
+    world.server.house.latency = Latency(Pace(1.0, reply_s=0.5), seed=1)
+
+
+def is_in_the_middle(world: World) -> bool:
+    """Two lanes live, and each has ended documents."""
+    return world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL AND done > 20") == 2
+
+
+@pytest.mark.parametrize(
+    ("on", "lanes"),
+    [
+        pytest.param("processes", 1),
+        pytest.param("processes", 2),
+        *(pytest.param(*p.values, 2, marks=p.marks) for p in ELSEWHERE),
+    ],
+)
+async def test_on_every_engine_a_run_ends_alike_costs_what_was_billed_and_keeps_to_its_ceiling(
+    on: str, lanes: int, site: Site, baseline: Mapping[str, Answered], capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with site.engine(on):
+        done = await site.run(on, lanes)
+    assert (done["code"], done["state"], done["proved"]) == (0, "done", True), done["stderr"]
+    assert site.violations(baseline) == []
+    assert (done["cost_pico"], done["unknown_pico"]) == (sum(site.world.bill().values()), 0)
+    assert site.world.value("SELECT count(*) FROM lane") == lanes
+    took_s = site.world.value("SELECT extract(epoch FROM max(ended_at) - min(started_at))::float FROM lane")
+    with capsys.disabled():
+        print(f"\n{on}, {lanes} lanes: {DOCUMENTS / took_s:,.0f} documents/s")
+
+
+@pytest.mark.parametrize("on", ELSEWHERE)
+async def test_where_a_process_is_killed_the_others_end_the_run_and_nothing_is_paid_twice(
+    on: str, site: Site, baseline: Mapping[str, Answered]
+) -> None:
+    """Of a worker its machine is gone: nobody is left to tell Prefect. Dask and Ray start the lane again."""
+    take_time(site.world)
+    async with site.engine(on) as machines, site.command(on, 2) as process:
+        await until(lambda: is_in_the_middle(site.world), process)
+        lane_id, pid = site.world.sql("SELECT lane_id, pid FROM lane ORDER BY lane_id LIMIT 1")[0]
+        for doomed in [*(each.pid for each in machines if each.pid in ancestors(pid)), pid]:
+            os.kill(doomed, signal.SIGKILL)
+        done = await told(process)
+    assert (done["code"], done["proved"]) == (0, True), done["stderr"]
+    assert site.violations(baseline) == []
+    lanes = dict(site.world.sql("SELECT lane_id, ended_because FROM lane"))
+    assert [each for each, why in lanes.items() if why == "died"] == [lane_id]
+    assert len(lanes) == (2 if on == "workers" else 3)
+    unknown = site.world.value("SELECT count(*) FROM attempt_unknown")
+    assert unknown <= CEILING
+    if on == "workers":
+        assert sorted(each["state_type"] for each in site.flow_runs()) == ["COMPLETED", "CRASHED"]
+
+
+def ancestors(pid: int) -> list[int]:
+    """The processes that this one descends from."""
+    found = []
+    while pid > 1:
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        found.append(pid)
+    return found
+
+
+@pytest.mark.parametrize("on", ELSEWHERE)
+async def test_ctrl_c_pauses_the_run_its_lanes_drain_and_the_same_command_goes_on(
+    on: str, site: Site, baseline: Mapping[str, Answered]
+) -> None:
+    take_time(site.world)
+    async with site.engine(on):
+        async with site.command(on, 2) as process:
+            await until(lambda: is_in_the_middle(site.world), process)
+            os.killpg(process.pid, signal.SIGINT)
+            paused = await told(process)
+        assert (paused["code"], paused["reason"], paused["unknown_pico"]) == (PAUSED, "interrupted", 0), paused[
+            "stderr"
+        ]
+        assert 0 < paused["results"] < DOCUMENTS
+        done = await site.run(on, 2)
+    assert (done["code"], done["proved"], done["unknown_pico"]) == (0, True, 0), done["stderr"]
+    assert site.violations(baseline) == []
+
+
+async def test_without_a_worker_a_run_says_what_to_start_and_goes_on_once_that_is_done(site: Site) -> None:
+    absent = await site.run("workers", 2, FARTHING_WORKERS_WITHIN_S="1")
+    assert (absent["code"], absent["reason"]) == (PAUSED, "no_worker")
+    assert "`prefect worker start --pool farthing`" in absent["advice"]
+    assert site.world.bill() == {}
+    async with site.workers():
+        done = await site.run("workers", 2)
+    assert (done["code"], done["proved"]) == (0, True), done["stderr"]
+    shown = site.flow_runs()
+    assert [each["state_type"] for each in shown] == ["COMPLETED"] * 2
+    logs = site.prefect.post("logs/filter", logs={"flow_run_id": {"any_": [each["id"] for each in shown]}})
+    everything = json.dumps([shown, logs])
+    assert site.world.database_url not in everything
+    assert "sk-sandbox" not in everything
