@@ -858,7 +858,7 @@ def whatif(
     from schemas.pricing import load_machines, load_price_book
     from schemas.whatif import Scenario
     from tasks import whatif as comparing
-    from tasks.ledger.whatif import read_past
+    from tasks.ledger.whatif import find_past
 
     run_id, job = _parse_target(run)
     own = _settings().prices
@@ -873,10 +873,10 @@ def whatif(
 
     async def read(ledger: Ledger) -> Comparison:
         number = run_id or await _find_newest(ledger, job)
-        was = await read_past(ledger, number, book)
+        was = await find_past(ledger, number, book)
         if scenario == Scenario() and below is None:
             return comparing.compare(was, book, machines)
-        past = was if below is None else await read_past(ledger, number, book, below)
+        past = was if below is None else await find_past(ledger, number, book, below)
         return comparing.ask(was, past, scenario, book, machines)
 
     found = _ask(read, in_sandbox)
