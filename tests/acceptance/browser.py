@@ -41,11 +41,10 @@ FLAGS = (
 
 @dataclass
 class Page:
-    """The one tab of a browser: what its scripts did not catch, and which addresses failed to load."""
+    """The one tab of a browser, and what its scripts did not catch."""
 
     socket: aiohttp.ClientWebSocketResponse
     uncaught: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
     _asked: int = 0
     _answers: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
 
@@ -99,8 +98,6 @@ class Page:
                 self._answers.pop(said["id"]).set_result(said)
             elif said.get("method") == "Runtime.exceptionThrown":
                 self.uncaught.append(json.dumps(said["params"]["exceptionDetails"]))
-            elif said.get("method") == "Log.entryAdded" and said["params"]["entry"]["source"] == "network":
-                self.failed.append(said["params"]["entry"].get("url", ""))
 
     async def _do(self, method: str, **params: Any) -> dict[str, Any]:
         self._asked += 1
@@ -133,7 +130,7 @@ async def browsing(profile: Path, width: int = 1280, height: int = 1000) -> Asyn
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 page = Page(socket)
                 listening = asyncio.create_task(page.listen())
-                for domain in ("Page", "Runtime", "Log"):
+                for domain in ("Page", "Runtime"):
                     await page._do(f"{domain}.enable")
                 yield page
             await listening

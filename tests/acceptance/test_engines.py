@@ -111,7 +111,7 @@ class Site:
     async def command(self, on: str, lanes: int, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
         """`farthing run` in a terminal of its own, so that Ctrl-C there reaches what it started, too."""
         job = self.world.root / "jobs/colours/job.yaml"
-        words = ("run", str(job), "--lanes", str(lanes), "--on", on, "--json", "--quiet")
+        words = ("run", str(job), "--lanes", str(lanes), "--lanes-on", on, "--json", "--quiet")
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "farthing", *words),
             cwd=self.world.root,

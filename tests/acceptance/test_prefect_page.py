@@ -41,7 +41,6 @@ async def test_a_run_s_page_shows_its_progress_its_costs_and_its_report_as_the_l
             await page.shows(*figures)
             await page.keep(pictures / f"prefect-{key}.png")
         assert page.uncaught == []
-        assert [url for url in page.failed if url.startswith(server.url)] == []
 
 
 def told_by(audit: dict[str, Any]) -> dict[str, list[str]]:
