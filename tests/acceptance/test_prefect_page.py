@@ -15,7 +15,7 @@ from tests.acceptance.prefect_server import Played
 
 pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 #: A folder for the pictures that the README shows; without it they go with the test.
-PICTURES = "FARTHING_PICTURES"
+PICTURES = "PREFECT_PICTURES"
 
 
 async def test_a_run_s_page_shows_its_progress_its_costs_and_its_report_as_the_ledger_has_them(
