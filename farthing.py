@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -274,6 +274,7 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
     """Check, run and report; leaves with the run's exit code."""
     job = _load_job(request.job, is_in_sandbox)
     with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints there what befalls its workers
         view = stack.enter_context(_view(job.name, is_quiet))
         settings = _settings()
         if is_in_sandbox:

@@ -114,7 +114,7 @@ class Site:
         words = ("run", str(job), "--lanes", str(lanes), "--lanes-on", on, "--json", "--quiet")
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "farthing", *words),
-            cwd=self.world.root,
+            cwd=ROOT,  # where the workers' folder is, too
             env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
