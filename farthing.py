@@ -863,7 +863,8 @@ def whatif(
 
     run_id, job = _parse_target(run)
     own = _settings().prices
-    below, book, machines = _parse_threshold(threshold), load_price_book(own), load_machines(own)
+    below, book = _parse_threshold(threshold), load_price_book(own)
+    machines = [each.model_copy(update={"hosts": book.canonical(each.hosts)}) for each in load_machines(own)]
     scenario = Scenario(
         ladder=tuple(name.strip() for name in ladder.split(",")) if ladder else (),
         is_off_peak=off_peak,
@@ -875,6 +876,8 @@ def whatif(
     async def read(ledger: Ledger) -> Comparison:
         number = run_id or await _find_newest(ledger, job)
         was = await find_past(ledger, number, book)
+        if scenario.hosts and not {book.canonical(tier.model) for tier in was.tiers} & set(scenario.hosts):
+            raise ConfigurationError(f"--self-hosted: {self_hosted} hosts no model of run {number}; name another")
         if scenario == Scenario() and below is None:
             return comparing.compare(was, book, machines)
         past = was if below is None else await find_past(ledger, number, book, below)
@@ -896,7 +899,7 @@ def _parse_threshold(given: str | None) -> Decimal | None:
         below = Decimal(given)
     except InvalidOperation:
         below = Decimal(-1)
-    if not 0 <= below <= 1:
+    if not below.is_finite() or not 0 <= below <= 1:
         raise ConfigurationError(f"--threshold: {given!r} is no confidence; write a number from 0 to 1, like 0.85")
     return below
 

@@ -5,6 +5,7 @@ Prefect starts, schedules, shows and cancels; the truth is in Postgres. Running 
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import flow
@@ -53,7 +54,7 @@ async def enrich(
         when=when,
         finish_by=finish_by,
         lanes_on=lanes_on,
-    )
+    ).settled(datetime.now(UTC))
     settings = Settings()
     configure(json_lines=settings.log_json)
     follow_in_prefect()

@@ -15,6 +15,8 @@ from schemas.off_peak import Open, Shut, Tariff, spell
 #: How long a decision holds while peak hours are bought; then there is more to judge by.
 LOOK_AGAIN = timedelta(minutes=1)
 _DAY = timedelta(days=1)
+#: A run that would take longer takes for ever.
+_LONGEST_S = 100 * 366 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,10 @@ class Pace:
 
     def time_for(self, documents: int) -> timedelta | None:
         """How long so many would take, and a quarter more for what nobody foresees. None: no pace is known."""
-        return None if self.documents <= 0 else documents * self.worked * 5 / (4 * self.documents)
+        if self.documents <= 0:
+            return None
+        seconds = -(-documents * 5 * (self.worked // timedelta(seconds=1)) // (4 * self.documents))
+        return timedelta(seconds=min(seconds, _LONGEST_S))
 
 
 def decide(

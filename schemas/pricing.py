@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cache
+from hashlib import sha256
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -159,6 +160,16 @@ class PriceBook:
         self._by_name = {price.name: price for price in self._rows}
         self._names = {name: price.model for price in self._rows for name in (price.model, price.model.lower())}
         self._refuse_ambiguity()
+
+    @property
+    def digest(self) -> str:
+        """The same for books that price alike: of the rows, the aliases and the written calendars."""
+        hours = self._hours and (
+            replace(self._hours, days_off={}),
+            sorted((year, sorted(days)) for year, days in self._hours.days_off.items()),
+        )
+        told = repr((self._rows, self._aliases, hours))
+        return f"sha256:{sha256(told.encode()).hexdigest()}"
 
     @property
     def models(self) -> tuple[str, ...]:

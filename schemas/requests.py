@@ -87,6 +87,11 @@ class RunRequest(BaseModel):
         """When the run is to be done, for somebody who asks now by the provider's clock. None: nobody said."""
         return FinishBy.parse(self.finish_by).after(now) if self.finish_by else None
 
+    def settled(self, now: datetime) -> RunRequest:
+        """The same with an instant to finish by in place of a time of every day: all lanes mean the same day."""
+        due = self.due(now)
+        return self if due is None else self.model_copy(update={"finish_by": due.isoformat()})
+
     def engine(self, settings: Settings) -> Engine:
         """Where the lanes work: as was asked for, else as the environment says."""
         return self.lanes_on or settings.lanes_on
@@ -106,8 +111,8 @@ class RunRequest(BaseModel):
 class LaneRequest(BaseModel):
     """A lane that is to work elsewhere on a run that is open. Prefect shows and stores it, so it holds no secret.
 
-    `mark` is what only that run of that ledger is called. Where ledger and provider are, the lane's own environment
-    says.
+    `mark` is what only that run of that ledger is called, `prices` the digest of the book that it was opened by.
+    Where ledger and provider are, the lane's own environment says.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,6 +120,7 @@ class LaneRequest(BaseModel):
     run: RunRequest
     run_id: int
     mark: str
+    prices: str
     number: int
 
 

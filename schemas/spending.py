@@ -59,7 +59,12 @@ class Sums:
 
     @property
     def pico_per_million(self) -> int | None:
-        """The effective price: the known cost of a million tokens as they were, hits among them. None without any."""
+        """The effective price: the known cost of a million tokens as they were, hits among them.
+
+        None without any, and where no cost is known: tokens that nobody can price are not free.
+        """
+        if self.unknown_pico and not self.cost_pico:
+            return None
         return per_million(self.cost_pico, self.tokens)
 
 
@@ -78,6 +83,8 @@ class Cell:
     @property
     def waste(self) -> str | None:
         """Why these attempts bought no result: `failed`, `unknown`, or `superseded` by a higher tier; else None."""
+        if self.verdict == "accepted":
+            return None
         if self.billing != "known":
             return "unknown"
         if self.signal != "answered" or self.verdict == "invalid_answer":

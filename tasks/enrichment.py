@@ -138,6 +138,8 @@ async def work_lane(
     show: Show = show_nothing,
     times: LeaseTimes = USUAL_TIMES,
     shown_as: str | None = None,
+    *,
+    is_elsewhere: bool = False,
 ) -> Ended:
     """Work on the run in this process until nothing is left or something makes the lane drain.
 
@@ -163,6 +165,7 @@ async def work_lane(
             times=times,
             when=request.hours(job),
             due=request.due(utc_now() + provider.clock_offset),
+            is_elsewhere=is_elsewhere,
         )
         allow_descriptors(plan)
         lane_id = await leases.register(ledger, run.run_id)
@@ -182,8 +185,11 @@ async def ask_lanes(request: RunRequest, settings: Settings, run: Run) -> list[L
     """What lanes that work elsewhere are told."""
     async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
         mark = await runs.find_mark(ledger, run.run_id)
-    numbers = range(1, request.lanes + 1)
-    return [LaneRequest(run=request, run_id=run.run_id, mark=mark, number=number) for number in numbers]
+    prices = load_price_book(settings.prices).digest
+    return [
+        LaneRequest(run=request, run_id=run.run_id, mark=mark, prices=prices, number=number)
+        for number in range(1, request.lanes + 1)
+    ]
 
 
 async def work_elsewhere(
@@ -191,13 +197,13 @@ async def work_elsewhere(
 ) -> Ended:
     """As `work_lane`, on another machine than the one that opened the run, or again after a process was killed.
 
-    Raises ConfigurationError where this machine has another job, input, provider or ledger: nothing is claimed.
+    Raises ConfigurationError where this machine has another job, input, price book or ledger: nothing is claimed.
     """
     telemetry.require(settings)
     run = await _join_run(asked, settings)
     if run.state != "running":
         return Ended(run.state, ADVICE.get(run.state, ""))
-    return await work_lane(asked.run, settings, run, show, shown_as=shown_as)
+    return await work_lane(asked.run, settings, run, show, shown_as=shown_as, is_elsewhere=True)
 
 
 async def _join_run(asked: LaneRequest, settings: Settings) -> Run:
@@ -209,6 +215,8 @@ async def _join_run(asked: LaneRequest, settings: Settings) -> Run:
             raise ConfigurationError(_NOT_HERE.format("its FARTHING_DATABASE_URL names another ledger"))
         if run.is_simulated != settings.sandbox:
             raise ConfigurationError(_NOT_HERE.format("one of the two uses the sandbox, the other does not"))
+        if load_price_book(settings.prices).digest != asked.prices:
+            raise ConfigurationError(_NOT_HERE.format("its price book is another (FARTHING_PRICES, or release)"))
         if not await runs.is_of(ledger, run.run_id, job):
             raise ConfigurationError(_NOT_HERE.format(f"its files of the job {job.name} are others"))
         there = set(await bulkhead.list_files(job.input, root=asked.run.root))

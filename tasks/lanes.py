@@ -124,6 +124,8 @@ class LanePlan:
     times: LeaseTimes = USUAL_TIMES
     random: Random | None = None
     when: When = When.NOW
+    #: Whether another machine may have opened the run: then a file that is another one here condemns no document.
+    is_elsewhere: bool = False
     #: When the run is to be done, by the provider's clock; only of one that waits for off-peak prices.
     due: datetime | None = None
 
@@ -347,6 +349,7 @@ class Lane:
             self._slots,
             self.drain,
             self._patience,
+            self.plan.is_elsewhere,
         )
         number = claimed.shard.shard_no
         self._working.add(number)

@@ -48,6 +48,8 @@ class ShardWork:
     slots: asyncio.Semaphore
     drain: Callable[[str, str], None]
     patience: Patience
+    #: Whether what is wrong with a file here may be this machine's fault only.
+    is_elsewhere: bool = False
     #: Set once every document of the shard is under way, so that the next shard may be claimed.
     started: asyncio.Event = field(default_factory=asyncio.Event)
     _is_lost: bool = False
@@ -84,7 +86,9 @@ class ShardWork:
                     if self._is_over:
                         break
         except InputChanged as changed:
-            return changed
+            if not self.is_elsewhere:
+                return changed
+            self.drain("input", f"{changed}; on this machine at least: nothing of it was given up")
         except InputUnavailable as unavailable:
             self.drain("input", str(unavailable))
         except Draining:

@@ -18,6 +18,7 @@ from prefect.client.schemas.objects import FlowRun, StateType, WorkPoolStatus
 from prefect.states import Completed, Failed, Running, Scheduled
 
 from schemas.errors import ConfigurationError
+from schemas.pricing import load_price_book
 from schemas.requests import LaneRequest, RunRequest
 from tasks import enrichment, fleet
 from tasks.fleet import Fleet
@@ -26,7 +27,7 @@ from tasks.ledger import leases, runs
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import Run
 from tests.ledgers import opening, sql, value
-from tests.world import World, make_world
+from tests.world import World, make_world, write_documents
 
 
 @pytest.fixture
@@ -58,9 +59,18 @@ def name_another_ledger(world: World) -> None:
     sql(world.database_url, "UPDATE run SET opened_at = opened_at - interval '1 second'")
 
 
+def know_other_prices(world: World) -> None:
+    folder = world.root / "prices"
+    folder.mkdir()
+    calendar = '[[calendar]]\nyear = 2027\ndays_off = [2027-01-01]\nsource = "a test"\n'
+    (folder / "own.toml").write_text(calendar)
+    world.settings = world.settings.model_copy(update={"prices": folder})
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
+        (know_other_prices, "its price book is another"),
         (change_prompt, "its files of the job colours are others"),
         (lose_the_input, "documents.parquet"),
         (leave_the_sandbox, "one of the two uses the sandbox"),
@@ -79,6 +89,21 @@ async def test_a_machine_that_is_set_up_otherwise_claims_and_pays_nothing(
     assert world.value("SELECT count(*) FROM lane") == 0
     assert world.value("SELECT count(*) FROM document") == 0
     assert world.bill() == {}
+
+
+async def test_a_file_of_other_bytes_on_one_machine_condemns_no_document(world: World) -> None:
+    run = await world.open()
+    asked = await ask(world, run)
+    original = (world.root / "documents.parquet").read_bytes()
+    write_documents(world.root, [f"text {number} is another" for number in range(60)])
+    ended = await enrichment.work_elsewhere(asked, world.settings)
+    assert ended.reason == "input"
+    assert (await enrichment.settle_run(world.settings, run, [ended])).state == "paused"
+    assert world.value("SELECT count(*) FROM document") == 0
+    (world.root / "documents.parquet").write_bytes(original)
+    again, _ = await world.run()
+    assert (again.run_id, again.state) == (run.run_id, "done")
+    assert world.value("SELECT count(*) FROM document WHERE state = 'result'") == 60
 
 
 async def test_a_lane_elsewhere_does_the_work_once_and_says_as_what_it_is_shown(world: World) -> None:
@@ -169,7 +194,10 @@ def fresh(prefect: Prefect, ledger: Ledger, run: Run, asked: list[LaneRequest]) 
 async def ask_of(ledger: Ledger, run: Run, lanes: int) -> list[LaneRequest]:
     request, mark = RunRequest(job=run.job, lanes=lanes), await runs.find_mark(ledger, run.run_id)
     numbers = range(1, lanes + 1)
-    return [LaneRequest(run=request, run_id=run.run_id, mark=mark, number=number) for number in numbers]
+    return [
+        LaneRequest(run=request, run_id=run.run_id, mark=mark, prices=load_price_book().digest, number=number)
+        for number in numbers
+    ]
 
 
 async def register(ledger: Ledger, run: Run, flow_run: FlowRun) -> int:

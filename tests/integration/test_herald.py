@@ -8,6 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from schemas.records import DocumentState, Record
@@ -102,7 +104,10 @@ async def test_a_run_that_goes_on_with_another_model_says_so(tmp_path: Path, led
     assert prefect.events[0]["resource"]["farthing.simulated"] == "true"
 
 
-async def test_what_prefect_s_server_did_not_hear_it_hears_when_it_is_back(ledger_url: str) -> None:
+async def test_what_prefect_s_server_did_not_hear_it_hears_when_it_is_back(
+    ledger_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.announcements.log", structlog.get_logger())  # a used one is as it was configured then
     prefect = FakePrefect(is_there=False)
     async with lane_ledger(ledger_url) as ledger:
         run = await runs.open_run(ledger, opening())

@@ -13,6 +13,7 @@ from schemas.finish_by import LOOK_AGAIN, FinishBy, Pace, decide, off_peak_betwe
 from schemas.money import Currency
 from schemas.off_peak import Open, Shut, Tariff
 from schemas.pricing import load_price_book
+from schemas.requests import RunRequest
 from tasks.finish_by import Haste
 
 #: Wednesday 2026-11-25: peak 01:00 to 04:00 and 06:00 to 10:00 UTC.
@@ -86,6 +87,13 @@ def test_a_run_at_the_pace_it_was_seen_at_is_done_in_time_where_it_can_be(now: i
 def test_a_pace_needs_documents_and_is_taken_for_a_quarter_slower() -> None:
     assert Pace().seen(0, HOUR).time_for(10) is None
     assert Pace().seen(40, HOUR).seen(40, HOUR).time_for(80) == 2.5 * HOUR
+    assert Pace(1, 20 * 24 * HOUR).time_for(10**7) == timedelta(days=36_600)
+
+
+def test_all_lanes_mean_the_same_day_also_those_that_come_after_it() -> None:
+    asked = RunRequest(job="licences", finish_by="08:30+08:00").settled(at("00:00"))
+    assert asked.due(at("00:31")) == asked.due(at("00:00")) == at("00:30")
+    assert RunRequest(job="licences").settled(at("00:00")).due(at("00:00")) is None
 
 
 async def test_a_lane_learns_the_pace_while_its_gate_is_open_and_tells_once_that_it_buys() -> None:

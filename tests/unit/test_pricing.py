@@ -247,6 +247,16 @@ def test_a_calendar_of_ones_own_is_believed_before_the_package_s(tmp_path: Path)
     assert has_peak(book, date(2026, 10, 1))
 
 
+def test_books_that_price_alike_have_one_digest_and_others_another(tmp_path: Path) -> None:
+    (tmp_path / "row").mkdir()
+    (tmp_path / "year").mkdir()
+    (tmp_path / "row" / "mine.toml").write_text(ROW, "utf-8")
+    (tmp_path / "year" / "mine.toml").write_text(NEXT_YEAR, "utf-8")
+    books = [read_price_book(PRICES), *(read_price_book(PRICES, tmp_path / each) for each in ("row", "year"))]
+    assert len({book.digest for book in books}) == 3
+    assert books[0].digest == load_price_book().digest
+
+
 def test_rows_of_ones_own_come_on_top_of_those_that_ship(tmp_path: Path, book: PriceBook) -> None:
     later = ROW.replace('"m"', f'"{FLASH}"').replace("2026-01-01", "2026-12-01")
     (tmp_path / "mine.toml").write_text(later, "utf-8")

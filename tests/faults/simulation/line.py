@@ -162,7 +162,7 @@ def seams() -> Iterator[None]:
             for name in names:
                 patch.setattr(module, name, partial(_call, name))
         patch.setattr(leases, "alive", alive)
-        patch.setattr(spill, "_find_name", name_of)
+        patch.setattr(spill.runs, "find_mark", name_of)
         patch.setattr(os, "fsync", lambda _descriptor: None)
         patch.setattr(enrichment, "opened", _opened)
         yield
