@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
+# Nothing is compiled at the installation: a process that may not keep its bytecode would compile it all, each time.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup demo test lint bench faults faults-again advisories lock clean
 
 help:

@@ -227,7 +227,8 @@ async def test_a_cancellation_is_not_lost_when_the_connection_breaks_under_it(le
                 await postgres.execute("SELECT pg_sleep(60)")  # like COPY, not through SQLAlchemy
 
         copying = asyncio.create_task(copy())
-        sleeping = "FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)' AND state = 'active'"
+        here = "datname = current_database()"  # other tests sleep on this server, too
+        sleeping = f"FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)' AND state = 'active' AND {here}"
         while not value(ledger_url, f"SELECT count(*) {sleeping}"):
             await asyncio.sleep(0.01)
         value(ledger_url, f"SELECT count(pg_terminate_backend(pid)) {sleeping}")  # before the loop sees it
