@@ -55,6 +55,7 @@ class Gate:
         if self.look() is None:
             return False
         async with self._watch:
+            await rest(self.draining, 0)  # each that waited has its turn, though the lane be on its way out
             shut = self.look()
             if shut is None:
                 return False

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from structlog.testing import capture_logs
 
 from sandbox.bill import bill_path, read_lines
 from sandbox.tariff import charge_at
@@ -178,10 +179,12 @@ async def test_ctrl_c_while_it_waits_ends_it_paused_at_once_and_the_policy_is_th
     job = world.root / "jobs" / "colours" / "job.yaml"
     job.write_text(f"{job.read_text()}when: off-peak\n")
     await set_clock(world, PEAK)
-    async with at_work(world) as (run, lane):
-        await wait_for_reason(world, run, "peak prices until")
-        signal.raise_signal(signal.SIGINT)
-        left = await settled(world, run, lane)
+    with capture_logs() as logs:
+        async with at_work(world) as (run, lane):
+            await wait_for_reason(world, run, "peak prices until")
+            signal.raise_signal(signal.SIGINT)
+            left = await settled(world, run, lane)
+    assert [line["event"] for line in logs].count("waits for off-peak prices") == 1  # not of each document
     assert (left.state, left.reason) == ("paused", "interrupted")
     assert world.value("SELECT count(*) FROM attempt_intent") == 0
     assert world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL") == 0
