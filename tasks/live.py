@@ -56,6 +56,8 @@ class Pace:
     _seen: deque[tuple[float, int]] = field(default_factory=deque)
 
     def see(self, at: float, done: int) -> None:
+        if len(self._seen) == 1 and self._seen[0][1] == done:
+            self._seen.clear()  # the wait for the first document is not the pace of the rest
         self._seen.append((at, done))
         while len(self._seen) > 2 and at - self._seen[0][0] > WINDOW_S:
             self._seen.popleft()

@@ -339,7 +339,8 @@ def shared_use(budget: SharedBudget, currency: Currency) -> str:
         f"{Money(budget.used_pico, currency)} used here",
         f"{Money(budget.others_pico, currency)} by other runs",
         f"{Money(budget.held_pico, currency)} set aside" if budget.held_pico else None,
-        f"{Money(budget.left_pico, currency)} left",
+        f"{Money(budget.left_pico, currency)} left" if budget.left_pico >= 0 else None,
+        f"{Money(-budget.left_pico, currency)} over a cap that was lowered" if budget.left_pico < 0 else None,
     ]
     return ", ".join(part for part in parts if part)
 

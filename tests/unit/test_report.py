@@ -139,6 +139,9 @@ def test_a_shared_budget_says_who_used_how_much_of_it() -> None:
         assert "budget tickets-2026-11" in text
         assert said in text
     assert "set aside" not in report.shared_use(replace(SHARED, held_pico=0), Currency.USD)
+    lowered = report.shared_use(replace(SHARED, left_pico=-PICO // 4), Currency.USD)
+    assert "$0.250 over a cap that was lowered" in lowered
+    assert "left" not in lowered
 
 
 def test_the_report_shows_the_audit_s_totals() -> None:
@@ -298,6 +301,13 @@ def test_the_live_view_shows_rate_money_and_why_it_waits() -> None:
         for figure in ("250/1,000", "40/s", "19 s left", "$1.00", "$4.00", "$5.00", "90.00 %", "10.00 %", "42"):
             assert figure in text
         assert "12 documents wait before a retry (rate limited)" in text
+
+
+def test_the_wait_for_the_first_document_is_not_the_pace_of_the_rest() -> None:
+    pace = Pace()
+    for at, done in ((0.0, 40), (30.0, 40), (60.0, 40), (66.0, 100)):
+        pace.see(at, done)
+    assert pace.rate == 10
 
 
 def test_how_long_it_takes_is_not_guessed_from_a_moment_or_a_handful_nor_while_it_drains() -> None:
