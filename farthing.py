@@ -1116,7 +1116,7 @@ def _parse_currency(given: str | None) -> list[Currency]:
 @db.command("upgrade")
 def db_upgrade(in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
     """Make or update the ledger's tables, views and roles. Safe to repeat."""
-    from tasks.ledger.connection import upgrade
+    from tasks.ledger.upgrades import upgrade
 
     with _ledger_address(in_sandbox) as url:
         version = upgrade(url)
@@ -1147,7 +1147,7 @@ def sandbox_up(as_json: AsJson = False) -> None:
     from pydantic import SecretStr
 
     from sandbox import postgres, service
-    from tasks.ledger.connection import upgrade
+    from tasks.ledger.upgrades import upgrade
 
     settings = _settings()
     server = postgres.up(settings.home)
@@ -1344,7 +1344,7 @@ def _sandbox(settings: Settings, phase: Callable[[str], None]) -> Iterator[Setti
     from pydantic import SecretStr
 
     from sandbox import postgres, service
-    from tasks.ledger.connection import upgrade
+    from tasks.ledger.upgrades import upgrade
 
     phase("starting the sandbox's Postgres")
     with postgres.running(settings.home) as server:

@@ -233,7 +233,7 @@ def prepare(root: Path, provider: tuple[str, str, str], documents: int, concurre
     import pyarrow.parquet as pq
     from pydantic import SecretStr
 
-    from tasks.ledger.connection import upgrade
+    from tasks.ledger.upgrades import upgrade
 
     job = root / "jobs" / "bench"
     job.mkdir(parents=True)

@@ -59,7 +59,7 @@ def database_url(postgres: Server) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def template(postgres: Server) -> str:
     """A migrated database to copy, made once for all workers."""
-    from tasks.ledger.connection import upgrade  # alembic and SQLAlchemy are for those who ask for a ledger
+    from tasks.ledger.upgrades import upgrade  # Alembic and SQLAlchemy are for those who ask for a ledger
 
     with closing(psycopg.connect(postgres.url, autocommit=True)) as connection:
         connection.execute("SELECT pg_advisory_lock(hashtext(%s))", [TEMPLATE])

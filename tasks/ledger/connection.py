@@ -1,6 +1,6 @@
 """Connections to the ledger: how they are made, as which role, and what their failures mean.
 
-A lane works as `farthing_lane`, an audit as `farthing_auditor`; only `upgrade` is the owner. SQLAlchemy keeps the
+A lane works as `farthing_lane`, an audit as `farthing_auditor`; only `upgrades` is the owner. SQLAlchemy keeps the
 pool and the transactions; COPY goes to the psycopg connection underneath, which is the fast way in and out.
 """
 
@@ -18,16 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from pydantic import SecretStr
-from sqlalchemy import URL, Connection, create_engine, event, make_url, text
+from sqlalchemy import URL, Connection, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import NullPool
 
 from schemas.errors import ConfigurationError, FarthingError, LedgerUnavailable
 from schemas.tables import SCHEMA
@@ -44,7 +39,7 @@ _POISON = ("22", "23514", "54")
 
 #: A peer that vanished without a word is noticed in half a minute, on both sides: a lane that waits for it would
 #: miss its heartbeat, and the server would keep the locks of a lane that is gone.
-_CONNECT: dict[str, Any] = {
+CONNECT: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -58,6 +53,9 @@ _SESSION = (
     "tcp_user_timeout TO 30000",
     "idle_in_transaction_session_timeout TO '20s'",  # a lane that was stopped in mid-transaction blocks nobody
 )
+#: Each file in `versions` there begins with the version that it brings; and what a ledger says of its own.
+MIGRATIONS = Path(__file__).parents[2] / "migrations"
+VERSION = "SELECT version_num FROM farthing.ledger_version"
 #: A ledger that goes through fewer rows in a second is stuck.
 ROWS_PER_S = 1_000
 #: A server that does not wait for its disk would forget what we reported (G3).
@@ -168,7 +166,7 @@ async def opened(
         max_overflow=0,
         hide_parameters=True,
         logging_name=_LOGGED_AS,
-        connect_args=_CONNECT,
+        connect_args=CONNECT,
     )
     logging.getLogger(f"sqlalchemy.engine.Engine.{_LOGGED_AS}").addFilter(_quotes_no_row)
     event.listen(engine.sync_engine, "connect", _work_as(role))
@@ -181,26 +179,10 @@ async def opened(
         await engine.dispose()
 
 
-def upgrade(database_url: SecretStr) -> str:
-    """Bring the ledger's tables, views and roles up to this code; returns the version. Safe to repeat."""
-    url = parse_url(database_url)
-    engine = create_engine(url, poolclass=NullPool, connect_args=_CONNECT)
-    try:
-        with engine.begin() as connection:
-            config = _alembic_config()
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
-            return str(MigrationContext.configure(connection, opts=_version_table()).get_current_revision())
-    except DBAPIError as error:
-        raise explain(error, url) from None  # its text may hold the address
-    finally:
-        engine.dispose()
-
-
 async def find_version(ledger: Ledger) -> str:
     """The version of an open ledger, which is this code's."""
     async with ledger.transaction() as connection:
-        return str((await connection.execute(text("SELECT version_num FROM ledger_version"))).scalar_one())
+        return str((await connection.execute(text(VERSION))).scalar_one())
 
 
 def parse_url(database_url: SecretStr) -> URL:
@@ -300,23 +282,13 @@ def _work_as(role: Role) -> Callable[[Any, object], None]:
 
 
 def _require_newest_version(connection: Connection) -> None:
-    newest = ScriptDirectory.from_config(_alembic_config()).get_current_head()
+    newest = max(file.name.partition("_")[0] for file in MIGRATIONS.glob("versions/[0-9]*.py"))
     found = connection.execute(text(f"SELECT to_regclass('{SCHEMA}.ledger_version') IS NOT NULL")).scalar()
-    current = MigrationContext.configure(connection, opts=_version_table()).get_current_revision() if found else None
+    current = connection.execute(text(VERSION)).scalar() if found else None
     if current == newest:
         return
-    if current is not None and newest is not None and current > newest:
+    if current is not None and current > newest:
         raise LedgerUnavailable(f"the ledger is at version {current}, this Farthing knows {newest}: update Farthing")
     raise LedgerUnavailable(
         f"the ledger is at version {current or 'none'} and needs {newest}: run `farthing db upgrade`"
     )
-
-
-def _version_table() -> dict[str, Any]:
-    return {"version_table": "ledger_version", "version_table_schema": SCHEMA}
-
-
-def _alembic_config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[2] / "migrations"))
-    return config

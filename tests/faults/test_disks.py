@@ -22,8 +22,8 @@ import pytest
 from pydantic import SecretStr
 
 from sandbox.postgres import Server, create_database, drop_database
-from tasks.ledger.connection import upgrade
 from tasks.ledger.leases import LeaseTimes
+from tasks.ledger.upgrades import upgrade
 from tests.faults.hurtable import HurtablePostgres, hurtable
 from tests.faults.stage import Stage, staged, wait_until
 from tests.faults.summary import Tally

@@ -14,8 +14,8 @@ import pytest
 from pydantic import SecretStr
 
 from sandbox.bill import bill_path
-from tasks.ledger.connection import upgrade
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
+from tasks.ledger.upgrades import upgrade
 from tests.faults.checker import read_bill
 from tests.faults.hurtable import HurtablePostgres, hurtable
 from tests.faults.stage import Stage, staged, wait_until

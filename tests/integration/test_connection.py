@@ -22,9 +22,9 @@ from tasks.ledger.connection import (
     Role,
     explain,
     opened,
-    upgrade,
 )
 from tasks.ledger.rows import append, driver
+from tasks.ledger.upgrades import upgrade
 from tests.ledgers import lane_ledger, sql, value
 
 

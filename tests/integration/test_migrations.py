@@ -21,14 +21,15 @@ from migrations.roles import ROLES
 from sandbox.postgres import create_database, running
 from schemas.errors import LedgerUnavailable
 from schemas.tables import SCHEMA, metadata
-from tasks.ledger.connection import Role, opened, upgrade
+from tasks.ledger.connection import Role, opened
+from tasks.ledger.upgrades import upgrade
 from tests.ledgers import sql, value
 
 ROOT = Path(__file__).parents[2]
 MIGRATE = """
 import sys
 from pydantic import SecretStr
-from tasks.ledger.connection import upgrade
+from tasks.ledger.upgrades import upgrade
 print(upgrade(SecretStr(sys.argv[1])))
 """
 
