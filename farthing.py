@@ -57,7 +57,7 @@ CORPUS = Path("data/licences")
 UNSEEN = "Prefect's server does not know how this ended: its page stays incomplete, the ledger does not"
 SHIPPED = ("licences", "obligations")
 #: Exit codes that no error carries: a run that can be resumed, and a bug (EX_SOFTWARE in sysexits.h).
-PAUSED, CRASHED = 3, 70
+PAUSED, CRASHED, INTERRUPTED = 3, 70, 130
 #: An off-peak instant that the price book will always know.
 PRICED = datetime(2026, 12, 1, 12, tzinfo=UTC)
 
@@ -141,6 +141,8 @@ def main() -> NoReturn:
         _fail(str(error), ConfigurationError.exit_code)
     except Exception as error:  # a bug: told apart from every result a run can have
         _fail_unexpectedly(error)
+    if exit_code == INTERRUPTED:  # typer's own, and silent
+        _fail("interrupted before anything was begun", INTERRUPTED)
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
 
 
@@ -1074,7 +1076,8 @@ def _parse_instant(given: str | None) -> datetime:
     except ValueError:
         raise ConfigurationError(f"{given!r} is not a time: write it like 2026-11-25T02:00:00Z") from None
     if instant.tzinfo is None:
-        raise ConfigurationError(f"{given!r} has no zone: write {given}Z for UTC, or {given}+08:00 for Beijing")
+        clock = given if "T" in given or " " in given else f"{given}T00:00"
+        raise ConfigurationError(f"{given!r} has no zone: write {clock}Z for UTC, or {clock}+08:00 for Beijing")
     return instant.astimezone(UTC)
 
 
@@ -1156,7 +1159,8 @@ def sandbox_up(as_json: AsJson = False) -> None:
     addresses = _addresses(server.url, endpoint.url, endpoint.api_key)
     if as_json:
         return print_json(addresses)
-    tell("to use them with other tools, or as if they were the real ones:")
+    if sys.stdout.isatty():  # not where a shell reads it
+        tell("to use them with other tools, or as if they were the real ones:")
     print("\n".join(f"export {name}={value!r}" for name, value in addresses.items()))
 
 

@@ -92,7 +92,8 @@ class FinishBy:
             except ValueError:
                 continue
             if found.tzinfo is None:
-                raise ValueError(f"{written!r} has no zone: write {written}Z for UTC, or {written}+08:00 for Beijing")
+                clock = written if ":" in written else f"{written}T08:00"
+                raise ValueError(f"{written!r} has no zone: write {clock}Z for UTC, or {clock}+08:00 for Beijing")
             return cls(instant=found) if isinstance(found, datetime) else cls(clock=found)
         raise ValueError(
             f"{written!r} is not a time: write it like 2026-12-01T08:30+08:00, or 08:30+08:00 for each day"

@@ -53,16 +53,24 @@ class TemporaryServer:
 
     def wait(self) -> None:
         """Return once it answers, with Prefect told to use it. Raises ConfigurationError where it does not start."""
-        deadline = time.monotonic() + PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+        patience_s = PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+        deadline = time.monotonic() + patience_s
         launches = 1
         while not self._answers():
             if self._process.poll() is not None and launches < MOST_LAUNCHES:  # somebody else took the port
                 launches += 1
                 self._launch()
-            elif self._process.poll() is not None or time.monotonic() > deadline:
+            elif self._process.poll() is not None:
                 raise ConfigurationError(
                     "Prefect's temporary server does not start: run `prefect server start` to see why, or set "
                     "PREFECT_API_URL to a server that is up"
+                )
+            elif time.monotonic() > deadline:
+                raise ConfigurationError(
+                    f"Prefect's temporary server has not answered for {patience_s} s, this machine may be busy: "
+                    "run the same command again, wait longer with "
+                    f"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS={2 * patience_s}, or set PREFECT_API_URL to a "
+                    "server that is up"
                 )
             time.sleep(0.1)
         os.environ["PREFECT_API_URL"] = self.url

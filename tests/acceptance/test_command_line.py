@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import uuid
@@ -145,11 +146,18 @@ def test_prices_are_shown_per_million_tokens_with_the_next_peak(farthing: Termin
     assert "claude" not in left.stdout
 
 
+def test_ctrl_c_before_anything_was_begun_is_told(farthing: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("schemas.pricing.load_price_book", lambda *_: signal.raise_signal(signal.SIGINT))
+    left = farthing("prices")
+    assert (left.exit_code, left.stderr.splitlines()[-1]) == (130, "error: interrupted before anything was begun")
+
+
 @pytest.mark.parametrize(
     ("arguments", "advice"),
     [
         (("--at", "2026-11-25T02:00:00"), "write 2026-11-25T02:00:00Z for UTC"),
         (("--at", "noon"), "is not a time"),
+        (("--at", "2026-11-25"), "write 2026-11-25T00:00Z for UTC"),
         (("--model", "gpt-9"), "no price for model 'gpt-9'"),
         (("--at", "1999-01-01T00:00:00Z"), "the first one is from 20"),
         (("--at", "2099-01-01T00:00:00Z"), "not known yet"),

@@ -78,7 +78,7 @@ def test_every_setting_is_in_the_readme_and_none_that_is_not() -> None:
 def test_exit_codes_are_those_of_the_errors_and_of_the_command_line() -> None:
     told = {int(code) for code in re.findall(r"^\| (\d+) \|", section("Commands"), flags=re.MULTILINE)}
     raised = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
-    assert told == raised | {0, farthing.PAUSED, farthing.CRASHED}
+    assert told == raised | {0, farthing.PAUSED, farthing.CRASHED, farthing.INTERRUPTED}
 
 
 def test_every_make_target_exists() -> None:
