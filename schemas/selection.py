@@ -154,17 +154,23 @@ def _is_date(value: str) -> bool:
 
 
 def _check_bounds(first: str | None, last: str | None, places: Sequence[str]) -> None:
-    if places and all(map(_is_date, places)):
-        bounds = {"from": first, "to": last}
-        if wrong := {name: bound for name, bound in bounds.items() if bound is not None and not _is_date(bound)}:
-            raise ConfigurationError(
-                *(
-                    Problem(name, f"{bound!r} is not a date; write it like 2026-01-31")
-                    for name, bound in wrong.items()
-                )
-            )
+    bounds = {name: bound for name, bound in {"from": first, "to": last}.items() if bound is not None}
+    problems = {name: _misfit(bound, places) for name, bound in bounds.items()}
+    if wrong := [Problem(name, problem) for name, problem in problems.items() if problem]:
+        raise ConfigurationError(*wrong)
     if first is not None and last is not None and first > last:
         raise ConfigurationError(Problem("from", f"{first} comes after {last}, which --to says; swap them"))
+
+
+def _misfit(bound: str, places: Sequence[str]) -> str | None:
+    """Why this cannot bound them. A date has its place among other names, too, but not one that anybody means."""
+    if not places:
+        return None
+    if all(map(_is_date, places)):
+        return None if _is_date(bound) else f"{bound!r} is not a date; write it like 2026-01-31"
+    if _DATE.fullmatch(bound) and not any(map(_DATE.match, places)):
+        return f"{bound} reads as a date, but partitions have names like {min(places)}; bound them by such a name"
+    return None
 
 
 def _explain_empty_range(first: str | None, last: str | None, known: Sequence[str]) -> str:

@@ -127,6 +127,7 @@ def test_partitions_are_chosen_by_name_glob_and_bounds(
         (DAYS, "day", {"wanted": ["2027-*"]}, r"'2027-\*' is not in the input"),
         (DAYS, "day", {"first": "1 January"}, "'1 January' is not a date; write it like 2026-01-31"),
         (DAYS, "day", {"first": "2026-02-01"}, "none is from 2026-02-01; .*There is: 2026-01-01, 2026-01-02"),
+        (["t/lot=b/x", "t/lot=c/x"], "lot", {"first": "2026-01-01"}, "reads as a date, but partitions .* like b;"),
         (DAYS, "day", {"first": "2026-01-02", "last": "2026-01-01"}, "comes after 2026-01-01"),
         (["t/a.parquet", *DAYS], "day", {}, "t/a.parquet: is in no folder day=…"),
     ],
