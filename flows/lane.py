@@ -14,7 +14,7 @@ from tasks.steps import work_elsewhere
 async def lane(asked: LaneRequest) -> Final:
     """Work on a run until nothing is left for this lane, or something makes it drain.
 
-    Keys, database and provider come from the environment of the worker. Completed where nothing was left; else Failed
-    or Cancelled, named after the reason.
+    Keys, database and provider come from the environment of the worker. Completed where nothing was left; else
+    Unfinished, with the reason.
     """
     return lane_final(await work_elsewhere(asked, shown_as=flow_run.id))

@@ -111,7 +111,8 @@ class RunRequest(BaseModel):
 class LaneRequest(BaseModel):
     """A lane that is to work elsewhere on a run that is open. Prefect shows and stores it, so it holds no secret.
 
-    `mark` is what only that run of that ledger is called, `prices` the digest of the book that it was opened by.
+    `mark` is what only that run of that ledger is called, `prices` the digest of the book that it was opened by, and
+    `provider` that of the address that it sends to.
     Where ledger and provider are, the lane's own environment says.
     """
 
@@ -121,6 +122,7 @@ class LaneRequest(BaseModel):
     run_id: int
     mark: str
     prices: str
+    provider: str
     number: int
 
 

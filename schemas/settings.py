@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Self
+from urllib.parse import urlsplit
 
 from pydantic import AnyUrl, AwareDatetime, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -50,6 +52,16 @@ class Settings(BaseSettings):
     time_scale: float = Field(default=1.0, ge=0)
     #: Where the sandbox's clock starts, to see another tariff; default: now.
     sandbox_clock: AwareDatetime | None = None
+
+    @property
+    def provider_digest(self) -> str:
+        """The same for whoever asks the same provider; a digest, since an address may hold a token.
+
+        A user's name and password in it are not compared, as keys are not.
+        """
+        url = urlsplit(self.base_url)
+        place = (url.scheme, url.netloc.rpartition("@")[2].lower(), url.path.rstrip("/"), url.query)
+        return f"sha256:{hashlib.sha256(repr(place).encode()).hexdigest()}"
 
     @model_validator(mode="after")
     def _keep_the_sandbox_on_this_machine(self) -> Self:

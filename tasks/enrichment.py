@@ -185,11 +185,15 @@ async def ask_lanes(request: RunRequest, settings: Settings, run: Run) -> list[L
     """What lanes that work elsewhere are told."""
     async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
         mark = await runs.find_mark(ledger, run.run_id)
-    prices = load_price_book(settings.prices).digest
-    return [
-        LaneRequest(run=request, run_id=run.run_id, mark=mark, prices=prices, number=number)
-        for number in range(1, request.lanes + 1)
-    ]
+    asked = LaneRequest(
+        run=request,
+        run_id=run.run_id,
+        mark=mark,
+        prices=load_price_book(settings.prices).digest,
+        provider=settings.provider_digest,
+        number=1,
+    )
+    return [asked.model_copy(update={"number": number}) for number in range(1, request.lanes + 1)]
 
 
 async def work_elsewhere(
@@ -197,7 +201,8 @@ async def work_elsewhere(
 ) -> Ended:
     """As `work_lane`, on another machine than the one that opened the run, or again after a process was killed.
 
-    Raises ConfigurationError where this machine has another job, input, price book or ledger: nothing is claimed.
+    Raises ConfigurationError where this machine has another job, input, price book, provider or ledger: nothing is
+    claimed.
     """
     telemetry.require(settings)
     run = await _join_run(asked, settings)
@@ -215,6 +220,8 @@ async def _join_run(asked: LaneRequest, settings: Settings) -> Run:
             raise ConfigurationError(_NOT_HERE.format("its FARTHING_DATABASE_URL names another ledger"))
         if run.is_simulated != settings.sandbox:
             raise ConfigurationError(_NOT_HERE.format("one of the two uses the sandbox, the other does not"))
+        if settings.provider_digest != asked.provider:
+            raise ConfigurationError(_NOT_HERE.format("its DEEPSEEK_BASE_URL names another provider"))
         if load_price_book(settings.prices).digest != asked.prices:
             raise ConfigurationError(_NOT_HERE.format("its price book is another (FARTHING_PRICES, or release)"))
         if not await runs.is_of(ledger, run.run_id, job):

@@ -27,7 +27,9 @@ pytestmark = pytest.mark.xdist_group("prefect")
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 #: What the flow that opened a run asks of a lane.
 ASKED_OF_A_LANE = {
-    "asked": LaneRequest(run=RunRequest(job="licences"), run_id=1, mark="run-1-0", prices="sha256:0", number=1)
+    "asked": LaneRequest(
+        run=RunRequest(job="licences"), run_id=1, mark="run-1-0", prices="sha256:0", provider="sha256:0", number=1
+    )
 }
 AUTOMATIONS = yaml.safe_load((ROOT / "automations.yaml").read_text())["automations"]
 

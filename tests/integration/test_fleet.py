@@ -18,7 +18,6 @@ from prefect.client.schemas.objects import FlowRun, StateType, WorkPoolStatus
 from prefect.states import Completed, Failed, Running, Scheduled
 
 from schemas.errors import ConfigurationError
-from schemas.pricing import load_price_book
 from schemas.requests import LaneRequest, RunRequest
 from tasks import enrichment, fleet
 from tasks.fleet import Fleet
@@ -67,9 +66,16 @@ def know_other_prices(world: World) -> None:
     world.settings = world.settings.model_copy(update={"prices": folder})
 
 
+def ask_another_provider(world: World) -> None:
+    """Where somebody listens: a lane that is not refused would ask there what time it is."""
+    other = world.settings.base_url.replace("127.0.0.1", "localhost")
+    world.settings = world.settings.model_copy(update={"base_url": other})
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
+        (ask_another_provider, "its DEEPSEEK_BASE_URL names another provider"),
         (know_other_prices, "its price book is another"),
         (change_prompt, "its files of the job colours are others"),
         (lose_the_input, "documents.parquet"),
@@ -195,7 +201,7 @@ async def ask_of(ledger: Ledger, run: Run, lanes: int) -> list[LaneRequest]:
     request, mark = RunRequest(job=run.job, lanes=lanes), await runs.find_mark(ledger, run.run_id)
     numbers = range(1, lanes + 1)
     return [
-        LaneRequest(run=request, run_id=run.run_id, mark=mark, prices=load_price_book().digest, number=number)
+        LaneRequest(run=request, run_id=run.run_id, mark=mark, prices="sha256:0", provider="sha256:0", number=number)
         for number in numbers
     ]
 

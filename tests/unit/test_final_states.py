@@ -13,13 +13,15 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed
 from tasks.final_states import final, lane_ended, lane_final, outcome_of
 from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
 
-#: What the example automation of automations.yaml takes for the end of a flow run.
-ENDS = {
-    name
-    for each in yaml.safe_load((Path(__file__).parents[2] / "automations.yaml").read_text())["automations"]
+ROOT = Path(__file__).parents[2]
+#: What the example automation goes by that marks a flow run whose process is gone.
+(TRIGGER,) = (
+    each["trigger"]
+    for each in yaml.safe_load((ROOT / "automations.yaml").read_text())["automations"]
     if "prefect.flow-run.heartbeat" in each["trigger"].get("after", ())
-    for name in each["trigger"]["expect"]
-}
+)
+#: What it takes for the end of a flow run.
+ENDS = TRIGGER["expect"]
 
 
 def outcome(state: str, reason: str | None = None, advice: str = "") -> dict[str, object]:
@@ -70,6 +72,13 @@ def test_a_lane_that_drained_is_no_success_and_whoever_started_it_learns_why(end
     state = lane_final(ended)
     assert isinstance(state, State)
     assert (state.type.value, lane_ended(state)) == (kind, ended)
+    assert f"prefect.flow-run.{state.name}" in ENDS, "the example automation would take it for a process that is gone"
+
+
+def test_the_example_automation_marks_a_flow_run_of_any_deployment_whose_process_is_gone() -> None:
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    flows = {each["entrypoint"].rpartition(":")[2] for each in deployments}
+    assert set(TRIGGER["match_related"]["prefect.resource.name"]) == flows
 
 
 @pytest.mark.parametrize(
@@ -78,6 +87,7 @@ def test_a_lane_that_drained_is_no_success_and_whoever_started_it_learns_why(end
         (Completed(data=lane_final(Ended("done"))), Ended("done")),
         (Crashed(message="by the worker"), Ended(LANE_DIED, DIED_ADVICE)),
         (Failed(message="ConfigurationError: no key"), Ended("lane_failed", "ConfigurationError: no key")),
+        (Failed(name="TimedOut", message="after an hour"), Ended("lane_failed", "after an hour")),
         (Cancelled(), Ended("lane_cancelled", INTERRUPTED)),
     ],
 )
