@@ -15,7 +15,7 @@ SILENT_S = 120.0
 
 
 class Shown(StrEnum):
-    """How far a lane is, by Prefect: no worker has begun it, one has, or it is over."""
+    """How far a lane is, by Prefect or a cluster: nobody has begun it, somebody has, or it is over."""
 
     WAITING = "waiting"
     WORKING = "working"

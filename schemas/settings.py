@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     #: The Dask scheduler or the Ray head to use, like tcp://10.0.0.5:8786 or ray://10.0.0.5:10001; none: a cluster
     #: on this machine for as long as the run.
     cluster: str | None = None
-    #: How many seconds a run waits for the first of Prefect's workers to take a lane.
+    #: How many seconds a run waits for one of Prefect's workers, or a slot of a cluster, to take a lane.
     workers_within_s: float = Field(default=120.0, gt=0)
     #: Set by the sandbox, never by a user: the provider is the emulator, so figures are simulated, and its
     #: seconds are `time_scale` of ours.

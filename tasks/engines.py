@@ -20,6 +20,7 @@ from schemas.engines import Engine
 from schemas.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from prefect.futures import PrefectWrappedFuture
     from prefect.task_runners import TaskRunner
 
 log = structlog.get_logger("farthing.engines")
@@ -58,6 +59,20 @@ def started(engine: Engine, lanes: int, cluster: str | None) -> Iterator[TaskRun
                 f"the {engine} cluster {where}, and has the same versions as this machine ({type(error).__name__})"
             ) from None
         yield runner
+
+
+def take_back(engine: Engine, task: PrefectWrappedFuture[Any, Any], *, by_force: bool) -> None:
+    """Have the cluster drop the task if it has not begun, and whoever waits for it wait no more.
+
+    One that has begun: Ray interrupts it, by which a lane drains, or `by_force` kills it. Dask cannot reach it; it
+    drains by what the ledger says.
+    """
+    if engine is Engine.DASK:
+        task.wrapped_future.cancel()
+    else:
+        import ray
+
+        ray.cancel(task.wrapped_future, force=by_force)
 
 
 def _dask(lanes: int, cluster: str | None) -> Any:

@@ -4,7 +4,7 @@ The flow that opened the run starts them and looks on. It is not needed for the 
 when a machine dies the other lanes take its shards over, all by the ledger. What this adds is that Prefect is told of
 a lane whose machine is gone, which it would show at work for ever, in a slot of its pool; and that lanes whom nobody
 needs any more are taken back. Whoever starts the run again finds the lanes that are still there, and starts only
-those that are missing.
+those that are missing, or that leave by a pause which is over now.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from schemas.settings import Settings
 from tasks import enrichment
 from tasks.final_states import lane_ended
 from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
-from tasks.ledger import leases, runs
+from tasks.ledger import runs
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import USUAL_TIMES
 from tasks.ledger.runs import Run
 from tasks.prefect_server import PREFECT_GONE, require_lasting_server
+from tasks.witness import Witness
 
 log = structlog.get_logger("farthing.fleet")
 
@@ -89,22 +90,23 @@ class Fleet:
     _over: dict[int, Ended] = field(default_factory=dict)
     #: Since when a lane has been shown at work without being alive in the ledger.
     _silent_since_s: dict[int, float] = field(default_factory=dict)
-    #: The ledger's side, as it was seen last, and from when on lanes may be judged by it.
-    _kept: dict[str, Kept] = field(default_factory=dict)
-    _is_run_over: bool = False
-    _judges_from_s: float = 0.0
+    #: The ledger's side.
+    _witness: Witness = field(init=False)
     _is_given_up: bool = False
+
+    def __post_init__(self) -> None:
+        self._witness = Witness(self.ledger, self.run.run_id)
 
     def give_up(self) -> None:
         """Have the lanes stopped by their workers: asked once, they have not left."""
         self._is_given_up = True
 
     async def start(self) -> None:
-        """Start the lanes that are not there yet, if there is work. While Prefect is away each look tries again."""
-        await self._read_ledger()
-        missing = [each for each in self.asked if each.number not in self.flow_runs]
+        """Start the lanes that are not there, if there is work. While Prefect is away each look tries again."""
+        await self._witness.look()
+        missing = [each for each in self.asked if each.number not in self.flow_runs or self._was_paused(each.number)]
         try:
-            for each in [] if self._is_run_over else missing:
+            for each in [] if self._witness.is_run_over else missing:
                 self.flow_runs[each.number] = await self._find_or_start(each)
         except Exception as error:
             log.warning("prefect does not start a lane", run=self.run.run_id, error=type(error).__name__)
@@ -118,8 +120,8 @@ class Fleet:
         of_lane = FlowRunFilter(tags=FlowRunFilterTags(all_=tags))
         newest = FlowRunSort.EXPECTED_START_TIME_DESC
         found = await self.client.read_flow_runs(flow_run_filter=of_lane, sort=newest, limit=1)
-        last = next((each for each in found if not _state(each).is_final()), None)
-        kept = Kept.ABSENT if last is None else self._kept.get(str(last.id), Kept.ABSENT)
+        last = next((each for each in found if _may_go_on(_state(each))), None)
+        kept = Kept.ABSENT if last is None else self._witness.of(last.id)
         if last is not None and kept in (Kept.ABSENT, Kept.ALIVE):
             return last
         if last is not None and kept is Kept.DIED:
@@ -150,7 +152,7 @@ class Fleet:
     async def _look(self) -> FleetSeen:
         await self.start()
         await self._read_prefect()
-        return FleetSeen([self._see(each.number) for each in self.asked], self._is_run_over)
+        return FleetSeen([self._see(each.number) for each in self.asked], self._witness.is_run_over)
 
     async def _read_prefect(self) -> None:
         number_of = {flow_run.id: number for number, flow_run in self.flow_runs.items()}
@@ -161,29 +163,23 @@ class Fleet:
         except Exception as error:
             log.warning("prefect does not say how the lanes are", run=self.run.run_id, error=type(error).__name__)
 
-    async def _read_ledger(self) -> None:
-        """Bury who died, as lanes do for one another: there may be none left. After an outage they may come back."""
-        run_id = self.run.run_id
-        try:
-            if time.monotonic() > self._judges_from_s:
-                await leases.bury_dead(self.ledger, run_id)
-            self._kept = await leases.find_shown(self.ledger, run_id)
-            is_running = (await runs.find_run(self.ledger, run_id)).state == "running"
-            self._is_run_over = not is_running or not await leases.has_unfinished(self.ledger, run_id)
-        except LedgerUnavailable as error:
-            log.warning("no look at the lanes", run=run_id, error=str(error))
-            self._judges_from_s = time.monotonic() + leases.GRACE_S
-
     def _see(self, number: int) -> LaneSeen:
         flow_run, now_s = self.flow_runs.get(number), time.monotonic()
         shown = Shown.OVER if number in self._over else _shown(_state(flow_run))
-        kept = Kept.ABSENT if flow_run is None else self._kept.get(str(flow_run.id), Kept.ABSENT)
+        kept = Kept.ABSENT if flow_run is None else self._witness.of(flow_run.id)
         if shown is Shown.WAITING and kept is not Kept.ABSENT:
             shown = Shown.WORKING  # Prefect has been away since it began
+        if self._was_paused(number) and not self._witness.is_run_over:
+            shown = Shown.WAITING  # for its successor
         if shown is not Shown.WORKING or kept is Kept.ALIVE:
             self._silent_since_s.pop(number, None)
         silent_s = now_s - self._silent_since_s.setdefault(number, now_s) if shown is Shown.WORKING else 0.0
         return LaneSeen(number, shown, kept, silent_s)
+
+    def _was_paused(self, number: int) -> bool:
+        """Whether the lane obeyed a pause. Where the run goes on all the same, somebody started it again since."""
+        state = _state(self.flow_runs.get(number))
+        return number not in self._over and state.is_final() and lane_ended(state).reason == "paused"
 
     async def _tell(self, seen: FleetSeen) -> None:
         """Tell Prefect what follows from what was seen."""
@@ -192,7 +188,7 @@ class Fleet:
             self._over[number] = Ended(LANE_DIED, DIED_ADVICE)
         for number in seen.late:
             await self._show(self.flow_runs.get(number), Cancelled(message="the run needs no further lane"))
-            self._over[number] = Ended("done")
+            self._over[number] = self._witness.unneeded
         if self._is_given_up:
             self._is_given_up = False
             for number, flow_run in self.flow_runs.items():
@@ -236,6 +232,11 @@ class Fleet:
 
 def _state(flow_run: FlowRun | None) -> State[Any]:
     return (flow_run.state if flow_run is not None else None) or Scheduled()
+
+
+def _may_go_on(state: State[Any]) -> bool:
+    """Whether a lane in this state may still work for whoever starts the run again."""
+    return not state.is_final() and state.type is not StateType.CANCELLING
 
 
 def _shown(state: State[Any]) -> Shown:

@@ -35,7 +35,7 @@ from schemas.records import Intent, Record
 from tasks.bulkhead import Bulkhead
 from tasks.climbs import Climber
 from tasks.completions import Completions
-from tasks.drains import Draining
+from tasks.drains import Draining, unless
 from tasks.finish_by import Haste
 from tasks.grants import Grants
 from tasks.ledger import attempts, leases, runs
@@ -71,6 +71,9 @@ ADVICE = {
     "paused": INTERRUPTED,
     "superseded": "the job or its input changed, and a newer run took this one's place: see `farthing status`",
 }
+#: For how long a lane that comes late leaves the others time to come down to their new shares: it would exceed the
+#: run's ceilings meanwhile. A reply takes longer only where something is wrong.
+COMES_IN_WITHIN_S = 10.0
 #: Documents in progress per place in flight: some wait for a retry, some for their turn.
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
@@ -155,6 +158,9 @@ class Lane:
     _last_beat_s: float = field(init=False)
     #: When the last outage ended that was so long that others may look dead by it.
     _back_since_s: float = field(init=False)
+    #: When it began, and whether it may claim a shard without what is in flight becoming too much.
+    _began_s: float = field(init=False)
+    _may_come_in: asyncio.Event = field(default_factory=asyncio.Event)
     #: For questions that come before anything is sent: a lane that drains gives them up.
     _patience: Patience = field(init=False)
     #: Numbers of the shards under way.
@@ -168,7 +174,7 @@ class Lane:
         plan, loop = self.plan, asyncio.get_running_loop()
         ceilings = {name: share(ceiling, plan.lanes) for name, ceiling in plan.ceilings.items()}
         prefix_bytes = len(plan.job.prefix.encode())
-        self._last_beat_s = self._back_since_s = loop.time()
+        self._began_s = self._last_beat_s = self._back_since_s = loop.time()
         self.completions.offset = plan.clock_offset  # until the replies say otherwise
         self._patience = Patience()
         self._slots = asyncio.Semaphore(0)
@@ -323,7 +329,13 @@ class Lane:
     async def _work_shards(self) -> None:
         async with asyncio.TaskGroup() as shards:
             with suppress(Draining):
+                await self._come_in()
                 await self._start_shards(shards)
+
+    async def _come_in(self) -> None:
+        """Wait, if the lane comes late, until the others have heard of it and have come down. Raises Draining."""
+        with suppress(TimeoutError):
+            await unless(self.climber.draining, asyncio.wait_for(self._may_come_in.wait(), COMES_IN_WITHIN_S))
 
     async def _start_shards(self, shards: asyncio.TaskGroup) -> None:
         """Claim and start shards until none is left. Raises Draining."""
@@ -431,12 +443,24 @@ class Lane:
         """Work as the run is to be worked on from now: not at all, with so much in flight, under this cap."""
         if orders.state != "running":
             self.drain(orders.state, ADVICE.get(orders.state, ""))
-        planned = 0 if self.plan.run.sharing else self.plan.lanes  # a backfill's orders count those to come, too
-        lanes = max(planned, orders.lanes)  # some of those that were planned may have yet to come
+        lanes = max(self._expected, orders.lanes)
+        room = []
         for name, ceiling in self.plan.ceilings.items():
-            self.climber.limiters[name].allow(share(orders.ceilings.get(name, ceiling), lanes, orders.rank))
+            ceiling = orders.ceilings.get(name, ceiling)
+            mine = share(ceiling, lanes, orders.rank)
+            room.append(ceiling - mine)
+            self.climber.limiters[name].allow(mine, lanes)
+        is_late = orders.eldest_s > self.plan.times.comes_within_s and not self.plan.run.sharing
+        if not is_late or (orders.is_heard and orders.elsewhere <= min(room)):
+            self._may_come_in.set()
         self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
         self.climber.grants.hear(orders.cap, is_overdrawn=orders.is_overdrawn)
+
+    @property
+    def _expected(self) -> int:
+        """How many lanes to leave room for, though some have yet to come: a backfill's orders count them anyway."""
+        is_early = self.climber.tick() - self._began_s < self.plan.times.comes_within_s
+        return self.plan.lanes if is_early and not self.plan.run.sharing else 0
 
     def _widen(self, in_flight: int) -> None:
         """Let documents be in progress for so many in flight. Where there are more, they wait: none is put back."""

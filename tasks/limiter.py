@@ -51,15 +51,14 @@ class Place:
 class Limiter:
     """The in-flight limit of one tier in one lane. `ceiling` is what the job, or an operator, allows it for now.
 
-    `lanes` is how many lanes share the account, and so the ceilings that the provider states.
+    `lanes` is how many lanes share the account for now, and so the ceiling that the provider `_stated` last.
     """
 
     ceiling: int
     lanes: int = 1
     in_flight: int = 0
     _limit: float = field(init=False)
-    #: This lane's share of the ceiling that the provider stated last.
-    _believed: float = math.inf
+    _stated: float = math.inf
     _calm: int = 0
     _is_slow_start: bool = True
     _tickets: int = 0
@@ -76,14 +75,15 @@ class Limiter:
 
     @property
     def _working_ceiling(self) -> float:
-        return min(float(self.ceiling), self._believed)
+        return min(float(self.ceiling), max(1.0, self._stated / self.lanes))
 
-    def allow(self, ceiling: int) -> None:
-        """Another ceiling from now on. A higher one is climbed to as at the start, unless the provider objects.
+    def allow(self, ceiling: int, lanes: int) -> None:
+        """Another ceiling, and so many lanes, from now on.
 
-        What is in flight above a lower one is finished; only then is a place given again.
+        A higher ceiling is climbed to as at the start, unless the provider objects. What is in flight above a lower
+        one is finished; only then is a place given again.
         """
-        self.ceiling = ceiling
+        self.ceiling, self.lanes = ceiling, lanes
         self._limit = min(self._limit, self._working_ceiling)
         self._admit()
 
@@ -133,7 +133,7 @@ class Limiter:
     def _believe(self, ceiling: int) -> None:
         """Take a ceiling that the provider stated for the account: this lane has its share of it."""
         self._is_slow_start = False
-        self._believed = float(max(1, ceiling // self.lanes))
+        self._stated = float(ceiling)
         self._limit = min(self._limit, self._working_ceiling)
 
     def _grow(self) -> None:
@@ -141,7 +141,7 @@ class Limiter:
             return  # the limit is not what holds us back, so a success says nothing about it
         self._calm += 1
         if self._calm >= CALM_ROUND_TRIPS * self._limit:
-            self._calm, self._believed, self._is_slow_start = 0, math.inf, True
+            self._calm, self._stated, self._is_slow_start = 0, math.inf, True
         elif self._limit < self._working_ceiling < self.ceiling and self._calm >= self._limit:
             self._is_slow_start = True  # this lane's share is known: another, which doubted its own, took of it
         step = 1.0 if self._is_slow_start else 1.0 / self._limit

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
-import structlog
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
-from prefect.futures import PrefectFuture
+from prefect.runtime import task_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.task_runners import ProcessPoolTaskRunner
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
 from schemas.attempts import RunId
 from schemas.engines import Engine
@@ -22,6 +22,7 @@ from schemas.errors import FarthingError, Unforeseen
 from schemas.requests import LaneRequest, RunRequest
 from schemas.settings import Settings
 from tasks import engines, enrichment
+from tasks.crew import Crew, Future, await_lane
 from tasks.fleet import require_workers, work_on_workers
 from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
 from tasks.ledger import runs
@@ -29,11 +30,7 @@ from tasks.ledger.leases import USUAL_TIMES
 from tasks.ledger.runs import Run
 from tasks.logs import configure, follow_in_prefect
 from tasks.prefect_server import PREFECT_GONE
-
-log = structlog.get_logger("farthing.steps")
-
-#: A lane that works in another process.
-Future = PrefectFuture[Coroutine[Any, Any, Ended]]
+from tasks.witness import Witness
 
 
 @contextmanager
@@ -75,20 +72,25 @@ async def _work_in_tasks(engine: Engine, request: RunRequest, run: Run, settings
         api = {PREFECT_API_URL: str(client.api_url)}  # else each process would start a server of its own
     with ExitStack() as stack:
         stack.enter_context(temporary_settings(api))
+        threads = stack.enter_context(ThreadPoolExecutor(request.lanes))  # the loop's own are too few for 64
         runner = stack.enter_context(engines.started(engine, request.lanes, settings.cluster))
-        stack.enter_context(
-            enrichment.pausing_on_signals(settings, run)
-        )  # only now: Ray had put its own answer there
         if runner is None:
-            lanes: list[Future] = [_start_process(stack, request, run, n) for n in range(1, request.lanes + 1)]
+            ended = await _work_in_processes(stack, request, run, settings, threads)
         else:
-            asked = await enrichment.ask_lanes(request, settings, run)
-            lanes = [runner.submit(join_lane, {"asked": each}) for each in asked]
-        ended = await asyncio.gather(*(asyncio.to_thread(_await_lane, lane) for lane in lanes))
+            ended = await _work_in_cluster(engine, runner, request, run, settings, threads)
     failures = [end for end in ended if isinstance(end, Exception)]
     if len(failures) == len(ended):
         raise failures[0]
     return [_explain(end) if isinstance(end, Exception) else end for end in ended]
+
+
+async def _work_in_processes(
+    stack: ExitStack, request: RunRequest, run: Run, settings: Settings, threads: Executor
+) -> Sequence[Ended | Exception]:
+    with enrichment.pausing_on_signals(settings, run):
+        lanes = [_start_process(stack, request, run, number) for number in range(1, request.lanes + 1)]
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(threads, await_lane, lane) for lane in lanes))
 
 
 def _start_process(stack: ExitStack, request: RunRequest, run: Run, lane_no: int) -> Future:
@@ -97,13 +99,15 @@ def _start_process(stack: ExitStack, request: RunRequest, run: Run, lane_no: int
     return runner.submit(work_lane, {"request": request, "run": run, "lane_no": lane_no})
 
 
-def _await_lane(lane: Future) -> Ended | Exception:
-    """How the lane ended, or what ended it: its shards are taken over by the others."""
-    try:
-        return cast(Ended, lane.result())
-    except Exception as error:
-        log.warning("a lane's process ended", error=type(error).__name__)
-        return error
+async def _work_in_cluster(
+    engine: Engine, runner: TaskRunner[Any], request: RunRequest, run: Run, settings: Settings, threads: Executor
+) -> Sequence[Ended | Exception]:
+    async with enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
+        crew = Crew(engine, Witness(ledger, run.run_id), settings.workers_within_s, threads)
+        with enrichment.pausing_on_signals(settings, run, crew.give_up):  # only now: Ray had put its own answer there
+            for asked in await enrichment.ask_lanes(request, settings, run):
+                crew.add(asked.number, runner.submit(join_lane, {"asked": asked}))
+            return await crew.watch()
 
 
 def _explain(failure: Exception) -> Ended:
@@ -131,11 +135,11 @@ async def work_lane(request: RunRequest, run: Run, lane_no: int) -> Ended:
 @task(name="lane", task_run_name="lane-{asked.number}", cache_policy=NO_CACHE, persist_result=False)
 async def join_lane(asked: LaneRequest) -> Ended:
     """As `work_lane`, wherever a cluster puts it, and again if the process is killed."""
-    return await work_elsewhere(asked)
+    return await work_elsewhere(asked, task_run.id)
 
 
-async def work_elsewhere(asked: LaneRequest, shown_as: str | None = None) -> Ended:
-    """Work as a lane of a run that was opened on another machine; `shown_as` is its flow run, if it has one."""
+async def work_elsewhere(asked: LaneRequest, shown_as: str | None) -> Ended:
+    """Work as a lane of a run that was opened on another machine; `shown_as` is its flow or task run."""
     settings = Settings()
     configure(json_lines=settings.log_json)
     follow_in_prefect()

@@ -14,7 +14,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement, insert, select, text, update
 from sqlalchemy.exc import DBAPIError
@@ -55,6 +55,7 @@ class LeaseTimes:
     One that could not show its heartbeat for `fence_after_s` makes no more intents. A heartbeat that hangs is given
     up after `beat_within_s`, and what else a lane asks Postgres after `answer_within_s`, for another connection. What
     is asked once, before and after the work, has `once_within_s`: it may wait for another run's grants to be closed.
+    Lanes that were asked for and have not come keep their share of what may be in flight for `comes_within_s`.
     """
 
     beat_every_s: float = 1.0
@@ -63,6 +64,7 @@ class LeaseTimes:
     dead_after_s: float = DEAD_AFTER_S
     answer_within_s: float = 30.0
     once_within_s: float = 600.0
+    comes_within_s: float = 30.0
 
     @property
     def beat_within_s(self) -> float:
@@ -79,7 +81,8 @@ class Orders:
     `ceilings` are requests in flight by tier, of the whole run; of its `lanes` that have not ended this one is number
     `rank`, from 0. Of a run that is part of a backfill, both are about the lanes of all its runs, and `lanes` counts
     those that it has yet to start. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
-    granted, since the cap was lowered.
+    granted, since the cap was lowered. The others have `elsewhere` in flight, by their last heartbeats;
+    the oldest of all is `eldest_s` old, and this lane `is_heard` of where all have beaten since it came.
     """
 
     state: str
@@ -88,6 +91,9 @@ class Orders:
     is_overdrawn: bool
     lanes: int
     rank: int
+    elsewhere: int = field(default=0, compare=False)
+    eldest_s: float = field(default=0.0, compare=False)
+    is_heard: bool = field(default=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +192,17 @@ _DECLARE_UNKNOWN = text("""
 _BEAT = text("""
     WITH beating AS (
         UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because
-        WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id
+        WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id, started_at
     )
     SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
-           greatest(s.lanes, f.lanes) AS lanes, s.rank
+           greatest(s.lanes, f.lanes) AS lanes, s.rank, s.elsewhere, s.eldest_s, s.is_heard
     FROM beating m JOIN run r USING (run_id) JOIN budget b USING (budget_id)
     LEFT JOIN backfill f ON f.backfill_id = r.backfill_id
     CROSS JOIN LATERAL (
-        SELECT count(*) AS lanes, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS rank
+        SELECT count(*) AS lanes, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS rank,
+               coalesce(sum(l.in_flight) FILTER (WHERE l.lane_id <> m.lane_id), 0) AS elsewhere,
+               extract(epoch FROM clock_timestamp() - min(l.started_at))::float AS eldest_s,
+               bool_and(l.lane_id = m.lane_id OR l.heartbeat_at > m.started_at) AS is_heard
         FROM lane l
         WHERE l.ended_at IS NULL AND l.run_id IN (
             SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)) s

@@ -134,8 +134,8 @@ class Site:
 
     @asynccontextmanager
     async def workers(self, count: int = 2) -> AsyncIterator[list[subprocess.Popen[bytes]]]:
-        """Machines, each with a worker of Prefect's."""
-        words = ("worker", "start", "--pool", "farthing", "--name")
+        """Machines, each with a worker of Prefect's that takes one lane."""
+        words = ("worker", "start", "--pool", "farthing", "--limit", "1", "--name")
         started = []
         for number in range(count):
             with (self.world.root / f"worker-{number}.log").open("wb") as log:
@@ -208,18 +208,26 @@ async def site(tmp_path: Path, ledger_url: str, prefect: PrefectServer) -> Async
     async with make_world(tmp_path, ledger_url, DOCUMENTS) as world:
         job = tmp_path / "jobs/colours/job.yaml"
         anywhere = f"path: {tmp_path}/documents.parquet"  # a worker's folder is another one
-        job.write_text(job.read_text().replace("path: documents.parquet", anywhere))
+        patient = job.read_text().replace("deadline_s: 5", "deadline_s: 90")
+        job.write_text(patient.replace("path: documents.parquet", anywhere))
         yield Site(world, prefect)
 
 
-def take_time(world: World) -> None:
-    """A reply takes so long that there is a middle in which something can happen."""
-    world.server.house.latency = Latency(Pace(1.0, reply_s=0.5), seed=1)
+def take(world: World, seconds: float) -> None:
+    """A reply takes so long from now on."""
+    world.server.house.latency = Latency(Pace(1.0, reply_s=seconds), seed=1)
 
 
-def is_in_the_middle(world: World) -> bool:
-    """Two lanes live, and each has ended documents."""
-    return world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL AND done > 20") == 2
+def count_living(world: World) -> int:
+    return int(world.value("SELECT count(*) FROM lane WHERE ended_at IS NULL"))
+
+
+async def all_at_work(world: World, lanes: int, process: asyncio.subprocess.Process) -> None:
+    """Little is done until every lane has come, which takes a while: a worker looks for it every ten seconds."""
+    take(world, 3.0)
+    await until(lambda: count_living(world) == lanes, process)
+    take(world, 0.5)
+    await until(lambda: world.value("SELECT min(done) FROM lane") > 20, process)
 
 
 @pytest.mark.parametrize(
@@ -231,17 +239,15 @@ def is_in_the_middle(world: World) -> bool:
     ],
 )
 async def test_on_every_engine_a_run_ends_alike_costs_what_was_billed_and_keeps_to_its_ceiling(
-    on: str, lanes: int, site: Site, baseline: Mapping[str, Answered], capsys: pytest.CaptureFixture[str]
+    on: str, lanes: int, site: Site, baseline: Mapping[str, Answered]
 ) -> None:
-    async with site.engine(on):
-        done = await site.run(on, lanes)
+    async with site.engine(on), site.command(on, lanes) as process:
+        await all_at_work(site.world, lanes, process)
+        done = await told(process)
     assert (done["code"], done["state"], done["proved"]) == (0, "done", True), done["stderr"]
     assert site.violations(baseline) == []
     assert (done["cost_pico"], done["unknown_pico"]) == (sum(site.world.bill().values()), 0)
     assert site.world.value("SELECT count(*) FROM lane") == lanes
-    took_s = site.world.value("SELECT extract(epoch FROM max(ended_at) - min(started_at))::float FROM lane")
-    with capsys.disabled():
-        print(f"\n{on}, {lanes} lanes: {DOCUMENTS / took_s:,.0f} documents/s")
 
 
 @pytest.mark.parametrize("on", ELSEWHERE)
@@ -249,9 +255,8 @@ async def test_where_a_process_is_killed_the_others_end_the_run_and_nothing_is_p
     on: str, site: Site, baseline: Mapping[str, Answered]
 ) -> None:
     """Of a worker its machine is gone: nobody is left to tell Prefect. Dask and Ray start the lane again."""
-    take_time(site.world)
     async with site.engine(on) as machines, site.command(on, 2) as process:
-        await until(lambda: is_in_the_middle(site.world), process)
+        await all_at_work(site.world, 2, process)
         lane_id, pid = site.world.sql("SELECT lane_id, pid FROM lane ORDER BY lane_id LIMIT 1")[0]
         for doomed in [*(each.pid for each in machines if each.pid in ancestors(pid)), pid]:
             os.kill(doomed, signal.SIGKILL)
@@ -280,10 +285,9 @@ def ancestors(pid: int) -> list[int]:
 async def test_ctrl_c_pauses_the_run_its_lanes_drain_and_the_same_command_goes_on(
     on: str, site: Site, baseline: Mapping[str, Answered]
 ) -> None:
-    take_time(site.world)
     async with site.engine(on):
         async with site.command(on, 2) as process:
-            await until(lambda: is_in_the_middle(site.world), process)
+            await all_at_work(site.world, 2, process)
             os.killpg(process.pid, signal.SIGINT)
             paused = await told(process)
         assert (paused["code"], paused["reason"], paused["unknown_pico"]) == (PAUSED, "interrupted", 0), paused[
@@ -293,6 +297,63 @@ async def test_ctrl_c_pauses_the_run_its_lanes_drain_and_the_same_command_goes_o
         done = await site.run(on, 2)
     assert (done["code"], done["proved"], done["unknown_pico"]) == (0, True, 0), done["stderr"]
     assert site.violations(baseline) == []
+
+
+async def test_after_a_pause_the_same_command_goes_on_though_the_lanes_still_drain(
+    site: Site, baseline: Mapping[str, Answered]
+) -> None:
+    """So does the command that was paused, which looks on until the lanes have left."""
+    world = site.world
+    async with site.workers(), site.command("workers", 2) as process:
+        await all_at_work(world, 2, process)
+        take(world, 40.0)
+        await asyncio.sleep(2)
+        pause = [sys.executable, "-m", "farthing", "pause", "1"]
+        subprocess.run(pause, cwd=ROOT, env=site.environment, check=True, capture_output=True)
+        async with site.command("workers", 2) as again:
+            await until(lambda: world.value("SELECT state FROM run") == "running", again)
+            assert count_living(world) == 2
+            take(world, 0.5)
+            ended = [await told(again), await told(process)]
+    assert [(each["code"], each["proved"], each["unknown_pico"]) for each in ended] == [(0, True, 0)] * 2, ended
+    assert site.violations(baseline) == []
+
+
+@asynccontextmanager
+async def without_slots(on: str, port: int) -> AsyncIterator[str]:
+    """A cluster that is up and has nobody to work; its address."""
+    words = {
+        "dask": ("distributed.cli.dask_scheduler", "--no-dashboard", "--port", str(port)),
+        "ray": ("ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0", f"--port={port}"),
+    }
+    outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    cluster = subprocess.Popen([sys.executable, "-m", *words[on]], start_new_session=True, **outputs)
+    try:
+        yield f"tcp://127.0.0.1:{port}" if on == "dask" else f"127.0.0.1:{port}"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(cluster.pid, signal.SIGTERM)
+        cluster.wait()
+
+
+@pytest.mark.parametrize("on", ELSEWHERE[1:])
+async def test_without_a_slot_in_the_cluster_a_run_ends_and_says_so_and_ctrl_c_ends_the_wait(
+    on: str, site: Site
+) -> None:
+    world = site.world
+    async with without_slots(on, free_port()) as address:
+        absent = await site.run(on, 2, FARTHING_CLUSTER=address, FARTHING_WORKERS_WITHIN_S="2")
+        assert (absent["code"], absent["reason"]) == (PAUSED, "no_slot"), absent
+        assert f"no slot of the {on} cluster" in absent["advice"]
+        async with site.command(on, 2, FARTHING_CLUSTER=address) as process:
+            await until(lambda: world.value("SELECT state FROM run") == "running", process)
+            await asyncio.sleep(5)
+            os.killpg(process.pid, signal.SIGINT)
+            interrupted = await told(process)
+        assert (interrupted["code"], interrupted["reason"]) == (PAUSED, "interrupted"), interrupted
+    assert world.bill() == {}
+    done = await site.run(on, 2)
+    assert (done["code"], done["proved"]) == (0, True), done["stderr"]
 
 
 async def test_without_a_worker_a_run_says_what_to_start_and_goes_on_once_that_is_done(site: Site) -> None:

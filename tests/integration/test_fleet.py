@@ -5,6 +5,7 @@ The ledger is real. Prefect is played by hand; acceptance/test_engines.py and te
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,12 @@ from uuid import UUID, uuid4
 import pytest
 from prefect import State
 from prefect.client.schemas.objects import FlowRun, StateType, WorkPoolStatus
-from prefect.states import Completed, Failed, Running, Scheduled
+from prefect.states import Cancelling, Completed, Failed, Running, Scheduled
 
 from schemas.errors import ConfigurationError
 from schemas.requests import LaneRequest, RunRequest
 from tasks import enrichment, fleet
+from tasks.final_states import lane_final
 from tasks.fleet import Fleet
 from tasks.lanes import LANE_DIED, Ended
 from tasks.ledger import leases, runs
@@ -293,6 +295,50 @@ async def test_a_lane_that_died_with_whoever_started_it_is_crashed_and_replaced_
     await again.start()
     assert prefect.told == [(lost.id, StateType.CRASHED)]
     assert again.flow_runs[1].id != lost.id
+
+
+async def test_a_lane_that_leaves_by_a_pause_which_is_over_has_a_successor(
+    ledger: Ledger, ledger_url: str, run: Run, prefect: Prefect
+) -> None:
+    """As after `farthing pause`, where the same command comes while lanes still drain: it finds them at work."""
+    asked = await ask_of(ledger, run, 2)
+    before, again = fresh(prefect, ledger, run, asked), fresh(prefect, ledger, run, asked)
+    await before.start()
+    for each in before.flow_runs.values():
+        each.state = Running()
+    watching = asyncio.create_task(again.watch())
+    await until(lambda: again.flow_runs == before.flow_runs)
+    before.flow_runs[1].state = lane_final(Ended("paused", "run the same command to go on"))
+    await until(lambda: len(prefect.flow_runs) == 3)
+    assert again.flow_runs[2] == before.flow_runs[2]
+    sql(ledger_url, "UPDATE shard SET state = 'done'")
+    for each in again.flow_runs.values():
+        each.state = Completed()
+    assert await watching == [Ended("done"), Ended("done")]
+
+
+async def test_a_lane_that_obeyed_a_pause_that_holds_has_none(ledger: Ledger, run: Run, prefect: Prefect) -> None:
+    lanes = await gather(prefect, ledger, run, lane_final(Ended("paused", "go on")))  # type: ignore[arg-type]  # a state
+    await runs.change_state(ledger, run.run_id, "paused", runs.OPERATOR)
+    assert await lanes.watch() == [Ended("paused", "go on")]
+    assert len(prefect.flow_runs) == 1
+
+
+async def test_a_lane_that_its_worker_is_told_to_end_is_replaced_by_the_next_start(
+    ledger: Ledger, run: Run, prefect: Prefect
+) -> None:
+    asked = await ask_of(ledger, run, 1)
+    before, again = fresh(prefect, ledger, run, asked), fresh(prefect, ledger, run, asked)
+    await before.start()
+    before.flow_runs[1].state = Cancelling()
+    await again.start()
+    assert again.flow_runs[1].id != before.flow_runs[1].id
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 async def test_asked_twice_to_end_it_has_the_workers_stop_the_lanes(

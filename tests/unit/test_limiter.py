@@ -249,7 +249,7 @@ async def test_below_a_lowered_ceiling_nobody_is_let_in_before_enough_have_left(
     tickets = await fill(limiter)
     waiting = asyncio.create_task(limiter.acquire())
     await asyncio.sleep(0)
-    limiter.allow(3)
+    limiter.allow(3, lanes=1)
     for ticket in tickets[:13]:
         limiter.release(ticket, Signal.ANSWERED)
     await asyncio.sleep(0)
@@ -263,7 +263,7 @@ async def test_a_place_taken_before_the_ceiling_fell_is_surplus_until_enough_are
     limiter = Limiter(ceiling=4)
     places = [Place(limiter, await limiter.acquire()) for _ in range(4)]
     assert not any(place.is_surplus for place in places)
-    limiter.allow(2)
+    limiter.allow(2, lanes=1)
     assert all(place.is_surplus for place in places)
     for place in places[:2]:
         place.leave()
@@ -273,7 +273,7 @@ async def test_a_place_taken_before_the_ceiling_fell_is_surplus_until_enough_are
 async def test_a_raised_ceiling_is_reached_as_fast_as_from_a_start_and_waiters_are_let_in_at_once() -> None:
     limiter = Limiter(ceiling=2)
     tickets = await fill(limiter)
-    limiter.allow(64)
+    limiter.allow(64, lanes=1)
     seen = []
     for _ in range(6):
         tickets = await round_trip(limiter, tickets)
@@ -285,9 +285,9 @@ async def test_what_the_provider_stated_outlives_a_ceiling_that_was_lowered_and_
     limiter = Limiter(ceiling=100)
     release_all(limiter, await fill(limiter))
     limiter.release(await limiter.acquire(), Signal.RATE_LIMITED, ceiling=6)
-    limiter.allow(2)
+    limiter.allow(2, lanes=1)
     assert limiter.limit == 2
-    limiter.allow(100)
+    limiter.allow(100, lanes=1)
     tickets = await fill(limiter)
     for _ in range(4):
         tickets = await round_trip(limiter, tickets)

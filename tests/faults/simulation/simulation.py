@@ -13,6 +13,7 @@ next start takes over. When the faults stop, the run has to get done.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ from tests.faults.simulation.provider import Provider
 from tests.faults.simulation.world import World
 from tests.ledgers import BOOK, JOB, make_manifest, opening
 
-TIMES = LeaseTimes(beat_every_s=4.0, fence_after_s=12.0, grace_s=6.0, dead_after_s=18.0)
+TIMES = LeaseTimes(beat_every_s=4.0, fence_after_s=12.0, grace_s=6.0, dead_after_s=18.0, comes_within_s=math.inf)
 #: The provider's world runs so much faster than the real one: waits of two minutes take six seconds.
 SCALE = 0.05
 #: A start that takes longer than this has hung; after the faults stopped, so many more have to be enough.

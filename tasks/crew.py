@@ -1,0 +1,118 @@
+"""The crew: lanes of a run that are tasks of a Dask or Ray cluster, watched until each has ended.
+
+A cluster takes any number of tasks, begins as many as it has slots for, and says nothing of the others. The ledger
+knows who has begun. So a run for which no slot comes free ends and says so, as one does that no worker comes for, and
+lanes that nobody needs any more are taken back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import structlog
+from prefect.futures import PrefectWrappedFuture
+
+from schemas.engines import Engine
+from schemas.fleets import FleetSeen, Kept, LaneSeen, Shown
+from tasks import engines
+from tasks.lanes import INTERRUPTED, Ended
+from tasks.ledger import runs
+from tasks.witness import Witness
+
+log = structlog.get_logger("farthing.crew")
+
+EVERY_S = 1.0
+#: A lane that works in another process.
+Future = PrefectWrappedFuture[Coroutine[Any, Any, Ended], Any]
+
+
+@dataclass
+class Crew:
+    """The lanes of one run by number: their `tasks` in the cluster, and what each came to, as it is `awaited`."""
+
+    engine: Engine
+    witness: Witness
+    within_s: float
+    #: Where the cluster's replies are waited for, one thread for each lane.
+    threads: Executor
+    tasks: dict[int, Future] = field(default_factory=dict)
+    awaited: dict[int, asyncio.Future[Ended | Exception]] = field(default_factory=dict)
+    #: What is known here to be over, whatever comes of its task.
+    _over: dict[int, Ended] = field(default_factory=dict)
+    _is_given_up: bool = False
+
+    def add(self, number: int, task: Future) -> None:
+        """Watch this lane, too."""
+        self.tasks[number] = task
+        self.awaited[number] = asyncio.get_running_loop().run_in_executor(self.threads, await_lane, task)
+
+    def give_up(self) -> None:
+        """Wait for nobody: asked once to pause, the lanes have not left, or there was none to hear it."""
+        self._is_given_up = True
+
+    async def watch(self) -> list[Ended | Exception]:
+        """Look on until every lane has ended or is not waited for any more; what each came to, by number."""
+        try:
+            await self._watch()
+        except BaseException:
+            await self._take_back(self._pending, by_force=True)  # else its threads would wait for what nobody wants
+            raise
+        return [self._over.get(number) or awaited.result() for number, awaited in sorted(self.awaited.items())]
+
+    async def _watch(self) -> None:
+        at_work_s = time.monotonic()
+        while self._pending:
+            await self.witness.look()
+            seen = FleetSeen([self._see(number) for number in self.tasks], self.witness.is_run_over)
+            now_s = time.monotonic()
+            at_work_s = now_s if seen.is_at_work else at_work_s
+            if self._is_given_up:
+                await self._end(self._pending, Ended(runs.INTERRUPTED, INTERRUPTED), by_force=True)
+            elif seen.late:
+                await self._end(seen.late, self.witness.unneeded)
+            elif now_s - at_work_s > self.within_s:
+                await self._end(seen.waiting, Ended("no_slot", self._explain_wait()))
+            else:
+                await asyncio.wait(self.awaited.values(), timeout=EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
+
+    @property
+    def _pending(self) -> list[int]:
+        return [each for each, awaited in self.awaited.items() if each not in self._over and not awaited.done()]
+
+    def _see(self, number: int) -> LaneSeen:
+        """Of one that died the cluster begins the task again, if it has a slot."""
+        kept = self.witness.of(self.tasks[number].task_run_id)
+        has_begun = kept in (Kept.ALIVE, Kept.LEFT)
+        is_over = number not in self._pending
+        return LaneSeen(number, Shown.OVER if is_over else Shown.WORKING if has_begun else Shown.WAITING, kept)
+
+    async def _end(self, numbers: Iterable[int], ended: Ended, *, by_force: bool = False) -> None:
+        await self._take_back(numbers, by_force=by_force)
+        self._over |= dict.fromkeys(numbers, ended)
+
+    async def _take_back(self, numbers: Iterable[int], *, by_force: bool) -> None:
+        for number in numbers:
+            try:
+                await asyncio.to_thread(engines.take_back, self.engine, self.tasks[number], by_force=by_force)
+            except Exception as error:  # a cluster that does not answer has nothing to take back
+                log.warning("a lane is not taken back", lane=number, error=type(error).__name__)
+
+    def _explain_wait(self) -> str:
+        return (
+            f"no slot of the {self.engine} cluster came free for a lane within {self.within_s:g} s: end what else "
+            f"works there, or add workers to it; then {INTERRUPTED}"
+        )
+
+
+def await_lane(task: Future) -> Ended | Exception:
+    """How the lane ended, or what ended it: its shards are taken over by the others."""
+    try:
+        return cast(Ended, task.result())
+    except Exception as error:
+        log.warning("a lane's process ended", error=type(error).__name__)
+        return error
