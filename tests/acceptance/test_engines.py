@@ -208,7 +208,7 @@ async def site(tmp_path: Path, ledger_url: str, prefect: PrefectServer) -> Async
     async with make_world(tmp_path, ledger_url, DOCUMENTS) as world:
         job = tmp_path / "jobs/colours/job.yaml"
         anywhere = f"path: {tmp_path}/documents.parquet"  # a worker's folder is another one
-        patient = job.read_text().replace("deadline_s: 5", "deadline_s: 90")
+        patient = job.read_text().replace("deadline_s: 5", "deadline_s: 120")
         job.write_text(patient.replace("path: documents.parquet", anywhere))
         yield Site(world, prefect)
 
@@ -306,7 +306,7 @@ async def test_after_a_pause_the_same_command_goes_on_though_the_lanes_still_dra
     world = site.world
     async with site.workers(), site.command("workers", 2) as process:
         await all_at_work(world, 2, process)
-        take(world, 40.0)
+        take(world, 30.0)
         await asyncio.sleep(2)
         pause = [sys.executable, "-m", "farthing", "pause", "1"]
         subprocess.run(pause, cwd=ROOT, env=site.environment, check=True, capture_output=True)
@@ -324,7 +324,15 @@ async def without_slots(on: str, port: int) -> AsyncIterator[str]:
     """A cluster that is up and has nobody to work; its address."""
     words = {
         "dask": ("distributed.cli.dask_scheduler", "--no-dashboard", "--port", str(port)),
-        "ray": ("ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=0", f"--port={port}"),
+        "ray": (
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=0",
+            f"--port={port}",
+            "--disable-usage-stats",
+        ),
     }
     outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     cluster = subprocess.Popen([sys.executable, "-m", *words[on]], start_new_session=True, **outputs)
