@@ -7,13 +7,14 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # Nothing is compiled at the installation: a process that may not keep its bytecode would compile it all, each time.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test lint bench faults faults-again advisories lock clean
+.PHONY: help setup demo test lint bench bench-engines faults faults-again advisories lock clean
 
 help:
 	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
 	@echo "make test     lint, types and every test but the long ones"
 	@echo "make setup    only install into $(VENV)    make lint    only ruff and mypy"
 	@echo "make bench    measure the pipeline         make faults  kill it, again and again"
+	@echo "make bench-engines  the same job on processes, Prefect's workers, Dask and Ray, as far as they are installed"
 	@echo "make lock     resolve requirements.lock    make clean   remove $(VENV), the sandbox and caches"
 	@echo "make advisories  known vulnerabilities of what requirements.lock names, by pip-audit"
 
@@ -61,6 +62,9 @@ faults-again: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.pipeline
+
+bench-engines: setup
+	$(BIN)/python -m benchmarks.engines
 
 # Known vulnerabilities of what the lock names; --strict: what cannot be looked up is a failure. It needs PyPI itself,
 # so no test does it, and an environment of its own, so that it audits none of its own packages.

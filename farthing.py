@@ -276,7 +276,7 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
     """Check, run and report; leaves with the run's exit code."""
     job = _load_job(request.job, is_in_sandbox)
     with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(sys.stderr))  # Ray prints there what befalls its workers
+        stack.enter_context(_stdout_kept())
         view = stack.enter_context(_view(job.name, is_quiet))
         settings = _settings()
         if is_in_sandbox:
@@ -286,6 +286,19 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
         audit, proof = _resumably(lambda: wait_for(_conclude(_database(settings), outcome["run_id"])), lambda: True)
     _report(outcome, audit, proof, as_json=as_json, is_demo=is_demo)
     raise typer.Exit(_exit_code(audit, proof, job))
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """What else is printed meanwhile goes to stderr, also by processes that are started now: engines tell there."""
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @app.command()
@@ -414,7 +427,7 @@ def _backfill(
             return tell("nothing is due")
         plan.refuse_dear()
         _agree(plan, is_agreed)
-        with _view(job.name, is_quiet) as view:
+        with _stdout_kept(), _view(job.name, is_quiet) as view:
             outcome = _resumably(lambda: _run_backfill(request, settings, view), lambda: view.has_seen_run)
             view.phase("proving the ledger")
             found = _resumably(
