@@ -223,6 +223,7 @@ def prefect(home: Path) -> Iterator[Mapping[str, str]]:
     home.mkdir()
     with prefect_server(home, free_port()) as server:
         shown = {"PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": server.url, **QUIET}
+        shown["PREFECT_CLIENT_MAX_RETRIES"] = "5"  # as usual: where its SQLite is busy the server answers 503
         for words in (
             ("work-pool", "create", "farthing", "--type", "process"),
             ("--no-prompt", "deploy", "--name", "lane"),

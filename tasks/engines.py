@@ -76,7 +76,7 @@ def take_back(engine: Engine, task: PrefectWrappedFuture[Any, Any], *, by_force:
 
 
 def _dask(lanes: int, cluster: str | None) -> Any:
-    from prefect_dask import DaskTaskRunner
+    from prefect_dask.task_runners import DaskTaskRunner
 
     if cluster:
         return DaskTaskRunner(address=cluster)

@@ -66,7 +66,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]
             made = subprocess.run(
                 [sys.executable, "-m", "prefect", *command],
                 cwd=ROOT,
-                env=environment_of(server) | {"PREFECT_CLIENT_MAX_RETRIES": "5"},  # it has just been started
+                env=environment_of(server),
                 capture_output=True,
                 text=True,
             )
@@ -76,7 +76,8 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]
 
 def environment_of(server: PrefectServer) -> dict[str, str]:
     prefect = {"PREFECT_HOME": str(server.home / "prefect"), "PREFECT_API_URL": server.url, **QUIET}
-    return os.environ | prefect | {"PYTHONPATH": str(ROOT)}
+    patient = {"PREFECT_CLIENT_MAX_RETRIES": "5"}  # as usual: where its SQLite is busy the server answers 503
+    return os.environ | prefect | patient | {"PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,7 @@ class Site:
         return environment_of(self.prefect) | {
             "FARTHING_DATABASE_URL": settings.database_url.get_secret_value(),
             "FARTHING_SANDBOX": "1",
+            "FARTHING_WORKERS_WITHIN_S": str(WITHIN_S),
             "FARTHING_TIME_SCALE": "0",
             "FARTHING_HOME": str(self.world.root / "home"),
             "DEEPSEEK_API_KEY": settings.api_key.get_secret_value(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -70,9 +71,9 @@ async def at_work(
         await asyncio.gather(working, return_exceptions=True)
 
 
-async def until(holds: Callable[[], bool]) -> None:
+async def until(holds: Callable[[], bool], within_s: float = 30) -> None:
     """Wait for it; what never comes fails the test."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(within_s):
         while not holds():
             await asyncio.sleep(0.01)
 
@@ -224,6 +225,39 @@ async def test_two_starts_of_a_run_share_what_may_be_in_flight(world: World) -> 
         assert USUAL // 2 < (await most_in_flight(world))[FLASH] <= USUAL
         other.cancel()
         await asyncio.gather(other, return_exceptions=True)
+
+
+@pytest.mark.parametrize(("comes_within_s", "most"), [(math.inf, USUAL // 2), (0.5, USUAL)])
+async def test_a_lane_that_never_comes_leaves_its_share_to_who_is_there_after_a_while(
+    world: World, comes_within_s: float, most: int
+) -> None:
+    """As where a cluster has fewer slots than there are lanes."""
+    run, request = await world.open(lanes=2), world.request(lanes=2)
+    times = replace(TIMES, comes_within_s=comes_within_s)
+    working = asyncio.create_task(enrichment.work_lane(request, world.settings, run, times=times))
+    account = world.server.house.account
+    try:
+        await until(lambda: account.peak[FLASH] >= most)
+        await asyncio.sleep(HEARD_S)
+        assert account.peak[FLASH] == most
+    finally:
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+
+async def test_a_lane_that_comes_late_waits_until_the_others_have_come_down(world: World) -> None:
+    run, times = await world.open(), replace(TIMES, comes_within_s=0.1)
+    account, attempts = world.server.house.account, "SELECT count(*) FROM lane WHERE attempts > 3"
+    lanes = [asyncio.create_task(enrichment.work_lane(world.request(), world.settings, run, times=times))]
+    try:
+        await until(lambda: account.peak[FLASH] >= USUAL, 120)
+        lanes.append(asyncio.create_task(enrichment.work_lane(world.request(), world.settings, run, times=times)))
+        await until(lambda: world.value(attempts) == 2, 120)
+        assert account.peak[FLASH] == USUAL
+    finally:
+        for lane in lanes:
+            lane.cancel()
+        await asyncio.gather(*lanes, return_exceptions=True)
 
 
 @pytest.mark.long
