@@ -291,6 +291,7 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
 @contextmanager
 def _stdout_kept() -> Iterator[None]:
     """What else is printed meanwhile goes to stderr, also by processes that are started now: engines tell there."""
+    sys.stdout.flush()
     kept = os.dup(1)
     try:
         os.dup2(2, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable
+from collections.abc import Collection, Coroutine
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -91,11 +91,11 @@ class Crew:
         is_over = number not in self._pending
         return LaneSeen(number, Shown.OVER if is_over else Shown.WORKING if has_begun else Shown.WAITING, kept)
 
-    async def _end(self, numbers: Iterable[int], ended: Ended, *, by_force: bool = False) -> None:
+    async def _end(self, numbers: Collection[int], ended: Ended, *, by_force: bool = False) -> None:
         await self._take_back(numbers, by_force=by_force)
         self._over |= dict.fromkeys(numbers, ended)
 
-    async def _take_back(self, numbers: Iterable[int], *, by_force: bool) -> None:
+    async def _take_back(self, numbers: Collection[int], *, by_force: bool) -> None:
         for number in numbers:
             try:
                 await asyncio.to_thread(engines.take_back, self.engine, self.tasks[number], by_force=by_force)
