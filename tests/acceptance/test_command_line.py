@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 from sqlalchemy import make_url
 
-from farthing import PRICED, _sandbox_clock, main
+from farthing import PRICED, _sandbox_clock, _stdout_kept, main
 from sandbox import service
 from sandbox.bill import bill_path, read_lines
 from schemas.settings import Settings
@@ -104,6 +104,18 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_engines_and_their_processes_print_while_a_run_lasts_is_not_on_stdout(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """acceptance/test_engines.py has real ones, that are long in coming."""
+    with _stdout_kept():
+        print("here")
+        subprocess.run([sys.executable, "-c", "print('there')"], check=True)
+    print("the outcome")
+    told = capfd.readouterr()
+    assert (told.out, sorted(told.err.split())) == ("the outcome\n", ["here", "there"])
 
 
 def test_help_says_what_a_budget_without_a_currency_means(farthing: Terminal) -> None:
