@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Collection, Coroutine
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -49,7 +50,7 @@ class Crew:
     def add(self, number: int, task: Future) -> None:
         """Watch this lane, too."""
         self.tasks[number] = task
-        self.awaited[number] = asyncio.get_running_loop().run_in_executor(self.threads, await_lane, task)
+        self.awaited[number] = asyncio.get_running_loop().run_in_executor(self.threads, self._await, number)
 
     def give_up(self) -> None:
         """Wait for nobody: asked once to pause, the lanes have not left, or there was none to hear it."""
@@ -60,7 +61,7 @@ class Crew:
         try:
             await self._watch()
         except BaseException:
-            await self._take_back(self._pending, by_force=True)  # else its threads would wait for what nobody wants
+            await self._end(self._pending, Ended(runs.INTERRUPTED, INTERRUPTED), by_force=True)
             raise
         return [self._over.get(number) or awaited.result() for number, awaited in sorted(self.awaited.items())]
 
@@ -92,15 +93,20 @@ class Crew:
         return LaneSeen(number, Shown.OVER if is_over else Shown.WORKING if has_begun else Shown.WAITING, kept)
 
     async def _end(self, numbers: Collection[int], ended: Ended, *, by_force: bool = False) -> None:
-        await self._take_back(numbers, by_force=by_force)
-        self._over |= dict.fromkeys(numbers, ended)
-
-    async def _take_back(self, numbers: Collection[int], *, by_force: bool) -> None:
+        """Take these back, and wait for them no more, whether the cluster could take them back or not."""
         for number in numbers:
             try:
                 await asyncio.to_thread(engines.take_back, self.engine, self.tasks[number], by_force=by_force)
             except Exception as error:  # a cluster that does not answer has nothing to take back
                 log.warning("a lane is not taken back", lane=number, error=type(error).__name__)
+        self._over |= dict.fromkeys(numbers, ended)
+
+    def _await(self, number: int) -> Ended | Exception:
+        """How the lane ended. A task that is at work may go on after it was taken back: nobody waits for it then."""
+        while number not in self._over:
+            with suppress(TimeoutError):
+                return await_lane(self.tasks[number], EVERY_S)
+        return self._over[number]
 
     def _explain_wait(self) -> str:
         return (
@@ -109,10 +115,12 @@ class Crew:
         )
 
 
-def await_lane(task: Future) -> Ended | Exception:
-    """How the lane ended, or what ended it: its shards are taken over by the others."""
+def await_lane(task: Future, within_s: float | None = None) -> Ended | Exception:
+    """How the lane ended, or what ended it: its shards are taken over by the others. Raises TimeoutError."""
     try:
-        return cast(Ended, task.result())
+        return cast(Ended, task.result(timeout=within_s))
+    except TimeoutError:
+        raise
     except Exception as error:
         log.warning("a lane's process ended", error=type(error).__name__)
         return error
