@@ -381,7 +381,7 @@ async def test_without_a_slot_in_the_cluster_a_run_ends_and_says_so_and_ctrl_c_e
 async def test_without_a_worker_a_run_says_what_to_start_and_goes_on_once_that_is_done(site: Site) -> None:
     absent = await site.run("workers", 2, FARTHING_WORKERS_WITHIN_S="1")
     assert (absent["code"], absent["reason"]) == (PAUSED, "no_worker")
-    assert "`prefect worker start --pool farthing`" in absent["advice"]
+    assert absent["advice"].startswith("no worker took a lane within 1 s")  # what to do is as Prefect sees the pool
     assert site.world.bill() == {}
     async with site.workers():
         done = await site.run("workers", 2)
