@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = 400
 #: Requests in flight at each tier, over all lanes, as the job says.
 CEILING = 16
-PAUSED = 3
+PAUSED, UNREACHABLE = 3, 2
 WITHIN_S = 600.0
 #: Every process that an engine starts says so on its stdout; only the command's own is for the outcome.
 NOISE = """import os, sys
@@ -364,7 +364,9 @@ async def test_without_a_slot_in_the_cluster_a_run_ends_and_says_so_and_ctrl_c_e
 ) -> None:
     world = site.world
     async with without_slots(on, free_port()) as address:
-        absent = await site.run(on, 2, FARTHING_CLUSTER=address, FARTHING_WORKERS_WITHIN_S="2")
+        absent: dict[str, Any] = {"code": UNREACHABLE}
+        while absent["code"] == UNREACHABLE:  # until it is up
+            absent = await site.run(on, 2, FARTHING_CLUSTER=address, FARTHING_WORKERS_WITHIN_S="2")
         assert (absent["code"], absent["reason"]) == (PAUSED, "no_slot"), absent
         assert f"no slot of the {on} cluster" in absent["advice"]
         async with site.command(on, 2, FARTHING_CLUSTER=address) as process:
