@@ -6,7 +6,10 @@ No event holds a key, a DSN or document text (G15): the code that logs passes on
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from functools import partial
+from typing import IO
 
 import structlog
 
@@ -41,6 +44,7 @@ def follow_in_prefect() -> None:
     """Show the events in the log of the current flow run, as short lines. Call it inside a flow."""
     from prefect.logging.handlers import APILogHandler
 
+    _outlive_worker()
     logger = logging.getLogger(LOGGER)
     if any(isinstance(handler, APILogHandler) for handler in logger.handlers):
         return
@@ -49,6 +53,26 @@ def follow_in_prefect() -> None:
         _formatter(_leave_to_prefect, _make_plain, structlog.dev.ConsoleRenderer(colors=False, pad_event_to=0))
     )
     logger.addHandler(handler)
+
+
+def _outlive_worker() -> None:
+    """Go on when the worker is killed that started this process: it reads what Prefect logs here, and rich, which
+    writes that, ends a process whose reader is gone.
+    """
+    from prefect.logging.handlers import PrefectConsoleHandler
+
+    loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if isinstance(handler, PrefectConsoleHandler):
+            silence = partial(_silence, handler.console.file)
+            handler.console.on_broken_pipe = silence  # type: ignore[method-assign]  # the console is Prefect's own
+
+
+def _silence(stream: IO[str]) -> None:
+    """Let nobody read what is written there from now on."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class JsonHandler(logging.StreamHandler):  # type: ignore[type-arg]  # generic only in typeshed
