@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,16 @@ def write_documents(root: Path, texts: Sequence[str | None], ids: Sequence[str |
     ids = ids or [f"d{number}" for number in range(len(texts))]
     table = pa.table({"id": pa.array(ids, pa.string()), "text": pa.array(texts, pa.string())})
     pq.write_table(table, root / "documents.parquet", row_group_size=10)
+
+
+def write_days(root: Path, job: str, texts: Mapping[str, Sequence[str]]) -> str:
+    """Write documents in partitions that are days; returns the job file's text, with those as its input."""
+    for day in texts:
+        folder = root / f"day={day}"
+        folder.mkdir(parents=True)
+        write_documents(folder, texts[day], [f"{day}-{number}" for number in range(len(texts[day]))])
+    reading = f"input: {{path: '{root}/*/documents.parquet', id: id, text: text, partition: day}}"
+    return re.sub("^input: .*", reading, job, flags=re.MULTILINE)
 
 
 @asynccontextmanager

@@ -14,17 +14,18 @@ import pytest
 
 from sandbox import postgres
 from sandbox.licences import write_corpus
-from tests.acceptance.prefect_server import README_S_SCHEDULE, ROOT, Played, Server, serving
+from tests.acceptance.played import Played
+from tests.prefect_servers import README_S_SCHEDULE, ROOT, PrefectServer, free_port, prefect_server
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("prefect")) as server:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    with prefect_server(tmp_path_factory.mktemp("prefect"), free_port()) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def played(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+def played(server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     """The README's commands, and what they leave behind.
 
     All but those that start the server, which is there, and activate the environment, which is on.

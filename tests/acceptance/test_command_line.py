@@ -278,26 +278,43 @@ def emulator(tmp_path: Path) -> Iterator[service.Endpoint]:
         yield endpoint
 
 
+@pytest.fixture
+def addresses(ledger_url: str, emulator: service.Endpoint) -> dict[str, str]:
+    """A ledger and a provider, as variables."""
+    return {
+        "FARTHING_DATABASE_URL": ledger_url,
+        "DEEPSEEK_BASE_URL": emulator.url,
+        "DEEPSEEK_API_KEY": emulator.api_key,
+    }
+
+
 @pytest.mark.parametrize("wrong", REFUSED)
 def test_what_is_refused_has_made_no_run_no_attempt_and_no_bill(
-    wrong: str, farthing: Terminal, tickets: Path, ledger_url: str, emulator: service.Endpoint
+    wrong: str, farthing: Terminal, tickets: Path, ledger_url: str, addresses: dict[str, str]
 ) -> None:
     before, after, unset, named = REFUSED[wrong]
     text = (tickets / "job.yaml").read_text()
     assert before in text
     (tickets / "job.yaml").write_text(text.replace(before, after, 1))
-    environment = {
-        "FARTHING_DATABASE_URL": ledger_url,
-        "DEEPSEEK_BASE_URL": emulator.url,
-        "DEEPSEEK_API_KEY": emulator.api_key,
-    }
-    left = farthing("run", "tickets", **{name: value for name, value in environment.items() if name != unset})
+    left = farthing("run", "tickets", **{name: value for name, value in addresses.items() if name != unset})
     assert left.exit_code == 2, left.stderr
     assert named in left.stderr
     with psycopg.connect(ledger_url, options="-c search_path=farthing") as ledger:
         assert ledger.execute("SELECT run_id FROM run").fetchall() == []
         assert ledger.execute("SELECT run_id FROM attempt_intent").fetchall() == []
     assert list(read_lines(bill_path(farthing.folder / "provider"))) == []
+
+
+def test_a_backfill_lists_what_is_due_and_starts_nothing_where_nobody_is_there_to_ask(
+    farthing: Terminal, tickets: Path, ledger_url: str, addresses: dict[str, str]
+) -> None:
+    listed = farthing("backfill", "tickets", "--list", "--json").json["partitions"]
+    assert [(each["partition"], each["state"]) for each in listed] == [("data/tickets/1.parquet", "never run")]
+    left = farthing("backfill", "tickets", "--json", **addresses)
+    assert left.exit_code == 2
+    assert "say --yes if you mean it" in left.json["error"]
+    with psycopg.connect(ledger_url, options="-c search_path=farthing") as ledger:
+        assert ledger.execute("SELECT backfill_id FROM backfill").fetchall() == []
 
 
 @pytest.mark.parametrize("command", [("audit",), ("status", "tickets"), ("verify",), ("db", "status")])

@@ -7,20 +7,18 @@ import subprocess
 import sys
 import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psycopg
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 
 from schemas.requests import LaneRequest, RunRequest
-from tests.acceptance.prefect_server import ROOT, Played, Server
-from tests.world import JOB, PROMPT, SCHEMA, write_documents
+from tests.acceptance.played import Played
+from tests.prefect_servers import ROOT, PrefectServer
+from tests.world import JOB, PROMPT, SCHEMA, write_days, write_documents
 
 #: One server serves all of these tests, so one worker runs them.
 pytestmark = pytest.mark.xdist_group("prefect")
@@ -45,7 +43,7 @@ def test_every_deployment_loads_strictly_and_takes_its_parameters(
     assert flow.validate_parameters(parameters).items() >= parameters.items()
 
 
-def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Server, played: Played) -> None:
+def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: PrefectServer, played: Played) -> None:
     assert {found["name"] for found in server.post("deployments/filter")} == {d["name"] for d in DEPLOYMENTS}
     (flow_run,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["enrich"]}})
     assert (flow_run["state_type"], flow_run["parameters"]) == (
@@ -54,7 +52,7 @@ def test_the_readme_s_commands_bring_a_run_from_a_worker_to_its_end(server: Serv
     )
 
 
-def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Server, played: Played) -> None:
+def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: PrefectServer, played: Played) -> None:
     keys = ["run-1", "run-1-cost", "run-1-escalations", "run-1-report"]
     found = server.post("artifacts/filter", artifacts={"key": {"any_": keys}})
     artifacts = {artifact["key"]: artifact for artifact in found}
@@ -82,7 +80,7 @@ def test_a_run_shows_its_steps_shards_report_and_log_and_no_secret(server: Serve
     assert "postgresql://" not in everything
 
 
-def wait_for_logs(server: Server, sought: str, flow_run_id: str) -> list[dict[str, Any]]:
+def wait_for_logs(server: PrefectServer, sought: str, flow_run_id: str) -> list[dict[str, Any]]:
     """Prefect's log lines; they reach the server a moment after the run."""
     lines: list[dict[str, Any]] = []
     for _ in range(50):
@@ -93,22 +91,19 @@ def wait_for_logs(server: Server, sought: str, flow_run_id: str) -> list[dict[st
     raise AssertionError(f"{sought!r} is not in {lines}")
 
 
-def test_lanes_on_workers_are_flow_runs_of_their_own_and_cost_what_was_billed(server: Server, played: Played) -> None:
-    """The worker is the README's. Of two lanes on one shard the second finds nothing left, or never begins."""
-    beside = Beside(server, ROOT)
-    home = {"FARTHING_HOME": server.environment["FARTHING_HOME"]}
-    before = beside.farthing("sandbox", "bill", **home)
-    asked = ("run", "licences", "--sandbox", "--limit", "40", "--lanes", "2", "--lanes-on", "workers", "--quiet")
-    done = beside.farthing(*asked, **home)
-    bill = beside.farthing("sandbox", "bill", **home)
+def test_a_lane_on_a_worker_is_a_flow_run_of_its_own_and_costs_what_was_billed(
+    server: PrefectServer, played: Played
+) -> None:
+    """The worker is the README's."""
+    asked = ("run", "licences", "--limit", "40", "--lanes", "1", "--lanes-on", "workers")
+    done = played.farthing(*asked)
     assert (done["state"], done["results"], done["proved"]) == ("done", 40, True)
-    assert done["cost_pico"] == bill["cost_pico"] - before["cost_pico"] > 0
-    lanes = server.post("flow_runs/filter", deployments={"name": {"any_": ["lane"]}})
-    assert len(lanes) == 2
-    assert "COMPLETED" in {lane["state_type"] for lane in lanes}
-    shown = server.post("task_runs/filter", flow_runs={"id": {"any_": [lane["id"] for lane in lanes]}})
+    assert done["cost_pico"] == sum(played.bill(done["run"]).values()) > 0
+    (lane,) = server.post("flow_runs/filter", deployments={"name": {"any_": ["lane"]}})
+    assert (lane["state_type"], lane["name"]) == ("COMPLETED", f"run-{done['run']}-lane-1")
+    shown = server.post("task_runs/filter", flow_runs={"id": {"any_": [lane["id"]]}})
     assert "shard-00000" in {task["name"] for task in shown}
-    told = json.dumps([lanes, shown])
+    told = json.dumps([lane, shown])
     assert "sk-sandbox" not in told
     assert "postgresql://" not in told
 
@@ -117,16 +112,15 @@ AUDIT = "import asyncio, flows.audit; print(asyncio.run(flows.audit.audit('oblig
 
 
 def test_a_scheduled_audit_shows_what_a_job_cost_and_fails_where_the_ledger_does_not_prove(
-    server: Server, played: Played
+    server: PrefectServer, played: Played
 ) -> None:
     (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["audit-obligations"]}})
     assert "Where the money went" in artifact["data"]
     assert "Run 1: The ledger proves" in artifact["data"]
-    beside = replace(server, environment=server.environment | {"FARTHING_DATABASE_URL": played.ledger_url})
     tamper(played.ledger_url, 1)
     try:
         with pytest.raises(AssertionError, match="the ledger does not prove run 1"):
-            beside.command(sys.executable, "-c", AUDIT)
+            server.command(sys.executable, "-c", AUDIT, FARTHING_DATABASE_URL=played.ledger_url)
     finally:
         tamper(played.ledger_url, -1)
     flow_runs = server.post("flow_runs/filter", flow_runs={"name": {"any_": ["audit-obligations"]}})
@@ -141,59 +135,40 @@ def tamper(ledger_url: str, pico: int) -> None:
 
 
 def test_a_backfill_has_a_task_run_for_each_partition_and_costs_what_was_billed(
-    server: Server, tmp_path: Path
+    server: PrefectServer, played: Played, tmp_path: Path
 ) -> None:
-    beside = Beside(server, tmp_path)
-    beside.farthing("new", "tickets")
-    (tmp_path / "data/tickets").mkdir(parents=True)
-    partitions = [f"data/tickets/2026-01-0{day}.parquet" for day in (1, 2, 3)]
-    for name in partitions:
-        texts = [f"{name}: ticket {number}" for number in range(10)]
-        pq.write_table(pa.table({"id": [f"{name}-{n}" for n in range(10)], "text": texts}), tmp_path / name)
-    beside.farthing("sandbox", "up")
-    try:
-        listed = beside.farthing("backfill", "tickets", "--sandbox", "--list")
-        assert [(each["partition"], each["state"]) for each in listed["partitions"]] == [
-            (name, "never run") for name in partitions
-        ]
-        asked = ("backfill", "tickets", "--sandbox", "--to", "2026-01-02")
-        assert "say --yes if you mean it" in beside.farthing(*asked, code=2)["error"]
-        done = beside.farthing(*asked, "--yes", "--quiet")
-        bill = beside.farthing("sandbox", "bill")
-        assert (done["state"], done["proved"], done["documents"], done["results"]) == ("done", True, 20, 20)
-        assert (done["cost_pico"], done["attempts"]) == (bill["cost_pico"], bill["attempts"])
-        assert [each["partition"] for each in done["partitions"]] == partitions[:2]
-        (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": ["backfill-1"]}})
-        assert [row["partition"] for row in json.loads(artifact["data"])] == partitions[:2]
-        of_this = {"flow_runs": {"id": {"any_": [artifact["flow_run_id"]]}}}
-        tasks = {task["name"]: task["state_type"] for task in server.post("task_runs/filter", **of_this)}
-        assert tasks == dict.fromkeys(partitions[:2], "COMPLETED")
-        for run_id in (1, 2):
-            wait_for_events(server, f"farthing.run.{run_id}", "farthing.run.done", job="tickets")
-    finally:
-        beside.farthing("sandbox", "reset", "--yes", "--force")
+    days = [f"2026-01-0{day}" for day in (1, 2, 3)]
+    texts = {day: [f"{day}: document {number} is about a colour" for number in range(10)] for day in days}
+    job = write_job(tmp_path, {"name: colours": "name: days"})
+    job.write_text(write_days(tmp_path, job.read_text(), texts))
+    done = played.farthing("backfill", str(job), "--to", days[1], "--yes")
+    assert (done["state"], done["proved"], done["documents"], done["results"]) == ("done", True, 20, 20)
+    runs = {each["partition"]: each["runs"] for each in done["partitions"]}
+    assert list(runs) == days[:2]
+    billed = [cost for (run_id,) in runs.values() for cost in played.bill(run_id).values()]
+    assert (done["cost_pico"], done["attempts"]) == (sum(billed), len(billed))
+    (artifact,) = server.post("artifacts/filter", artifacts={"key": {"any_": [f"backfill-{done['backfill']}"]}})
+    assert [row["partition"] for row in json.loads(artifact["data"])] == days[:2]
+    of_this = {"flow_runs": {"id": {"any_": [artifact["flow_run_id"]]}}}
+    tasks = {task["name"]: task["state_type"] for task in server.post("task_runs/filter", **of_this)}
+    assert tasks == dict.fromkeys(days[:2], "COMPLETED")
+    for (run_id,) in runs.values():
+        wait_for_events(server, f"farthing.run.{run_id}", "farthing.run.done")
 
 
-@dataclass(frozen=True)
-class Beside:
-    """A folder of its own with a sandbox of its own, whose runs the server shows."""
-
-    server: Server
-    folder: Path
-
-    def farthing(self, *arguments: str, code: int = 0, **environment: str) -> dict[str, Any]:
-        """The object that a command prints."""
-        own = {"FARTHING_HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT)}
-        environment = self.server.environment | own | environment
-        command = [sys.executable, "-m", "farthing", *arguments, "--json"]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+def write_job(folder: Path, changes: dict[str, str]) -> Path:
+    """The job of the small world, otherwise."""
+    text = JOB
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    for name, content in (("job.yaml", text), ("prompt.md", PROMPT), ("answer.schema.json", SCHEMA)):
+        (folder / name).write_text(content)
+    return folder / "job.yaml"
 
 
 def test_automations_hear_of_a_budget_that_is_reached_of_dead_letters_and_of_the_end(
-    server: Server, played: Played, tmp_path: Path
+    server: PrefectServer, played: Played, tmp_path: Path
 ) -> None:
     """The examples are there, and off until somebody turns them on."""
     server.command(sys.executable, "-m", "prefect", "automation", "create", "--from-file", "automations.yaml")
@@ -218,7 +193,7 @@ def test_automations_hear_of_a_budget_that_is_reached_of_dead_letters_and_of_the
         ("Paused", "FAILED"),
     ]
 
-    heard = wait_for_events(server, f"farthing.run.{run}", "farthing.run.done", job="tombs")
+    heard = wait_for_events(server, f"farthing.run.{run}", "farthing.run.done")
     names = [event["event"].removeprefix("farthing.") for event in heard]
     assert sorted(names) == ["budget.reached", "dead_letters.above_tolerance", "run.done", "run.paused"]
     payloads = {event["event"]: event["payload"] for event in heard}
@@ -235,19 +210,19 @@ def write_job_with_dead_letters(folder: Path) -> Path:
     """A job of which three documents have no text, and more than its tolerance end without a result."""
     texts = [None, None, None, *(f"document {number} is about a colour" for number in range(40))]
     write_documents(folder, texts)
-    (folder / "prompt.md").write_text(PROMPT)
-    (folder / "answer.schema.json").write_text(SCHEMA)
-    job = JOB.replace("tolerance: 1", "tolerance: 0.01").replace("name: colours", "name: tombs")
-    (folder / "job.yaml").write_text(job.replace("documents.parquet", str(folder / "documents.parquet")))
-    return folder / "job.yaml"
+    changes = {
+        "tolerance: 1": "tolerance: 0.01",
+        "name: colours": "name: tombs",
+        "documents.parquet": f"{folder}/documents.parquet",
+    }
+    return write_job(folder, changes)
 
 
-def wait_for_events(server: Server, resource: str, awaited: str, job: str | None = None) -> list[dict[str, Any]]:
-    """The events of a resource, once the one that is awaited is among them; of this job, since each has a ledger."""
+def wait_for_events(server: PrefectServer, resource: str, awaited: str) -> list[dict[str, Any]]:
+    """The events of a resource, once the one that is awaited is among them."""
     events: list[dict[str, Any]] = []
     for _ in range(150):
-        found = server.post("events/filter", filter={"resource": {"id": [resource]}})["events"]
-        events = [event for event in found if job is None or event["payload"]["job"] == job]
+        events = server.post("events/filter", filter={"resource": {"id": [resource]}})["events"]
         if any(event["event"] == awaited for event in events):
             return events
         time.sleep(0.2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,10 +19,11 @@ import psycopg
 import pytest
 import yaml
 
-from sandbox.bill import bill_path, read_lines
-from tests.acceptance.prefect_server import ROOT, Played, Server, eventually
+from sandbox.bill import bill_path
+from tests.acceptance.played import Played
 from tests.faults.checker import Beside, check
-from tests.world import JOB, PROMPT, SCHEMA, write_documents
+from tests.prefect_servers import ROOT, PrefectServer, eventually
+from tests.world import JOB, PROMPT, SCHEMA, write_days, write_documents
 
 #: Each takes several flow runs, of seconds each.
 pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.long]
@@ -42,7 +44,7 @@ class Operated:
     path: Path
 
     @property
-    def server(self) -> Server:
+    def server(self) -> PrefectServer:
         return self.played.server
 
     def start(self, deployment: str = "enrich", **parameters: Any) -> str:
@@ -69,9 +71,7 @@ class Operated:
     @property
     def billed(self) -> list[str]:
         """The attempts that the provider billed, oldest first."""
-        runs = {run_id for (run_id,) in self.sql("SELECT run_id FROM mine")}
-        lines = read_lines(bill_path(Path(self.server.environment["FARTHING_HOME"])))
-        return [line["attempt"] for line in lines if int(line["attempt"].partition(".")[0]) in runs]
+        return list(self.played.bill(*(run_id for (run_id,) in self.sql("SELECT run_id FROM mine"))))
 
     def await_some(self, documents: int = 2) -> None:
         """Return once so many have ended; under slow replies, the others have not."""
@@ -134,8 +134,7 @@ def test_a_retry_in_prefect_goes_on_with_the_same_run_and_of_one_that_is_done_co
     assert operated.billed != []
 
     run_id = operated.value("SELECT run_id FROM mine")
-    beside = server.environment | operated.played.sandbox
-    Server(server.url, beside).command("farthing", "budget", str(run_id), "1 USD")
+    server.command("farthing", "budget", str(run_id), "1 USD", **operated.played.sandbox)
     retry(server, flow_run)
     assert server.end(flow_run)["state_type"] == "COMPLETED"
     operated.assert_paid_once()
@@ -147,75 +146,82 @@ def test_a_retry_in_prefect_goes_on_with_the_same_run_and_of_one_that_is_done_co
     assert server.flow_run(flow_run)["run_count"] == 3
 
 
-def retry(server: Server, flow_run_id: str) -> None:
+def retry(server: PrefectServer, flow_run_id: str) -> None:
     """As the button of Prefect's page does."""
     server.change_state(flow_run_id, "SCHEDULED", "AwaitingRetry", force=True)
 
 
-def test_cancel_in_prefect_drains_and_loses_nothing_and_the_next_start_goes_on(operated: Operated) -> None:
-    with operated.played.slow_replies():
+def cancel_in_prefect(operated: Operated, flow_run: str) -> None:
+    operated.server.change_state(flow_run, "CANCELLING")
+
+
+def stop_service(operated: Operated, flow_run: str) -> None:
+    """As systemd does: everything that the worker's service has started is told to end."""
+    operated.played.worker.send_signal(signal.SIGTERM)
+    os.kill(operated.lane(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("stop", [cancel_in_prefect, stop_service])
+def test_a_flow_run_that_is_stopped_drains_and_loses_nothing_and_the_next_start_goes_on(
+    stop: Callable[[Operated, str], None], operated: Operated, worker: Played
+) -> None:
+    with worker.slow_replies():
         flow_run = operated.start()
         operated.await_some()
-        operated.server.change_state(flow_run, "CANCELLING")
+        stop(operated, flow_run)
         assert operated.server.end(flow_run)["state_type"] == "CANCELLED"
     assert operated.runs == [("paused", "interrupted")]
+    assert operated.unknown == 0
     assert 2 <= len(operated.billed) < DOCUMENTS
+    worker.kill_worker()
+    worker.start_worker()
     assert operated.server.end(operated.start())["state_type"] == "COMPLETED"
     operated.assert_paid_once()
 
 
-def test_a_flow_run_outlives_its_worker(operated: Operated, worker: Played) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_flow_run_outlives_its_worker(number: signal.Signals, operated: Operated, worker: Played) -> None:
+    """One that is only told to end begins nothing more, and leaves when what it has started has ended."""
     with worker.slow_replies():
         flow_run = operated.start()
         operated.await_some()
-        worker.kill_worker()
+        worker.worker.send_signal(number)
     assert operated.server.end(flow_run)["state_type"] == "COMPLETED"
     operated.assert_paid_once()
+    worker.worker.wait(120)
 
 
-def lose_machine(worker: Played, lane: int) -> None:
-    """The worker and what it has started end at once."""
-    worker.kill_worker()
-    os.kill(lane, signal.SIGKILL)
-
-
-def end_worker(worker: Played, lane: int) -> None:
-    """As a supervisor does: a worker of Prefect's kills what it has started, tells nobody, and leaves."""
-    worker.worker.send_signal(signal.SIGTERM)
-    worker.worker.wait(60)
-
-
-@pytest.mark.parametrize("lose", [lose_machine, end_worker])
-def test_a_flow_run_whose_process_is_gone_is_marked_by_an_automation_and_the_next_start_takes_over(
-    lose: Callable[[Played, int], None], operated: Operated, worker: Played, watched: str
+def test_a_flow_run_whose_machine_is_lost_is_marked_by_an_automation_and_the_next_start_takes_over(
+    operated: Operated, worker: Played
 ) -> None:
     """Until then it says Running, and another start of its deployment is cancelled."""
     server = operated.server
-    with worker.slow_replies():
-        zombie = operated.start()
-        operated.await_some()
-        lose(worker, operated.lane())
-    collided = server.post(f"flow_runs/{operated.start()}/set_state", state={"type": "PENDING"})  # as a worker does
-    assert (collided["state"]["type"], collided["state"]["message"]) == ("CANCELLED", COLLISION)
-    assert operated.runs == [("running", None)]
-
+    with watched(server) as said:
+        with worker.slow_replies():
+            zombie = operated.start()
+            operated.await_some()
+            worker.kill_worker()
+            os.kill(operated.lane(), signal.SIGKILL)
+        collided = server.post(f"flow_runs/{operated.start()}/set_state", state={"type": "PENDING"})  # as workers do
+        assert (collided["state"]["type"], collided["state"]["message"]) == ("CANCELLED", COLLISION)
+        assert operated.runs == [("running", None)]
+        lost = server.end(zombie)
+    assert (lost["state_type"], lost["state"]["message"]) == ("CRASHED", said)
     worker.start_worker()
-    lost = server.end(zombie)
-    assert (lost["state_type"], lost["state"]["message"]) == ("CRASHED", watched)
     assert server.end(operated.start())["state_type"] == "COMPLETED"
     operated.assert_paid_once(unknown=IN_FLIGHT)
 
 
-@pytest.fixture
-def watched(played: Played) -> Iterator[str]:
+@contextmanager
+def watched(server: PrefectServer) -> Iterator[str]:
     """The example automation, turned on and sooner than any heartbeat; what it says of a process that is gone."""
     automation = deepcopy(AUTOMATIONS["Farthing marks a flow run whose process is gone"])
     automation["trigger"]["within"] = WATCHED_S
-    made = played.server.post("automations/", **automation | {"name": "watched", "enabled": True})
+    made = server.post("automations/", **automation | {"name": "watched", "enabled": True})
     try:
         yield automation["actions"][0]["message"]
     finally:
-        played.server.delete(f"automations/{made['id']}")
+        server.delete(f"automations/{made['id']}")
 
 
 def test_after_a_missed_schedule_one_run_starts_and_the_others_say_why_not(
@@ -234,7 +240,7 @@ def test_after_a_missed_schedule_one_run_starts_and_the_others_say_why_not(
 
 
 def test_two_deployments_of_a_job_at_once_join_in_one_run(operated: Operated) -> None:
-    with operated.played.slow_replies():
+    with operated.played.slow_replies(pause_s=2):  # the second has seconds to come up
         first = operated.start()
         operated.await_some()
         second = operated.start("nightly", when="now")
@@ -281,11 +287,7 @@ def test_a_backfill_that_lost_a_process_and_was_cancelled_is_green_after_one_ret
 
 
 def write_partitions(operated: Operated, partitions: int) -> None:
-    """The job's documents, in so many files."""
-    folder = operated.path.parent
-    job = operated.path.read_text()
-    for number in range(partitions):
-        day = folder / f"{number:02}"
-        day.mkdir()
-        write_documents(day, [f"{operated.name}: document {number}.{n} is about a colour" for n in range(4)])
-    operated.path.write_text(job.replace(f"{folder}/documents.parquet", f"{folder}/*/documents.parquet"))
+    """Other documents than the job's, in so many partitions."""
+    days = [f"2026-01-{number:02}" for number in range(1, partitions + 1)]
+    texts = {day: [f"{operated.name}: document {day}.{n} is about a colour" for n in range(4)] for day in days}
+    operated.path.write_text(write_days(operated.path.parent / "days", operated.path.read_text(), texts))

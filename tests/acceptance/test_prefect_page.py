@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.acceptance.browser import CHROMIUM, NO_CHROMIUM, browsing
-from tests.acceptance.prefect_server import Played
+from tests.acceptance.played import Played
 
 pytestmark = [pytest.mark.xdist_group("prefect"), pytest.mark.skipif(CHROMIUM is None, reason=NO_CHROMIUM)]
 #: A folder for the pictures that the README shows; without it they go with the test.
@@ -21,8 +20,8 @@ PICTURES = "PREFECT_PICTURES"
 async def test_a_run_s_page_shows_its_progress_its_costs_and_its_report_as_the_ledger_has_them(
     played: Played, tmp_path: Path
 ) -> None:
-    server = replace(played.server, environment=played.server.environment | played.sandbox)
-    audit = json.loads(server.command("farthing", "audit", "1", "--json"))
+    server = played.server
+    audit = json.loads(server.command("farthing", "audit", "1", "--json", **played.sandbox))
     (flow_run, *_) = server.post(
         "flow_runs/filter", deployments={"name": {"any_": ["enrich"]}}, sort="EXPECTED_START_TIME_ASC"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -77,9 +76,8 @@ def test_when_prefects_server_dies_a_run_still_ends_and_pays_once(moment: str, t
     with ExitStack() as stack:
         ledger = stack.enter_context(postgres.running(home))
         server = stack.enter_context(prefect_server(tmp_path, port))
-        prefect = {"PREFECT_HOME": str(home / "prefect"), "PREFECT_API_URL": server.url, **QUIET}
         sandbox = {"FARTHING_HOME": str(home), "FARTHING_TIME_SCALE": "0.5"}
-        farthing = Farthing(home, ledger.url, os.environ | prefect | sandbox)
+        farthing = Farthing(home, ledger.url, server.environment | QUIET | sandbox)
         run = farthing.start(lanes)
         stack.callback(run.kill)
         assert wait_until(lambda: farthing.value(query) > 0 or run.poll() is not None, 240), farthing.log.read_text()

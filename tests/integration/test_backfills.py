@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from sandbox.bill import bill_path
-from sandbox.latency import Latency, Pace
+from sandbox.latency import Latency, Pace, Wait
 from sandbox.tariff import FLASH
 from schemas.attempts import LaneId
 from schemas.backfills import Standing, State
@@ -52,6 +53,7 @@ TIMES = LeaseTimes(beat_every_s=0.1, grace_s=0.5)
 NOW = datetime(2026, 9, 26, 0, 10, tzinfo=UTC)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.integration.test_backfills"])
+Capture = pytest.CaptureFixture[str]
 #: Every answer is taken as it comes, so that a document is one attempt.
 SURE = ("below: 0.6", "below: 0")
 
@@ -91,12 +93,12 @@ def change_job(world: World, *changes: tuple[str, str]) -> None:
     path.write_text(text)
 
 
-def write_day(world: World, day: str, changed: int = 0) -> None:
+def write_day(world: World, day: str, changed: int = 0, documents: int = DOCUMENTS) -> None:
     """A day's documents, of which the first few are others than they were."""
     folder = world.root / "data" / f"day={day}"
     folder.mkdir(parents=True, exist_ok=True)
-    texts = [f"{day}: document {n} is about a colour{' now' * (n < changed)}" for n in range(DOCUMENTS)]
-    pq.write_table(pa.table({"id": [f"{day}-{n}" for n in range(DOCUMENTS)], "text": texts}), folder / "a.parquet")
+    texts = [f"{day}: document {n} is about a colour{' now' * (n < changed)}" for n in range(documents)]
+    pq.write_table(pa.table({"id": [f"{day}-{n}" for n in range(documents)], "text": texts}), folder / "a.parquet")
 
 
 def do(request: RunRequest, settings: Settings) -> PartitionEnded:
@@ -196,9 +198,22 @@ async def until(holds: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-def take_time(world: World, reply_s: float) -> None:
+class Clock(Latency):
+    """As the provider's, and how many seconds it worked in all."""
+
+    worked_s = 0.0
+
+    def draw(self, model: str, output_tokens: int) -> Wait:
+        wait = super().draw(model, output_tokens)
+        self.worked_s += wait.working
+        return wait
+
+
+def take_time(world: World, reply_s: float) -> Clock:
     """A reply takes so long at the median."""
-    world.server.house.latency = Latency(Pace(1.0, reply_s=reply_s), seed=1)
+    clock = Clock(Pace(1.0, reply_s=reply_s), seed=1)
+    world.server.house.latency = clock
+    return clock
 
 
 def billed(world: World) -> int:
@@ -252,23 +267,37 @@ async def test_what_another_run_works_on_is_left_to_it(world: World) -> None:
     assert (await plan(world)).due != ()
 
 
-@pytest.mark.parametrize("partitions", [6, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("partitions", "documents", "reply_s", "most"),
+    [(6, DOCUMENTS, 0.2, None), pytest.param(30, 3 * DOCUMENTS, 0.5, 1.15, marks=pytest.mark.long)],
+)
 async def test_partitions_over_three_processes_one_killed_cost_one_pass_and_what_was_in_flight(
-    world: World, partitions: int
+    world: World,
+    partitions: int,
+    documents: int,
+    reply_s: float,
+    most: float | None,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And take at most so many times as long as the provider needs where the whole ceiling is always in use."""
     days = [f"2026-01-{number:02}" for number in range(1, partitions + 1)]
     for day in days:
-        write_day(world, day)
-    take_time(world, 0.2)
+        write_day(world, day, documents=documents)
+    clock = take_time(world, reply_s)
     crew = Crew(world, {"parallel": 3})
+    began = time.monotonic()
     running = asyncio.create_task(crew.run())
     await until(lambda: world.value("SELECT count(*) FROM lane WHERE attempts > 2") >= 3)
     os.kill(world.value("SELECT pid FROM lane WHERE attempts > 2 AND ended_at IS NULL LIMIT 1"), signal.SIGKILL)
     await asyncio.wait_for(running, 300)
+    took_s, ideal_s = time.monotonic() - began, clock.worked_s / CEILING
+    with capsys.disabled():
+        print(f"\n{partitions} partitions: {took_s:.1f} s, {took_s / ideal_s:.3f} of the ideal {ideal_s:.1f} s")
+    assert most is None or took_s <= most * ideal_s
     assert crew.states == dict.fromkeys(days, "done")
     assert len(crew.started) == 4
     assert world.sql("SELECT state, lanes, finished_at IS NOT NULL FROM backfill") == [("done", 0, True)]
-    assert world.value("SELECT count(*) FROM document WHERE state = 'result'") == partitions * DOCUMENTS
+    assert world.value("SELECT count(*) FROM document WHERE state = 'result'") == partitions * documents
     assert world.value("SELECT count(*) FROM lane WHERE ended_because = 'died'") == 1
     lost = world.value("SELECT count(*) FROM attempt WHERE billing = 'unknown'")
     assert lost <= CEILING
