@@ -28,7 +28,7 @@ ENDED = frozenset({"COMPLETED", "FAILED", "CANCELLED", "CRASHED"})
 T = TypeVar("T")
 
 
-def eventually(look: Callable[[], T | None], within_s: float = 120.0) -> T:
+def eventually(look: Callable[[], T | None], within_s: float = 300.0) -> T:
     """What `look` finds, once it finds something."""
     deadline = time.monotonic() + within_s
     while not (found := look()):
@@ -121,7 +121,7 @@ class PrefectServer:
         said = self.post(f"flow_runs/{flow_run_id}/set_state", state=state, force=force)
         assert said["status"] == "ACCEPT", said
 
-    def end(self, flow_run_id: str, within_s: float = 180.0) -> dict[str, Any]:
+    def end(self, flow_run_id: str, within_s: float = 300.0) -> dict[str, Any]:
         """The flow run, once it has ended."""
 
         def look() -> dict[str, Any] | None:

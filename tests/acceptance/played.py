@@ -39,6 +39,7 @@ class Played:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=_hear_interrupts,
             )
 
     def kill_worker(self) -> None:
@@ -74,3 +75,8 @@ class Played:
             yield
         finally:
             self.ask_provider("DELETE", "mishaps")
+
+
+def _hear_interrupts() -> None:
+    """A shell's background commands, and all that these start, would ignore them; a service's process does not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -155,17 +155,15 @@ def cancel_in_prefect(operated: Operated, flow_run: str) -> None:
     operated.server.change_state(flow_run, "CANCELLING")
 
 
-def stop_service(operated: Operated, flow_run: str) -> None:
-    """As systemd does: everything that the worker's service has started is told to end."""
-    operated.played.worker.send_signal(signal.SIGTERM)
+def end_process(operated: Operated, flow_run: str) -> None:
     os.kill(operated.lane(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("stop", [cancel_in_prefect, stop_service])
+@pytest.mark.parametrize("stop", [cancel_in_prefect, end_process])
 def test_a_flow_run_that_is_stopped_drains_and_loses_nothing_and_the_next_start_goes_on(
-    stop: Callable[[Operated, str], None], operated: Operated, worker: Played
+    stop: Callable[[Operated, str], None], operated: Operated
 ) -> None:
-    with worker.slow_replies():
+    with operated.played.slow_replies():
         flow_run = operated.start()
         operated.await_some()
         stop(operated, flow_run)
@@ -173,26 +171,34 @@ def test_a_flow_run_that_is_stopped_drains_and_loses_nothing_and_the_next_start_
     assert operated.runs == [("paused", "interrupted")]
     assert operated.unknown == 0
     assert 2 <= len(operated.billed) < DOCUMENTS
-    worker.kill_worker()
-    worker.start_worker()
     assert operated.server.end(operated.start())["state_type"] == "COMPLETED"
     operated.assert_paid_once()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_flow_run_outlives_its_worker(number: signal.Signals, operated: Operated, worker: Played) -> None:
-    """One that is only told to end begins nothing more, and leaves when what it has started has ended."""
+def test_a_flow_run_outlives_a_worker_that_is_killed(operated: Operated, worker: Played) -> None:
     with worker.slow_replies():
         flow_run = operated.start()
         operated.await_some()
-        worker.worker.send_signal(number)
+        worker.kill_worker()
     assert operated.server.end(flow_run)["state_type"] == "COMPLETED"
     operated.assert_paid_once()
-    worker.worker.wait(120)
 
 
-def test_a_flow_run_whose_machine_is_lost_is_marked_by_an_automation_and_the_next_start_takes_over(
-    operated: Operated, worker: Played
+def lose_machine(worker: Played, lane: int) -> None:
+    """The worker and what it has started end at once."""
+    worker.kill_worker()
+    os.kill(lane, signal.SIGKILL)
+
+
+def end_worker(worker: Played, lane: int) -> None:
+    """As a supervisor does: a worker of Prefect's kills what it has started, tells nobody, and leaves."""
+    worker.worker.send_signal(signal.SIGTERM)
+    worker.worker.wait(60)
+
+
+@pytest.mark.parametrize("lose", [lose_machine, end_worker])
+def test_a_flow_run_whose_process_is_gone_is_marked_by_an_automation_and_the_next_start_takes_over(
+    lose: Callable[[Played, int], None], operated: Operated, worker: Played
 ) -> None:
     """Until then it says Running, and another start of its deployment is cancelled."""
     server = operated.server
@@ -200,8 +206,7 @@ def test_a_flow_run_whose_machine_is_lost_is_marked_by_an_automation_and_the_nex
         with worker.slow_replies():
             zombie = operated.start()
             operated.await_some()
-            worker.kill_worker()
-            os.kill(operated.lane(), signal.SIGKILL)
+            lose(worker, operated.lane())
         collided = server.post(f"flow_runs/{operated.start()}/set_state", state={"type": "PENDING"})  # as workers do
         assert (collided["state"]["type"], collided["state"]["message"]) == ("CANCELLED", COLLISION)
         assert operated.runs == [("running", None)]
