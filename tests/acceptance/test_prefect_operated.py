@@ -275,6 +275,8 @@ def test_a_backfill_that_lost_a_process_and_was_cancelled_is_green_after_one_ret
         server.change_state(flow_run, "CANCELLING")
         assert server.end(flow_run)["state_type"] == "CANCELLED"
     assert operated.value(done) < 30
+    # Until then its worker would cancel a retry, too.
+    eventually(lambda: f"Cancelled flow run 'backfill-{operated.path}'" in played.log.read_text())
     retry(server, flow_run)
     assert server.end(flow_run, 600)["state_type"] == "COMPLETED"
     assert [state for state, _ in operated.runs] == ["done"] * 30
