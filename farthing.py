@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
 
 import typer
 
@@ -32,11 +32,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from sandbox.service import Option
-    from schemas.estimates import History, Size
+    from schemas.attempts import RunId
+    from schemas.estimates import Estimate, History, Size
     from schemas.jobs import Job, When
     from schemas.money import Currency
     from schemas.price_files import Machine
     from schemas.pricing import Price, PriceBook
+    from schemas.projections import Polled
+    from schemas.public_prices import PublicMap
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
     from schemas.spending import Side
@@ -56,12 +59,15 @@ CORPUS = Path("data/licences")
 #: Where Prefect's server went away, or somebody cancelled there a run that no worker of Prefect's has.
 UNSEEN = "Prefect's server does not know how this ended: its page stays incomplete, the ledger does not"
 SHIPPED = ("licences", "obligations")
+#: How many documents a sample has where nobody says.
+USUAL_SAMPLE = 50
 #: Exit codes that no error carries: a run that can be resumed, and a bug (EX_SOFTWARE in sysexits.h).
 PAUSED, CRASHED, INTERRUPTED = 3, 70, 130
 #: An off-peak instant that the price book will always know.
 PRICED = datetime(2026, 12, 1, 12, tzinfo=UTC)
 
 _NAKED: dict[str, Any] = {"no_args_is_help": True, "add_completion": False, "rich_markup_mode": None}
+_OPEN: dict[str, Any] = _NAKED | {"no_args_is_help": False}
 app = typer.Typer(
     name="farthing",
     help="Run big batches of documents through DeepSeek: the cheap model first, the strong one when it must, "
@@ -130,7 +136,7 @@ def main() -> NoReturn:
     from sandbox.errors import SandboxError
 
     try:
-        exit_code = app(standalone_mode=False)
+        exit_code = app(_spell_out(sys.argv[1:]), standalone_mode=False)
     except typer.Abort:
         _fail("nothing was done", 1)
     except typer.TyperException as error:
@@ -144,6 +150,16 @@ def main() -> NoReturn:
     if exit_code == INTERRUPTED:  # typer's own, and silent
         _fail("interrupted before anything was begun", INTERRUPTED)
     sys.exit(exit_code if isinstance(exit_code, int) else 0)
+
+
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the number that --sample has where none follows."""
+    spelt: list[str] = []
+    for place, argument in enumerate(arguments):
+        spelt.append(argument)
+        if argument == "--sample" and not "".join(arguments[place + 1 : place + 2]).isdecimal():
+            spelt.append(str(USUAL_SAMPLE))
+    return spelt
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
@@ -252,6 +268,7 @@ def _request(
     lanes_on: str | None = None,
     off_peak: bool | None = None,
     finish_by: str | None = None,
+    sample: int | None = None,
 ) -> RunRequest:
     """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
     from pydantic import ValidationError
@@ -265,6 +282,7 @@ def _request(
         "lanes_on": lanes_on,
         "when": _hours(off_peak),
         "finish_by": finish_by,
+        "sample": sample,
     }
     try:
         return RunRequest(job=job, partitions=tuple(partitions or ()), **asked)
@@ -578,6 +596,7 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
                 when=request.when,
                 finish_by=request.finish_by,
                 lanes_on=request.lanes_on,
+                sample=request.sample,
                 return_state=True,
             )
         )
@@ -700,34 +719,60 @@ def estimate(
     job: JobName,
     partition: Partitions = None,
     limit: Limit = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample",
+            metavar="[N]",
+            help="Ask so many documents first, drawn at random (50 without a number), 10 to 1000. It costs what they "
+            "cost; the run that follows reuses their answers.",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", metavar="SUM", help="A hard cap on the sample. Default: the job's.")
+    ] = None,
+    off_peak: OffPeak = None,
+    finish_by: FinishByTime = None,
     in_sandbox: InSandbox = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the sample is sent.")] = False,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Say what a run would cost, and what that figure rests on. Nothing is sent."""
-    from schemas.estimates import estimate as compute
-    from schemas.pricing import load_price_book
+    """Say what a run would cost, between which sums, and what that rests on. Nothing is sent without --sample."""
     from tasks import report
 
+    request = _request(job, partition, limit, budget, 1, None, off_peak, finish_by, sample)
     loaded = _load_job(job, in_sandbox)
-    size = wait_for(_measure(loaded, partition or [], limit))
-    settings = _settings()
-    book, now = load_price_book(settings.prices), _now(settings, in_sandbox)
-    found = compute(loaded, size, book, now, _find_history(loaded, in_sandbox))
+    known: Polled | History | None
+    if sample is None:
+        settings = _settings()
+        size, known = wait_for(_measure(loaded, request)), _find_history(loaded, in_sandbox)
+    else:
+        settings, size, known = _poll(request, loaded, in_sandbox, is_agreed=yes or in_sandbox, is_quiet=quiet)
+    found = _compute(loaded, request, size, known, settings, _now(settings, in_sandbox))
     if as_json:
         print_json(report.estimate_json(found))
     else:
         show(report.estimate_table(found, loaded.budget))
 
 
-async def _measure(job: Job, partitions: list[str], limit: int | None) -> Size:
-    from tasks import samples
+def _compute(
+    job: Job, request: RunRequest, size: Size, known: Polled | History | None, settings: Settings, now: datetime
+) -> Estimate:
+    from schemas.estimates import estimate as compute
+    from schemas.pricing import load_price_book
+    from schemas.work_hours import Asked
+
+    asked = Asked(now, request.hours(job), request.due(now))
+    return compute(job, size, load_price_book(settings.prices), asked, known)
+
+
+async def _measure(job: Job, request: RunRequest) -> Size:
+    from tasks import enrichment, samples
     from tasks.bulkhead import Bulkhead
 
     async with Bulkhead() as bulkhead:
-        manifest = await bulkhead.plan(
-            job.input, shard_rows=job.shard_rows, partitions=partitions, limit=limit, root=ROOT
-        )
-        return await samples.measure(job, manifest, bulkhead, ROOT)
+        return await samples.measure(job, await enrichment.plan(bulkhead, job, request), bulkhead, ROOT)
 
 
 def _find_history(job: Job, in_sandbox: bool) -> History | None:
@@ -739,10 +784,53 @@ def _find_history(job: Job, in_sandbox: bool) -> History | None:
         return None
     is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
     try:
-        return _ask(lambda ledger: find_history(ledger, job.name, is_simulated=is_simulated), in_sandbox)
+        return _ask(lambda ledger: find_history(ledger, job, is_simulated=is_simulated), in_sandbox)
     except FarthingError as error:
         tell(f"without the job's history: {error}")
         return None
+
+
+def _poll(
+    request: RunRequest, job: Job, is_in_sandbox: bool, *, is_agreed: bool, is_quiet: bool
+) -> tuple[Settings, Size, Polled]:
+    """Ask the documents of a sample, in a run of its own, unless that was done before. Leaves where it pauses."""
+    from tasks import samples
+    from tasks.ledger.history import find_polled, find_sample
+
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))
+        settings = _settings()
+        if is_in_sandbox:
+            settings = stack.enter_context(_sandbox(settings, tell))
+        url, now = _database(settings), _now(settings, is_in_sandbox)
+        drawn = wait_for(samples.draw(job, request, settings))
+        run_id = wait_for(_ask_at(url, partial(find_sample, opening=drawn.opening), as_lane=True))
+        if run_id is None:
+            _agree_to_sample(_compute(job, request, drawn.asks, None, settings, now), is_agreed)
+            run_id = _ask_sample(request, job, settings, is_quiet)
+        polled = wait_for(_ask_at(url, partial(find_polled, run_id=run_id, sample=drawn.sample), as_lane=True))
+    return settings, drawn.size, polled
+
+
+def _agree_to_sample(expected: Estimate, is_agreed: bool) -> None:
+    """Ask whether to spend. Raises ConfigurationError where nobody is there to ask."""
+    if is_agreed:
+        return
+    what = f"{expected.to_send} documents will be asked, {expected.cost} expected, {expected.high} at most"
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            f"{what}, and nobody is here to ask whether to: nothing was sent; say --yes if you do"
+        )
+    typer.confirm(f"{what}: ask them?", abort=True, err=True)
+
+
+def _ask_sample(request: RunRequest, job: Job, settings: Settings, is_quiet: bool) -> RunId:
+    """The number of the sample's run, once it is done."""
+    with _view(job.name, is_quiet) as view:
+        outcome = _resumably(lambda: _enrich(request, job, settings, view), lambda: view.has_seen_run)
+    if outcome["state"] != "done":
+        _fail(f"the sample's run {outcome['run_id']} paused: {outcome['advice']}", PAUSED)
+    return cast("RunId", outcome["run_id"])
 
 
 @app.command()
@@ -1056,8 +1144,13 @@ def verify(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson
     raise typer.Exit(0 if proof.proved else LedgerMismatch.exit_code)
 
 
-@app.command()
-def prices(
+prices = typer.Typer(name="prices", help="What a token costs, and whether others say the same.", **_OPEN)
+app.add_typer(prices)
+
+
+@prices.callback(invoke_without_command=True)
+def show_prices(
+    context: typer.Context,
     at: Annotated[
         str | None, typer.Option("--at", metavar="TIME", help="2026-11-25T02:00:00Z (default: now).")
     ] = None,
@@ -1071,6 +1164,8 @@ def prices(
     as_json: AsJson = False,
 ) -> None:
     """Say what a token costs at an instant, and when that changes."""
+    if context.invoked_subcommand is not None:
+        return
     from schemas.pricing import load_price_book
     from tasks import report
 
@@ -1080,6 +1175,47 @@ def prices(
         print_json({"at": instant.isoformat(), "prices": [report.price_json(each, book, instant) for each in found]})
     else:
         show(report.price_table(found, book, instant))
+
+
+@prices.command("check")
+def check_prices(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE…", help="LiteLLM's model_prices_and_context_window.json, or model-prices' snapshot.json."
+        ),
+    ],
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="DATE", help="Compare from then on. Default: the last 30 days.")
+    ] = None,
+    at: Annotated[str | None, typer.Option("--at", metavar="TIME", help="Compare until then. Default: now.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Hold the price book against public price maps. Leaves with 1 where they differ."""
+    from schemas.pricing import load_price_book
+    from schemas.public_prices import compare
+    from tasks import report
+
+    book, until = load_price_book(_settings().prices), _parse_instant(at)
+    first = until - timedelta(days=30) if since is None else _parse_day(since)
+    found = [compare(book, _read_map(file), first, until) for file in files]
+    if as_json:
+        print_json({"since": first.isoformat(), "at": until.isoformat(), **report.price_check_json(found)})
+    else:
+        show(*report.price_check_report(found))
+    raise typer.Exit(int(any(each.differences for each in found)))
+
+
+def _read_map(file: Path) -> PublicMap:
+    from schemas.public_prices import read_map
+
+    try:
+        return read_map(file.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigurationError(f"{file}: cannot be read: {why}") from None
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{file}: {error}") from None
 
 
 def _parse_instant(given: str | None) -> datetime:

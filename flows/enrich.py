@@ -35,12 +35,14 @@ async def enrich(
     when: When | None = None,
     finish_by: str | None = None,
     lanes_on: Engine | None = None,
+    sample: int | None = None,
 ) -> Final:
     """Run a job over a selection of its input, or resume the run of it that did not finish.
 
     `budget` is like "25 USD" and overrides the job's, `when` is now or off-peak and does, too. `finish_by`, like
     08:30+08:00, waits for off-peak prices as far as there is time. `lanes_on` is processes, workers, dask or ray
-    (default: FARTHING_LANES_ON). Keys and database come from the environment of whatever works (DEEPSEEK_API_KEY,
+    (default: FARTHING_LANES_ON). `sample` asks only so many documents, drawn at random: `farthing estimate` says
+    what follows from them. Keys and database come from the environment of whatever works (DEEPSEEK_API_KEY,
     FARTHING_DATABASE_URL), never from parameters. Ends with the run's outcome: Completed only where `farthing run`
     would exit with 0.
     """
@@ -54,6 +56,7 @@ async def enrich(
         when=when,
         finish_by=finish_by,
         lanes_on=lanes_on,
+        sample=sample,
     ).settled(datetime.now(UTC))
     settings = Settings()
     configure(json_lines=settings.log_json)

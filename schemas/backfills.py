@@ -19,6 +19,7 @@ from schemas.estimates import Estimate, History, Size, basis, estimate
 from schemas.jobs import Job, When
 from schemas.money import Currency, Money
 from schemas.pricing import PriceBook
+from schemas.work_hours import Asked
 
 
 class State(StrEnum):
@@ -270,7 +271,7 @@ def _estimate(
     job: Job, standing: Standing, sample: Size, book: PriceBook, now: datetime, history: History | None
 ) -> Estimate:
     size = Size(standing.to_send, standing.to_send, sample.sampled, sample.sampled_bytes)
-    return estimate(job, size, book, now, history)
+    return estimate(job, size, book, Asked(now), history)
 
 
 def _sum(costs: Sequence[Money], currency: Currency) -> Money:

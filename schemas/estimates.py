@@ -1,24 +1,30 @@
-"""What a run is expected to cost before it starts: alone responsible for that calculation, in exact integers.
+"""What a run is expected to cost before it starts: alone responsible for that calculation, whole units in the end.
 
-Tokens per attempt and attempts per document come from the job's own history where there is one, else from stated
-assumptions. Means of tokens are whole, rounded up; shares are parts per million. An estimate promises nothing: the
-budget is what holds.
+Tokens per attempt and attempts per document come from a sample of its own documents, else from the job's earlier
+runs, else from stated assumptions; all three are priced alike. An estimate promises nothing: the budget is what
+holds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from fractions import Fraction
+from random import Random
 from typing import Any
 
 from schemas.errors import UnknownPrice
+from schemas.intervals import LEVEL, Interval, PastCost, predict_mean, weigh
 from schemas.jobs import Job, Tier
 from schemas.money import Currency, Money
-from schemas.off_peak import Shut, guard_of, tariff_of
+from schemas.off_peak import tariff_of
 from schemas.pricing import Price, PriceBook
+from schemas.projections import MILLION, Polled, TierTokens, project
+from schemas.samples import Design
+from schemas.work_hours import Asked, Rows, Stretch, bands_of, begins, rows_at, share_out
 
-MILLION = 10**6
 #: English has 4.65 bytes per token, code 3.6, mixed scripts 1.9 (design: parts.md, "Tokens").
 BYTES_PER_TOKEN = 4
 #: What the chat form adds around a document.
@@ -33,6 +39,10 @@ THINKING_TOKENS = 1_500
 PRIMING_ATTEMPTS = 2
 #: A free text in an answer, and how many entries a list has.
 TEXT_BYTES, ENTRIES = 40, 3
+#: What a cached token and one of an answer cost, in parts and times of one that misses, as of most models.
+_HIT_PART, _OUTPUT_TIMES = 50, 4
+#: A run that would take longer takes for ever.
+_LONGEST_S = 100 * 366 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,28 +56,49 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
-class TierTokens:
-    """Mean tokens of one attempt at a tier, and its attempts per million documents that are sent."""
+class PastTier:
+    """What a tier did in an earlier run: its attempts, their tokens (priming as with the prefix in the cache) and
+    seconds, added up."""
 
     tier: str
+    attempts: int
     hit: int
     miss: int
     output: int
-    attempts_ppm: int
+    seconds: Fraction | int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PastRun:
+    """An earlier run of the job: over so many documents that were sent, tier by tier. `squared_spread` is how much
+    their costs differ (variance over squared mean)."""
+
+    documents: int
+    tiers: tuple[PastTier, ...]
+    squared_spread: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What earlier runs of a job say: tokens and attempts per tier, over so many documents.
+    """What earlier runs of a job say.
 
-    `is_partial`: one of them has not ended yet, so that what climbs, and costs most, may still be to come.
+    `is_partial`: none of them has ended, so that what climbs, and costs most, may still be to come.
+    `is_of_other_prompt`: none of them had the prompt, the answer and the ladder that the job has now.
     """
 
-    runs: int
-    documents: int
+    runs: tuple[PastRun, ...]
     is_simulated: bool
-    tiers: tuple[TierTokens, ...]
     is_partial: bool = False
+    is_of_other_prompt: bool = False
+
+    @property
+    def documents(self) -> int:
+        return sum(run.documents for run in self.runs)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it says how far off an estimate may be."""
+        return not self.is_partial and not self.is_of_other_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +121,12 @@ class OffPeakEstimate:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a run is expected to cost, between the cheapest and the dearest way it may go, and why.
+    """What a run is expected to cost, all of its documents together, and why.
 
-    `cost` is at the prices of `at`, the instant it was made for. `off_peak` is None where all hours cost the same, or
-    nobody knows them.
+    `cost` is for one that begins `at`. `level` says what `low` and `high` are: the interval that holds the true cost
+    in so many of 100 cases, or more; None: nothing is known that would give one, and they are the cheapest and the
+    dearest way it may go. `paid` is what a sample has paid of it already. `off_peak` is None where all hours cost the
+    same, or nobody knows them. `lasts` is how long the work takes; None: nobody knows.
     """
 
     job: str
@@ -106,30 +139,137 @@ class Estimate:
     tiers: tuple[TierEstimate, ...]
     assumptions: tuple[str, ...]
     off_peak: OffPeakEstimate | None = None
+    level: int | None = None
+    paid: Money | None = None
+    sampled: int | None = None
+    lasts: timedelta | None = None
 
 
-def estimate(job: Job, size: Size, book: PriceBook, now: datetime, history: History | None = None) -> Estimate:
-    """Price a run of `size` at `now`.
+def estimate(
+    job: Job, size: Size, book: PriceBook, asked: Asked, known: Polled | History | None = None, seed: int = 0
+) -> Estimate:
+    """Price a run of `size` as it is `asked` for, by what is `known`: a sample's answers, earlier runs, or nothing.
 
-    low: every document is accepted by the first tier, every prefix hits, at the model's cheapest hours.
-    high: every document climbs the whole ladder, no prefix ever hits, at its dearest hours.
-    Raises UnknownPrice where a tier has no price.
+    Of a sample or of finished runs the interval is honest (schemas/intervals.py). It holds for documents like those,
+    prices as the book has them, and work that takes between half and twice as long as it seems. Without either,
+    low: every document is accepted by the first tier, every prefix hits, at the model's cheapest hours; high: every
+    document climbs the whole ladder, no prefix ever hits, at its dearest hours. Raises UnknownPrice where a tier has
+    no price. The same `seed` gives the same figures.
     """
-    tokens = _expected(job, size, history)
-    rows = _rows(job, book, now)
-    expected = _estimate_tiers(job, tokens, size, rows)
+    rows = rows_at(job, book, asked.now)
+    expected = _expect(job, size, rows, known, seed)
+    lasts = _lasting(job, expected.tokens, size)
+    costs = [_price(job, expected.tokens, size, share_out(job, book, asked, span)) for span in _spans(lasts)]
+    tiers = costs[0]
+    sums = [sum(each.cost.pico for each in cost) for cost in costs]
+    low, high = _bounds(job, size, book, rows, expected, sums)
     return Estimate(
         job=job.name,
-        at=now,
+        at=asked.now,
         documents=size.documents,
         to_send=size.to_send,
-        low=_low(job, tokens[0], size, book.rows(), rows),
-        cost=_sum((each.cost for each in expected), job.budget.currency),
-        high=_high(job, tokens, size, book.rows(), rows),
-        tiers=tuple(expected),
-        assumptions=tuple(_assumptions(size, rows, history)),
-        off_peak=_off_peak(job, tokens, size, book, now),
+        low=low,
+        cost=Money(sums[0], job.budget.currency),
+        high=high,
+        tiers=tuple(tiers),
+        assumptions=tuple(_assumptions(size, share_out(job, book, asked, lasts), expected, known)),
+        off_peak=_off_peak(job, expected.tokens, size, book, asked.now),
+        level=None if expected.factors is None else LEVEL,
+        paid=Money(known.paid_pico, job.budget.currency) if isinstance(known, Polled) else None,
+        sampled=len(known.sample.drawn) if isinstance(known, Polled) else None,
+        lasts=lasts or None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Tokens by tier, and between which factors of their cost the truth is; None: nobody knows."""
+
+    tokens: tuple[TierTokens, ...]
+    factors: Interval | None
+
+
+def _expect(job: Job, size: Size, rows: Rows, known: Polled | History | None, seed: int) -> _Expected:
+    assumed = tuple(_assumed(job, size))
+    match known:
+        case Polled():
+            found = project(known, rows, assumed, Random(seed))  # noqa: S311 (draws weights, guards nothing)
+            return _Expected(found.tokens, found.factors)
+        case History() if _is_of(job, known):
+            return _from_history(job, size, rows, known, assumed)
+        case _:
+            return _Expected(assumed, None)
+
+
+def _is_of(job: Job, history: History) -> bool:
+    """Whether it has what the first tier of the ladder does."""
+    return any(tier.tier == job.ladder[0].name for run in history.runs for tier in run.tiers)
+
+
+def _from_history(job: Job, size: Size, rows: Rows, history: History, assumed: Sequence[TierTokens]) -> _Expected:
+    """The mean over the runs, each weighted as schemas/intervals.py says."""
+    past = [PastCost(_mean_cost(run, rows), run.documents, run.squared_spread) for run in history.runs]
+    weights = [math.ceil(weight * MILLION) for weight in weigh(past)]
+    tokens = tuple(_mean_tokens(history.runs, weights, each) for each in assumed)
+    return _Expected(tokens, predict_mean(past, size.to_send) if history.is_sound else None)
+
+
+def _mean_cost(run: PastRun, rows: Rows) -> float:
+    """Of a document, at the prices of now."""
+    known = [(tier, rows[tier.tier]) for tier in run.tiers if tier.tier in rows]
+    return (
+        sum(
+            tier.hit * row.hit_pico + tier.miss * row.miss_pico + tier.output * row.output_pico for tier, row in known
+        )
+        / run.documents
+    )
+
+
+def _mean_tokens(runs: Sequence[PastRun], weights: Sequence[int], typical: TierTokens) -> TierTokens:
+    """A tier that no run has reached is expected to stay unused."""
+    found = [
+        (Fraction(weight, run.documents), tier)
+        for run, weight in zip(runs, weights, strict=True)
+        for tier in run.tiers
+        if tier.tier == typical.tier
+    ]
+    attempts = sum((weight * tier.attempts for weight, tier in found), Fraction(0))
+    if not attempts:
+        return replace(typical, attempts_ppm=0)
+    return replace(
+        typical,
+        hit=sum(weight * tier.hit for weight, tier in found) / attempts,
+        miss=sum(weight * tier.miss for weight, tier in found) / attempts,
+        output=sum(weight * tier.output for weight, tier in found) / attempts,
+        attempts_ppm=math.ceil(attempts * MILLION / sum(weights)),
+        seconds=sum(weight * tier.seconds for weight, tier in found) / attempts,
+    )
+
+
+def _lasting(job: Job, tokens: Sequence[TierTokens], size: Size) -> timedelta:
+    """How long the slowest tier is at work with as many requests in flight as the job says. 0: nobody knows."""
+    seconds = [
+        Fraction(size.to_send * each.attempts_ppm, MILLION) * each.seconds / job.concurrency[each.tier]
+        for each in tokens
+    ]
+    return timedelta(seconds=min(math.ceil(max(seconds)), _LONGEST_S))
+
+
+def _spans(lasts: timedelta) -> tuple[timedelta, timedelta, timedelta]:
+    return lasts, lasts / 2, lasts * 2
+
+
+def _bounds(
+    job: Job, size: Size, book: PriceBook, rows: Rows, expected: _Expected, sums: Sequence[int]
+) -> tuple[Money, Money]:
+    """Of priming, at best there is none, since the cache is warm already, and at worst thrice as much."""
+    if expected.factors is None:
+        tokens = expected.tokens
+        return _low(job, tokens[0], size, book.rows(), rows), _high(job, tokens, size, book.rows(), rows)
+    priming = math.ceil(sum(_priming(size, each, rows[each.tier]) for each in expected.tokens))
+    low = math.floor((min(sums) - priming) * Fraction(expected.factors.low))
+    high = math.ceil((max(sums) + 2 * priming) * Fraction(expected.factors.high))
+    return Money(low, job.budget.currency), Money(high, job.budget.currency)
 
 
 def measure_prefix(job: Job) -> int:
@@ -143,14 +283,11 @@ def measure_answer(schema: Mapping[str, Any], tier: Tier) -> int:
     return min(tier.max_tokens, tokens + (THINKING_TOKENS if tier.thinking else 0))
 
 
-def _expected(job: Job, size: Size, history: History | None) -> list[TierTokens]:
-    """One entry per tier of the ladder, from history where the whole ladder has one."""
-    assumed = _assumed(job, size)
-    known = {each.tier: each for each in history.tiers} if history else {}
-    if job.ladder[0].name not in known:
-        return assumed
-    unseen = {each.tier: TierTokens(each.tier, each.hit, each.miss, each.output, 0) for each in assumed}
-    return [known.get(tier.name, unseen[tier.name]) for tier in job.ladder]
+def design_of(job: Job, size: int) -> Design:
+    """How to draw a sample of so many: by what a document costs at the first tier, in bytes that miss the cache."""
+    answer = measure_answer(job.answer.schema, job.ladder[0])
+    fixed = FRAME_TOKENS + measure_prefix(job) // _HIT_PART + _OUTPUT_TIMES * answer
+    return Design(size, BYTES_PER_TOKEN * fixed, job.name)
 
 
 def _assumed(job: Job, size: Size) -> list[TierTokens]:
@@ -163,97 +300,127 @@ def _assumed(job: Job, size: Size) -> list[TierTokens]:
     return found
 
 
-def _rows(job: Job, book: PriceBook, at: datetime) -> dict[str, Price]:
-    return {tier.name: book.at(tier.model, job.budget.currency, at) for tier in job.ladder}
-
-
 def _off_peak(
     job: Job, tokens: Sequence[TierTokens], size: Size, book: PriceBook, now: datetime
 ) -> OffPeakEstimate | None:
-    tariff = tariff_of(job, book, job.budget.currency)
     try:
-        if tariff.is_flat(now):
+        if tariff_of(job, book, job.budget.currency).is_flat(now):
             return None
-        found = tariff.decide(now, guard_of(job))
-        begins = found.until if isinstance(found, Shut) else now
-        tiers = _estimate_tiers(job, tokens, size, _rows(job, book, begins))
+        starts = begins(job, book, now)
+        tiers = _price(job, tokens, size, [Stretch(Fraction(1), rows_at(job, book, starts))])
     except UnknownPrice:  # a run that waits would be refused; the price of now is known
         return None
-    return OffPeakEstimate(begins, _sum((each.cost for each in tiers), job.budget.currency))
+    return OffPeakEstimate(starts, _sum((each.cost for each in tiers), job.budget.currency))
 
 
-def _estimate_tiers(
-    job: Job, tokens: Sequence[TierTokens], size: Size, rows: Mapping[str, Price]
-) -> list[TierEstimate]:
-    return [_estimate_tier(job.tier(each.tier), each, size, rows[each.tier]) for each in tokens]
+def _price(job: Job, tokens: Sequence[TierTokens], size: Size, stretches: Sequence[Stretch]) -> list[TierEstimate]:
+    return [_price_tier(job.tier(each.tier), each, size, stretches, job.budget.currency) for each in tokens]
 
 
-def _estimate_tier(tier: Tier, tokens: TierTokens, size: Size, price: Price) -> TierEstimate:
-    attempts = _ceil(size.to_send * tokens.attempts_ppm, MILLION)
-    priming = min(PRIMING_ATTEMPTS, attempts) * tokens.hit * (price.miss_pico - price.hit_pico)
-    cost = attempts * _attempt_cost(tokens, price) + priming
-    return TierEstimate(tokens, tier.model, attempts, Money(cost, price.currency))
+def _price_tier(
+    tier: Tier, tokens: TierTokens, size: Size, stretches: Sequence[Stretch], currency: Currency
+) -> TierEstimate:
+    attempts = _attempts(size, tokens)
+    work = sum((each.share * tokens.cost(each.rows[tier.name]) for each in stretches), Fraction(0)) * attempts
+    priming = _priming(size, tokens, stretches[0].rows[tier.name])
+    return TierEstimate(tokens, tier.model, attempts, Money(math.ceil(work + priming), currency))
+
+
+def _attempts(size: Size, tokens: TierTokens) -> int:
+    return _ceil(size.to_send * tokens.attempts_ppm, MILLION)
+
+
+def _priming(size: Size, tokens: TierTokens, price: Price) -> Fraction:
+    """What it takes beyond that until the cache serves the prefix: once for all documents, at the run's start."""
+    return Fraction(min(PRIMING_ATTEMPTS, _attempts(size, tokens)) * tokens.hit * (price.miss_pico - price.hit_pico))
 
 
 def _low(job: Job, first: TierTokens, size: Size, book: Sequence[Price], rows: Mapping[str, Price]) -> Money:
-    hours = _hours(rows[job.ladder[0].name], book)
-    return Money(size.to_send * min(_attempt_cost(first, price) for price in hours), job.budget.currency)
+    hours = bands_of(rows[job.ladder[0].name], book)
+    return Money(math.floor(size.to_send * min(first.cost(price) for price in hours)), job.budget.currency)
 
 
 def _high(
     job: Job, tokens: Sequence[TierTokens], size: Size, book: Sequence[Price], rows: Mapping[str, Price]
 ) -> Money:
-    cost = 0
+    cost = Fraction(0)
     for each in tokens:
         cold = TierTokens(each.tier, 0, each.hit + each.miss, each.output, 0)
         attempts = max(_ceil(size.to_send * each.attempts_ppm, MILLION), size.to_send)
-        cost += attempts * max(_attempt_cost(cold, price) for price in _hours(rows[each.tier], book))
-    return Money(cost, job.budget.currency)
-
-
-def _hours(row: Price, book: Sequence[Price]) -> list[Price]:
-    """The row's price at every hour: it and its fellows of the same model, card, date and prompt length."""
-    key = (row.model, row.currency, row.valid_from, row.above_tokens)
-    return [price for price in book if (price.model, price.currency, price.valid_from, price.above_tokens) == key]
-
-
-def _attempt_cost(tokens: TierTokens, price: Price) -> int:
-    return tokens.hit * price.hit_pico + tokens.miss * price.miss_pico + tokens.output * price.output_pico
+        cost += attempts * max(cold.cost(price) for price in bands_of(rows[each.tier], book))
+    return Money(math.ceil(cost), job.budget.currency)
 
 
 def _sum(costs: Iterable[Money], currency: Currency) -> Money:
     return Money(sum(cost.pico for cost in costs), currency)
 
 
-def _assumptions(size: Size, rows: Mapping[str, Price], history: History | None) -> list[str]:
+def _assumptions(
+    size: Size, stretches: Sequence[Stretch], expected: _Expected, known: Polled | History | None
+) -> list[str]:
     """What the figures rest on, for the table's foot."""
-    hours = (f"{price.model} {price.band.value.replace('_', '-')}" for price in rows.values())
-    bands = ", ".join(dict.fromkeys(hours))
-    skipped = size.documents - size.to_send
-    lines = [
-        f"expected at the price of this hour: {bands}",
-        "low: first tier only, every prefix hits, cheapest hours; "
-        "high: every document climbs the whole ladder, no prefix hits, dearest hours",
-        "answers that can be reused from earlier runs cost nothing, and are not counted here",
-    ]
-    if skipped:
-        lines.append(f"{skipped:,} documents have an id that an earlier one has, and are not sent")
-    return lines + basis(size, history)
+    lines = [_hours_line(stretches), _ends_line(expected)]
+    if not isinstance(known, Polled):
+        lines.append("answers that can be reused from earlier runs cost nothing, and are not counted here")
+    if skipped := size.documents - size.to_send:
+        lines.append(
+            f"{skipped:,} documents have an id that an earlier one has, or nothing to send, and are not sent"
+        )
+    return lines + basis(size, known)
 
 
-def basis(size: Size, history: History | None) -> list[str]:
+def _hours_line(stretches: Sequence[Stretch]) -> str:
+    shares: dict[str, Fraction] = {}
+    for each in stretches:
+        for price in each.rows.values():
+            name = f"{price.model} {price.band.value.replace('_', '-')}"
+            shares[name] = shares.get(name, Fraction(0)) + each.share / list(each.rows.values()).count(price)
+    told = (name if len(stretches) == 1 else f"{name} {math.floor(share * 100)} %" for name, share in shares.items())
+    return f"expected at the prices of the hours of work: {', '.join(told)}"
+
+
+def _ends_line(expected: _Expected) -> str:
+    if expected.factors is not None:
+        return (
+            f"between: the true cost is in there in {LEVEL} of 100 cases or more, for documents like these, prices "
+            "as the book has them, and work that takes from half to twice as long as expected"
+        )
+    return (
+        "no interval, since nothing is known yet: low is the first tier only, every prefix hits, cheapest hours; "
+        "high: every document climbs the whole ladder, no prefix hits, dearest hours; "
+        "`farthing estimate` with --sample asks some documents, and then knows"
+    )
+
+
+def basis(size: Size, known: Polled | History | None) -> list[str]:
     """Where the tokens of an attempt, and the attempts of a document, are from."""
-    return _history_lines(history) if history and history.tiers else _assumed_lines(size)
+    match known:
+        case Polled():
+            return [_sample_line(known)]
+        case History(runs=runs) if runs:
+            return _history_lines(known)
+        case _:
+            return _assumed_lines(size)
+
+
+def _sample_line(polled: Polled) -> str:
+    simulated = ", answers simulated" if polled.is_simulated else ""
+    return (
+        f"from {len(polled.sample.drawn):,} documents drawn at random of {polled.sample.documents:,} that can be "
+        f"sent, run {polled.run_id}{simulated}; their answers are reused by the run that follows"
+    )
 
 
 def _history_lines(history: History) -> list[str]:
     simulated = ", answers simulated" if history.is_simulated else ""
     lines = [
-        f"tokens and escalated share as in the job's last {history.runs} run(s), "
+        f"tokens and escalated share as in the job's last {len(history.runs)} run(s), "
         f"{history.documents:,} documents{simulated}"
     ]
     if history.is_partial:
-        lines.append("one of them has not ended yet: what climbs comes last, so this may be too low")
+        lines.append("none of them has ended yet: what climbs comes last, so this may be too low")
+    if history.is_of_other_prompt:
+        lines.append("they had another prompt, answer or ladder than the job has now, so this may be far off")
     return lines
 
 

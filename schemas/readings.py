@@ -23,7 +23,7 @@ BLOCK_CHARACTERS = 4 * 1024 * 1024
 class Order:
     """Read this, in blocks of at most so many rows; a reading that was not ended is given up."""
 
-    what: Literal["list_files", "plan", "read_shard", "read_labels"]
+    what: Literal["list_files", "plan", "draw", "read_shard", "read_labels"]
     arguments: Mapping[str, Any]
     rows: int = BLOCK
 

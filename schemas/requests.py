@@ -43,6 +43,10 @@ Sum = Annotated[str | None, AfterValidator(_check_sum)]
 Limit = Annotated[str | None, AfterValidator(_check_limit)]
 
 
+#: How many documents a sample may have: fewer say nothing, and each is a shard of its own.
+MIN_SAMPLE, MAX_SAMPLE = 10, 1000
+
+
 class RunRequest(BaseModel):
     """A run as it is asked for. Prefect shows and stores it, so it holds no secret.
 
@@ -51,7 +55,8 @@ class RunRequest(BaseModel):
     what it had; `lanes` is how many processes work, and `lanes_on` where (default: what the environment says);
     `when` overrides the job's, for this start of the run only. `finish_by` (an instant, or a time of every day, with
     its zone) lets it wait for off-peak prices, and pay peak prices only as it must to be done by then. `backfill` is
-    the number of the backfill that the run is a part of, whose budget it draws on.
+    the number of the backfill that the run is a part of, whose budget it draws on. `sample` takes so many documents,
+    drawn at random, for an estimate of what all of them cost.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,6 +71,7 @@ class RunRequest(BaseModel):
     when: When | None = None
     finish_by: FinishByText = None
     backfill: int | None = None
+    sample: int | None = Field(default=None, ge=MIN_SAMPLE, le=MAX_SAMPLE)
 
     def cap(self, job: Job) -> Money:
         """The budget of a new run: what was asked for, else the job's own."""
@@ -98,7 +104,8 @@ class RunRequest(BaseModel):
 
     def selection(self, job: Job) -> dict[str, Any]:
         """Which documents are meant, as plain values: runs of the same selection resume one another."""
-        return {
+        drawn = {} if self.sample is None else {"sample": self.sample}
+        return drawn | {
             "path": job.input.path,
             "id": job.input.id,
             "text": job.input.text,
@@ -128,11 +135,13 @@ class LaneRequest(BaseModel):
 
 def spell_command(job: str, selection: Mapping[str, Any], *, is_simulated: bool) -> str:
     """The command that resumes the run of a selection, as a shell takes it."""
-    words = ["farthing", "run", job]
+    words = ["farthing", "estimate" if "sample" in selection else "run", job]
     for partition in selection.get("partitions", ()):
         words += ["--partition", partition]
     if selection.get("limit") is not None:
         words += ["--limit", str(selection["limit"])]
+    if "sample" in selection:
+        words += ["--sample", str(selection["sample"])]
     return shlex.join(words + ["--sandbox"] * is_simulated)
 
 

@@ -135,7 +135,7 @@ async def plan(
         evidence = await backfills.find_evidence(
             ledger, job.name, found, job.prompt_version, is_simulated=is_simulated
         )
-        history = await find_history(ledger, job.name, is_simulated=is_simulated)
+        history = await find_history(ledger, job, is_simulated=is_simulated)
         begun = await backfills.find_unfinished(ledger, job.name, request.identity(), is_simulated=is_simulated)
         room = await _find_room(ledger, request, job, begun, is_simulated)
     is_over = begun is not None and set(begun.left).isdisjoint(chosen)

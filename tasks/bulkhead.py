@@ -29,9 +29,10 @@ from typing import Any, Protocol, Self
 import structlog
 
 from schemas.documents import Document, InputFile, Manifest, Shard, UnfitDocument
-from schemas.errors import ConfigurationError, InputUnavailable, InputUnreadable, Problem
+from schemas.errors import ConfigurationError, InputChanged, InputUnavailable, InputUnreadable, Problem
 from schemas.jobs import Input
 from schemas.readings import BLOCK, Block, More, Opened, Order, Raised, Reply
+from schemas.samples import Design, Sample
 
 log = structlog.get_logger("farthing.bulkhead")
 
@@ -156,6 +157,18 @@ class Bulkhead:
         except (InputUnreadable, InputUnavailable) as error:
             raise ConfigurationError(str(error)) from None
         return manifest
+
+    async def draw(self, input: Input, manifest: Manifest, design: Design, *, root: Path = Path(".")) -> Sample:
+        """What `tasks.documents.draws.draw` returns and raises; a file that ends whoever reads it is one problem."""
+        arguments = {"input": input, "manifest": manifest, "design": design, "root": root}
+        try:
+            async with aclosing(self._read(Order("draw", arguments))) as blocks:
+                sample: Sample = (await anext(blocks))[0]
+        except ReaderDied as died:
+            raise ConfigurationError(Problem(died.opened or "input.path", _explain(died))) from None
+        except (InputChanged, InputUnavailable) as error:
+            raise ConfigurationError(str(error)) from None
+        return sample
 
     async def read_shard(
         self, input: Input, file: InputFile, shard: Shard, *, root: Path = Path("."), rows: int = BLOCK

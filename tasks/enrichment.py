@@ -31,12 +31,14 @@ from schemas.errors import (
     RunUnsettled,
     UnknownPrice,
 )
+from schemas.estimates import design_of
 from schemas.finish_by import off_peak_between
 from schemas.jobs import Job, When
 from schemas.money import Currency
 from schemas.off_peak import guard_of, tariff_of
 from schemas.pricing import Price, PriceBook, load_price_book
 from schemas.requests import LaneRequest, RunRequest
+from schemas.samples import pick
 from schemas.settings import Settings
 from tasks import spill, telemetry
 from tasks.bulkhead import Bulkhead
@@ -83,13 +85,7 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
         provider = await ask_provider(completions, job, request, settings)
         check_prices(job, book, provider.currency, utc_now() + provider.clock_offset, request.hours(job))
         check_due(job, book, provider.currency, utc_now() + provider.clock_offset, request)
-        manifest = await bulkhead.plan(
-            job.input,
-            shard_rows=job.shard_rows,
-            partitions=request.partitions,
-            limit=request.limit,
-            root=request.root,
-        )
+        manifest = await plan(bulkhead, job, request)
         opening = Opening(
             job=job,
             manifest=manifest,
@@ -109,6 +105,20 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
         if job.input.label and job.measure and not await runs.has_labels(ledger, run.run_id):
             await runs.add_labels(ledger, run.run_id, read_labels(bulkhead, job, manifest, request.root))
         return run
+
+
+async def plan(bulkhead: Bulkhead, job: Job, request: RunRequest) -> Manifest:
+    """What the run is bound to: all of the selection, or the sample of it that was asked for."""
+    manifest = await bulkhead.plan(
+        job.input,
+        shard_rows=job.shard_rows,
+        partitions=request.partitions,
+        limit=request.limit,
+        root=request.root,
+    )
+    if request.sample is None:
+        return manifest
+    return pick(manifest, await bulkhead.draw(job.input, manifest, design_of(job, request.sample), root=request.root))
 
 
 def part_of(backfill: Backfill, opening: Opening) -> Opening:

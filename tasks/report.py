@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -24,6 +25,9 @@ from schemas.inert import escape_markdown, plain, plain_lines
 from schemas.money import Currency, Money
 from schemas.off_peak import spell
 from schemas.pricing import Band, Price, PriceBook
+from schemas.public_prices import Amounts as PublicAmounts
+from schemas.public_prices import Comparison as PriceComparison
+from schemas.public_prices import Difference
 from schemas.requests import spell_command
 from schemas.spending import MILLION, Line, Sums, per_million
 from tasks.ledger.proof import Proof
@@ -142,6 +146,69 @@ def price_json(price: Price, book: PriceBook, at: datetime) -> dict[str, Any]:
     }
 
 
+def price_check_report(found: Sequence[PriceComparison]) -> list[RenderableType]:
+    """What public price maps say otherwise, and what to do about it."""
+    parts: list[RenderableType] = []
+    for each in found:
+        unknown = f"; no price of ours for {', '.join(each.unknown)}" if each.unknown else ""
+        head = f"{each.map}: {len(each.compared)} models compared, {len(each.differences)} differences{unknown}"
+        rows = [
+            (
+                difference.row,
+                _instant(difference.since),
+                "now" if difference.until is None else _instant(difference.until),
+                _per_million(difference.ours),
+                _per_million(difference.theirs),
+            )
+            for difference in each.differences
+        ]
+        columns = ("row", "from (UTC)", "until", "ours: cached / not / output, $ per 1M", "theirs")
+        parts.append(table(head, columns, rows, _CHECK_ADVICE) if rows else head)
+    return parts
+
+
+_CHECK_ADVICE = (
+    "Look at the provider's page. If the map is right, add a [[row]] with its own valid_from to a price file of your "
+    "own (README: Prices); an old row stays as it is, since attempts were booked by it."
+)
+
+
+def _per_million(amounts: PublicAmounts) -> str:
+    return " / ".join(f"{(each / 10**6).normalize():f}" for each in (amounts.hit, amounts.miss, amounts.output))
+
+
+def price_check_json(found: Sequence[PriceComparison]) -> dict[str, Any]:
+    """The same for scripts. Amounts are pico-dollars per token, as text: another's need not be whole."""
+    return {
+        "agrees": not any(each.differences for each in found),
+        "maps": [
+            {
+                "map": each.map,
+                "compared": list(each.compared),
+                "unknown": list(each.unknown),
+                "differences": [_difference_json(difference) for difference in each.differences],
+            }
+            for each in found
+        ],
+    }
+
+
+def _difference_json(difference: Difference) -> dict[str, Any]:
+    def spell_amounts(amounts: PublicAmounts) -> dict[str, str]:
+        named = {"hit_pico": amounts.hit, "miss_pico": amounts.miss, "output_pico": amounts.output}
+        return {name: f"{amount.normalize():f}" for name, amount in named.items()}
+
+    return {
+        "model": difference.model,
+        "row": difference.row,
+        "currency": "USD",
+        "since": difference.since.isoformat(),
+        "until": None if difference.until is None else difference.until.isoformat(),
+        "ours": spell_amounts(difference.ours),
+        "theirs": spell_amounts(difference.theirs),
+    }
+
+
 def _instant(at: datetime | None) -> str:
     return "—" if at is None else f"{at.astimezone(UTC):%a %Y-%m-%d %H:%M}"
 
@@ -155,9 +222,9 @@ def estimate_table(estimate: Estimate, budget: Money) -> Table:
         (
             f"{each.tokens.tier} ({each.model})",
             f"{each.attempts:,}",
-            f"{each.tokens.hit:,}",
-            f"{each.tokens.miss:,}",
-            f"{each.tokens.output:,}",
+            f"{ceil(each.tokens.hit):,}",
+            f"{ceil(each.tokens.miss):,}",
+            f"{ceil(each.tokens.output):,}",
             str(each.cost),
         )
         for each in estimate.tiers
@@ -166,7 +233,10 @@ def estimate_table(estimate: Estimate, budget: Money) -> Table:
     title = f"{estimate.job}: {estimate.documents:,} documents, {estimate.cost} expected"
     made = table(title, columns, rows, "\n".join(_estimate_notes(estimate, budget)))
     made.add_section()
-    _add_row(made, "between", "", "", "", "", f"{estimate.low} and {estimate.high}")
+    level = "low and high" if estimate.level is None else f"in {estimate.level} of 100 cases between"
+    _add_row(made, level, "", "", "", "", f"{estimate.low} and {estimate.high}")
+    if estimate.paid is not None:
+        _add_row(made, f"of which {estimate.sampled} are paid", "", "", "", "", str(estimate.paid))
     return made
 
 
@@ -191,7 +261,11 @@ def _begins(estimate: Estimate, then: OffPeakEstimate) -> str:
 
 
 def estimate_json(estimate: Estimate) -> dict[str, Any]:
-    """An estimate as scripts rely on it; sums in pico units."""
+    """An estimate as scripts rely on it; sums in pico units, of all documents together.
+
+    `level`: in so many of 100 cases the true cost is from low to high; null: they are no interval. `paid_pico` is
+    what the `sampled` documents have cost already, of all that.
+    """
     return {
         "job": estimate.job,
         "documents": estimate.documents,
@@ -199,6 +273,10 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
         "cost_pico": estimate.cost.pico,
         "low_pico": estimate.low.pico,
         "high_pico": estimate.high.pico,
+        "level": estimate.level,
+        "sampled": estimate.sampled,
+        "paid_pico": None if estimate.paid is None else estimate.paid.pico,
+        "lasts_s": None if estimate.lasts is None else ceil(estimate.lasts.total_seconds()),
         "currency": estimate.cost.currency.value,
         "off_peak": None
         if estimate.off_peak is None
@@ -211,9 +289,9 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
             each.tokens.tier: {
                 "model": each.model,
                 "attempts": each.attempts,
-                "hit_tokens": each.tokens.hit,
-                "miss_tokens": each.tokens.miss,
-                "output_tokens": each.tokens.output,
+                "hit_tokens": ceil(each.tokens.hit),
+                "miss_tokens": ceil(each.tokens.miss),
+                "output_tokens": ceil(each.tokens.output),
                 "cost_pico": each.cost.pico,
             }
             for each in estimate.tiers

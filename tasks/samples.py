@@ -1,15 +1,22 @@
-"""How large a selection's documents are: alone responsible for the sample that an estimate measures."""
+"""Samples of a selection: documents that an estimate measures, and those, drawn at random, that it asks."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from schemas.documents import Document, Manifest, Shard
-from schemas.estimates import Size
+from schemas.errors import ConfigurationError
+from schemas.estimates import Size, design_of
 from schemas.jobs import Job
+from schemas.requests import RunRequest
+from schemas.samples import Sample, pick
+from schemas.settings import Settings
+from tasks import enrichment
 from tasks.bulkhead import Bulkhead
+from tasks.ledger.runs import Opening
 
 SAMPLE = 50
 #: The sample is taken from so many places, spread over the input: files differ, and one begins with its shortest.
@@ -25,6 +32,40 @@ async def measure(job: Job, manifest: Manifest, bulkhead: Bulkhead, root: Path =
         sampled=len(sizes),
         sampled_bytes=sum(sizes),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnSample:
+    """A sample as it was drawn: the run that asks it, how large the selection is, and what is asked."""
+
+    opening: Opening
+    sample: Sample
+    size: Size
+
+    @property
+    def asks(self) -> Size:
+        """How large the sample itself is."""
+        asked = len(self.sample.drawn)
+        return replace(self.size, documents=asked, to_send=asked)
+
+
+async def draw(job: Job, request: RunRequest, settings: Settings) -> DrawnSample:
+    """Draw what `request` asks for. Reads every document, and sends nothing.
+
+    Raises ConfigurationError with all that is wrong, and where no document can be sent.
+    """
+    if request.sample is None:
+        raise AssertionError("a request without a sample draws none")
+    async with Bulkhead() as bulkhead:
+        whole = await enrichment.plan(bulkhead, job, request.model_copy(update={"sample": None}))
+        sample = await bulkhead.draw(job.input, whole, design_of(job, request.sample), root=request.root)
+        if not sample.drawn:
+            raise ConfigurationError("no document of this selection can be sent: all are empty, or have no id")
+        measured = await measure(job, whole, bulkhead, request.root)
+    opening = Opening(
+        job, pick(whole, sample), request.selection(job), job.budget.currency, 0, is_simulated=settings.sandbox
+    )
+    return DrawnSample(opening, sample, replace(measured, to_send=sample.documents))
 
 
 async def _sample(job: Job, manifest: Manifest, bulkhead: Bulkhead, root: Path) -> AsyncIterator[int]:

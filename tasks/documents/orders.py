@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 from schemas.errors import FarthingError, Unforeseen
 from schemas.readings import BLOCK_CHARACTERS, Block, More, Opened, Order, Raised, Reply
 from tasks.documents import trail
+from tasks.documents.draws import draw
 from tasks.documents.planning import list_files, plan
 from tasks.documents.reading import read_labels, read_shard
 
@@ -30,6 +31,7 @@ _PR_SET_PDEATHSIG = 1
 _READINGS: Mapping[str, Callable[..., Iterable[Any]]] = {
     "list_files": list_files,
     "plan": lambda **arguments: [plan(**arguments)],
+    "draw": lambda **arguments: [draw(**arguments)],
     "read_shard": read_shard,
     "read_labels": read_labels,
 }

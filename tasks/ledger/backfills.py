@@ -26,12 +26,13 @@ from tasks.ledger.leases import LIVING_LANE, LOCK_SPACE
 from tasks.ledger.rows import as_json
 
 #: A lane lives by its session lock here, not by its heartbeat: whoever was killed a moment ago works on nothing.
-#: A run with a limit says nothing of a file that another one took whole.
+#: A sample is a few documents of everywhere. A run with a limit says nothing of a file that another one took whole.
 _COVERED = text(f"""
     WITH held AS (
         SELECT DISTINCT ON (f.path) f.path, f.run_id, f.file_no, f.size, f.sha256, f.rows
         FROM run r JOIN input_file f USING (run_id)
         WHERE r.job = :job AND r.is_simulated = :is_simulated AND f.path = ANY(:paths)
+          AND r.selection -> 'sample' IS NULL
         ORDER BY f.path, r.selection -> 'limit' <> 'null', f.run_id DESC
     )
     SELECT h.path, h.run_id, h.size, h.sha256, h.rows, r.prompt_version, r.policy, r.selection, r.backfill_id,

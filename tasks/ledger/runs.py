@@ -156,7 +156,7 @@ async def open_run(ledger: Ledger, opening: Opening) -> Run:
         unfinished = (
             await connection.execute(
                 _UNFINISHED,
-                _identity(opening)
+                identify(opening)
                 | {"budget_name": opening.job.budget_name, "reuses": as_json(opening.reuses), "space": LOCK_SPACE},
             )
         ).all()
@@ -354,7 +354,7 @@ async def has_labels(ledger: Ledger, run_id: RunId) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
-def _identity(opening: Opening) -> dict[str, Any]:
+def identify(opening: Opening) -> dict[str, Any]:
     return {
         "job": opening.job.name,
         "prompt_version": opening.job.prompt_version,
@@ -381,7 +381,7 @@ async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
     job = opening.job
     await connection.execute(upsert(tables.prompt_version).on_conflict_do_nothing(), [_prompt_version(job)])
     budget_id, cap = await find_budget(connection, _wanted_budget(opening))
-    row = _identity(opening) | {
+    row = identify(opening) | {
         "concurrency": concurrency(job),
         "policy": policy(job),
         "selection": dict(opening.selection),

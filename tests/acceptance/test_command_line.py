@@ -185,6 +185,45 @@ def test_a_price_that_is_not_known_is_refused(farthing: Terminal, arguments: tup
     assert left.stdout == ""
 
 
+def test_the_price_book_is_held_against_a_public_map(farthing: Terminal) -> None:
+    entry = {"litellm_provider": "deepseek", "cache_read_input_token_cost": 3e-9, "output_cost_per_token": 6e-7}
+    (farthing.folder / "map.json").write_text(
+        json.dumps({"deepseek/deepseek-flash": entry | {"input_cost_per_token": 1.5e-7}})
+    )
+    check = ("prices", "check", "map.json", "--at", "2026-11-25T05:00:00Z")
+    left = farthing(*check, "--json")
+    assert (left.exit_code, left.json["agrees"]) == (0, True)
+    (farthing.folder / "map.json").write_text(
+        json.dumps({"deepseek/deepseek-flash": entry | {"input_cost_per_token": 1.4e-7}})
+    )
+    left = farthing(*check, "--json")
+    assert (left.exit_code, left.json["agrees"]) == (1, False)
+    (difference,) = left.json["maps"][0]["differences"]
+    assert difference["since"] == "2026-09-10T04:00:00+00:00"
+    assert (difference["ours"]["miss_pico"], difference["theirs"]["miss_pico"]) == ("150000", "140000")
+    left = farthing(*check)
+    assert left.exit_code == 1
+    assert "0.003 / 0.14 / 0.6" in left.stdout
+    assert "add a [[row]]" in " ".join(left.stdout.split())
+    assert farthing("prices", "check", "none.json").exit_code == 2
+
+
+def test_after_the_calendar_s_end_a_run_is_refused_with_what_to_update(farthing: Terminal, tickets: Path) -> None:
+    """Before a key or a ledger is used: nothing is there to use."""
+    url = "postgresql://u@127.0.0.1:1/x"
+    later = {
+        "FARTHING_SANDBOX": "1",
+        "FARTHING_SANDBOX_CLOCK": "2027-01-05T02:00:00Z",
+        "DEEPSEEK_BASE_URL": "http://127.0.0.1:1",
+    }
+    left = farthing("run", "tickets", FARTHING_DATABASE_URL=url, DEEPSEEK_API_KEY=SECRET, **later)
+    assert left.exit_code == 2
+    words = " ".join(left.stderr.split())
+    assert "2027" in words
+    assert "pip install --upgrade chinesecalendar" in words
+    assert "price file of your own" in words
+
+
 def test_a_new_job_is_valid_and_says_what_to_do(farthing: Terminal, tickets: Path) -> None:
     assert sorted(path.name for path in tickets.iterdir()) == ["answer.py", "job.yaml", "prompt.md"]
     left = farthing("estimate", "tickets", "--json")

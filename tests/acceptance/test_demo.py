@@ -90,6 +90,19 @@ def test_every_command_that_reads_tells_of_the_run(home: Home, demo: dict[str, A
     assert home.ask("db", "status")
 
 
+def test_an_estimate_asks_a_sample_once_and_says_between_which_sums_a_run_is(
+    home: Home, demo: dict[str, Any]
+) -> None:
+    before = home.ask("sandbox", "bill")
+    found = home.ask("estimate", "obligations", "--sandbox", "--limit", "150", "--sample", "20")
+    paid = home.ask("sandbox", "bill")["cost_pico"] - before["cost_pico"]
+    assert (found["level"], found["sampled"], found["paid_pico"]) == (90, 20, paid)
+    assert 0 < paid < found["low_pico"] < found["cost_pico"] < found["high_pico"]
+    again = home.ask("estimate", "obligations", "--sandbox", "--limit", "150", "--sample", "20")
+    assert again["paid_pico"] == paid
+    assert home.ask("sandbox", "bill")["cost_pico"] - before["cost_pico"] == paid
+
+
 @pytest.mark.long  # test_prefect.py has a command that pauses at its budget, and random budgets have the cap
 def test_a_budget_that_is_too_small_pauses_with_exit_code_3_and_is_never_passed(
     home: Home, demo: dict[str, Any]

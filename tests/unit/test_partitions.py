@@ -17,6 +17,7 @@ from schemas.jobs import When
 from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
 from schemas.requests import BackfillRequest
+from schemas.work_hours import Asked
 from tasks import report
 from tasks.backfills import Plan
 from tasks.ledger.spend import BackfillRun, Partitions, by_partition
@@ -151,7 +152,7 @@ DUE = [Standing("1", State.NEVER_RUN, 20, to_send=18), Standing("2", State.DEAD_
 def test_a_price_is_the_sum_of_the_runs_and_counts_what_is_sent() -> None:
     book = load_price_book()
     found = price(JOB, DUE, SAMPLE, book, PEAK, None)
-    each = [estimate(JOB, replace(SAMPLE, documents=n, to_send=n), book, PEAK) for n in (18, 3)]
+    each = [estimate(JOB, replace(SAMPLE, documents=n, to_send=n), book, Asked(PEAK)) for n in (18, 3)]
     assert found.by_partition == {"1": each[0].cost, "2": each[1].cost}
     assert found.cost.pico == sum(one.cost.pico for one in each) > found.low.pico
     assert found.high.pico == sum(one.high.pico for one in each)

@@ -1,0 +1,146 @@
+"""A sample, drawn over all documents and asked for an estimate, whose answers the run that follows reuses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from random import Random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from schemas.documents import Document
+from schemas.errors import ConfigurationError
+from schemas.estimates import estimate
+from schemas.jobs import Input
+from schemas.pricing import load_price_book
+from schemas.samples import Design, Sample, pick
+from schemas.work_hours import Asked
+from tasks import samples
+from tasks.documents import plan, read_shard
+from tasks.documents.draws import draw
+from tasks.jobs import load_job
+from tasks.ledger.backfills import find_evidence
+from tasks.ledger.connection import Ledger
+from tasks.ledger.history import find_history, find_polled, find_sample
+from tests.world import World, make_world, write_documents
+
+NOW = datetime(2026, 9, 26, 0, 10, tzinfo=UTC)
+DESIGN = Design(size=20, fixed=100, key="colours")
+
+
+@pytest.fixture
+async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
+    """400 documents of very different lengths; of them one is empty and two have the id of another."""
+    async with make_world(tmp_path, ledger_url) as made:
+        random = Random(1)
+        texts: list[str | None] = [
+            f"document {number} is about a colour " + "and more of it " * int(random.lognormvariate(1, 1.2))
+            for number in range(400)
+        ]
+        texts[7] = " "
+        ids: list[str | None] = [f"d{number}" for number in range(400)]
+        ids[9] = ids[399] = "d3"
+        write_documents(made.root, texts, ids)
+        job = made.root / "jobs/colours/job.yaml"
+        job.write_text(job.read_text().replace("deadline_s: 5", "deadline_s: 120"))  # none is lost on a busy machine
+        yield made
+
+
+async def test_the_run_after_an_estimate_costs_what_it_said_and_pays_no_sampled_document_again(
+    world: World, ledger: Ledger
+) -> None:
+    job = load_job("colours", world.root)
+    drawn = await samples.draw(job, world.request(sample=50), world.settings)
+    assert (drawn.sample.documents, drawn.size.documents, drawn.size.to_send) == (397, 400, 397)
+    assert await find_sample(ledger, drawn.opening) is None
+
+    asked, _ = await world.run(sample=50)
+    assert (asked.state, asked.documents) == ("done", 50)
+    assert await find_sample(ledger, drawn.opening) == asked.run_id
+    polled = await find_polled(ledger, asked.run_id, drawn.sample)
+    found = estimate(job, drawn.size, load_price_book(), Asked(NOW), polled)
+    paid = sum(world.bill().values())
+    assert (found.level, found.sampled, found.paid and found.paid.pico) == (90, 50, paid)
+    assert paid < found.low.pico < found.cost.pico < found.high.pico < 3 * found.cost.pico
+    # A few documents of everywhere are no history, and no partition that was begun.
+    assert await find_history(ledger, job, is_simulated=True) is None
+    assert not (
+        await find_evidence(ledger, "colours", ["documents.parquet"], job.prompt_version, is_simulated=True)
+    ).covered
+
+    whole, _ = await world.run()
+    bill = sum(world.bill().values())
+    assert (whole.state, whole.documents) == ("done", 400)
+    assert found.low.pico <= bill <= found.high.pico
+    states = world.sql(f"SELECT state, of_run_id, count(*) FROM document WHERE run_id = {whole.run_id} GROUP BY 1, 2")
+    assert ("reused", asked.run_id, 50) in states
+    paid_twice = """
+        SELECT d.document_id FROM document d JOIN attempt_intent i USING (run_id, document_no)
+        GROUP BY 1 HAVING count(DISTINCT run_id) > 1
+    """
+    assert world.sql(paid_twice) == []
+    assert len(world.bill()) == world.value("SELECT count(*) FROM attempt_intent")
+
+    # Whoever asks again, whenever, is told the same by the same run, or by what it reused.
+    again, _ = await world.run(sample=50)
+    assert sum(world.bill().values()) == bill
+    assert (
+        estimate(
+            job, drawn.size, load_price_book(), Asked(NOW), await find_polled(ledger, again.run_id, drawn.sample)
+        ).cost
+        == found.cost
+    )
+
+
+async def test_a_selection_without_a_document_that_can_be_sent_has_no_sample(world: World) -> None:
+    write_documents(world.root, [" ", None])
+    with pytest.raises(ConfigurationError, match="no document of this selection can be sent"):
+        await samples.draw(load_job("colours", world.root), world.request(sample=50), world.settings)
+
+
+def read(root: Path, input: Input, sample: Sample) -> list[Document]:
+    """The documents that a run of the sample would send."""
+    manifest = pick(plan(input, shard_rows=50, root=root), sample)
+    shards = (read_shard(input, manifest.files[shard.file_no], shard, root=root) for shard in manifest.shards)
+    return [document for shard in shards for document in shard if isinstance(document, Document)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Three files of 100 rows, of which a filter keeps every second."""
+    random = Random(2)
+    for file in range(3):
+        rows = range(file * 100, file * 100 + 100)
+        texts = ["x" * random.randrange(1, 5_000) for _ in rows]
+        table = pa.table({"id": [f"d{row}" for row in rows], "text": texts, "kept": [row % 2 for row in rows]})
+        pq.write_table(table, tmp_path / f"{file}.parquet", row_group_size=30)
+    return tmp_path
+
+
+@pytest.mark.parametrize("condition", [None, [("kept", "==", 1)]])
+def test_a_sample_is_of_all_files_and_of_the_rows_that_the_filter_keeps(
+    files: Path, condition: list[tuple[str, str, int]] | None
+) -> None:
+    input = Input(path="*.parquet", id="id", text="text", filter=condition)
+    manifest = plan(input, shard_rows=50, root=files)
+    sample = draw(input, manifest, DESIGN, root=files)
+    assert sample.documents == manifest.document_count == (150 if condition else 300)
+    found = read(files, input, sample)
+    assert [DESIGN.weigh(document.text) for document in found] == [each.weight for each in sample.drawn]
+    assert len({document.document_id for document in found}) == 20
+    assert {int(document.document_id[1:]) // 100 for document in found} == {0, 1, 2}
+    assert not condition or all(int(document.document_id[1:]) % 2 for document in found)
+    assert draw(input, manifest, DESIGN, root=files) == sample
+
+
+def test_a_longer_input_keeps_most_of_its_sample(files: Path) -> None:
+    """So that the answers of yesterday's sample are reused."""
+    input = Input(path="*.parquet", id="id", text="text")
+    whole = read(files, input, draw(input, plan(input, shard_rows=50, root=files), DESIGN, root=files))
+    (files / "2.parquet").unlink()
+    part = read(files, input, draw(input, plan(input, shard_rows=50, root=files), DESIGN, root=files))
+    kept = {document.document_id for document in whole} & {document.document_id for document in part}
+    assert len(kept) >= 10
