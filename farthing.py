@@ -748,7 +748,7 @@ def estimate(
         settings = _settings()
         size, known = wait_for(_measure(loaded, request)), _find_history(loaded, in_sandbox)
     else:
-        settings, size, known = _poll(request, loaded, in_sandbox, is_agreed=yes or in_sandbox, is_quiet=quiet)
+        settings, size, known = _poll(request, loaded, in_sandbox, is_agreed=yes, is_quiet=quiet)
     found = _compute(loaded, request, size, known, settings, _now(settings, in_sandbox))
     if as_json:
         print_json(report.estimate_json(found))
@@ -806,7 +806,8 @@ def _poll(
         drawn = wait_for(samples.draw(job, request, settings))
         run_id = wait_for(_ask_at(url, partial(find_sample, opening=drawn.opening), as_lane=True))
         if run_id is None:
-            _agree_to_sample(_compute(job, request, drawn.asks, None, settings, now), is_agreed)
+            expected = _compute(job, request, drawn.asks, None, settings, now)
+            _agree_to_sample(expected, is_agreed or settings.sandbox)
             run_id = _ask_sample(request, job, settings, is_quiet)
         polled = wait_for(_ask_at(url, partial(find_polled, run_id=run_id, sample=drawn.sample), as_lane=True))
     return settings, drawn.size, polled

@@ -16,6 +16,7 @@ from typing import Any
 from schemas.documents import InputFile, Manifest
 from schemas.errors import ConfigurationError
 from schemas.estimates import Estimate, History, Size, basis, estimate
+from schemas.intervals import LEVEL
 from schemas.jobs import Job, When
 from schemas.money import Currency, Money
 from schemas.pricing import PriceBook
@@ -231,8 +232,10 @@ def is_due(standing: Standing, *, changed: bool, dead: bool) -> bool:
 class Price:
     """What the due partitions are expected to cost together, and each by itself, at the instant it was asked for.
 
-    `off_peak` is what they cost at off-peak prices, which hold from `off_peak_begins`; None where all hours cost the
-    same or nobody knows them. `basis` says where the figures are from.
+    `low` and `high` are as in schemas/estimates.py, `level` included: sums of what each partition may cost, as if all
+    came out low, or high, together. `off_peak` is what they cost at off-peak prices, which hold from
+    `off_peak_begins`; None where all hours cost the same or nobody knows them. `basis` says where the figures are
+    from.
     """
 
     low: Money
@@ -242,6 +245,7 @@ class Price:
     off_peak_begins: datetime | None
     by_partition: Mapping[str, Money]
     basis: tuple[str, ...]
+    level: int | None = None
 
     def expected(self, when: When) -> Money:
         """The sum that is held against a limit."""
@@ -264,6 +268,7 @@ def price(
         off_peak_begins=next((each.off_peak.begins for each in all_ if each.off_peak), None),
         by_partition={name: each.cost for name, each in found.items()},
         basis=tuple(basis(sample, history)),
+        level=None if any(each.level is None for each in all_) else LEVEL,
     )
 
 

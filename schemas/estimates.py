@@ -359,9 +359,11 @@ def _assumptions(
     size: Size, stretches: Sequence[Stretch], expected: _Expected, known: Polled | History | None
 ) -> list[str]:
     """What the figures rest on, for the table's foot."""
-    lines = [_hours_line(stretches), _ends_line(expected)]
-    if not isinstance(known, Polled):
-        lines.append("answers that can be reused from earlier runs cost nothing, and are not counted here")
+    lines = [
+        _hours_line(stretches),
+        _ends_line(expected),
+        "answers that can be reused from earlier runs cost nothing, and are not counted here",
+    ]
     if skipped := size.documents - size.to_send:
         lines.append(
             f"{skipped:,} documents have an id that an earlier one has, or nothing to send, and are not sent"

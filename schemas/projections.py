@@ -2,8 +2,8 @@
 
 The documents that were certain to be drawn are known; of the others, what one of them took is divided by its weight,
 and the mean of that, times the weight of all of them, is what they take together (the ratio estimator of sampling
-with probability proportional to size: Särndal, Swensson, Wretman, "Model Assisted Survey Sampling", 1992, 5.7 and
-7.3). Tokens are kept as fractions; only sums of money are made whole, by whoever prices them.
+with probability proportional to size: Särndal, Swensson, Wretman, "Model Assisted Survey Sampling", 1992). Tokens are
+kept as fractions; only sums of money are made whole, by whoever prices them.
 """
 
 from __future__ import annotations
@@ -115,16 +115,14 @@ def _project_tier(sample: Sample, calls: Sequence[Sequence[Call]], typical: Tier
     known = total(lambda call: 1)
     attempts = known + estimate_total(sample, unknown)  # what is unknown is taken for one like the others
     found = replace(typical, attempts_ppm=math.ceil(attempts * MILLION / sample.documents))
-    return (
-        found
-        if not known
-        else replace(
-            found,
-            hit=total(lambda call: call.hit) / known,
-            miss=total(lambda call: call.miss) / known,
-            output=total(lambda call: call.output) / known,
-            seconds=total(lambda call: call.milliseconds) / known / 1000,
-        )
+    if not known:
+        return found
+    return replace(
+        found,
+        hit=total(lambda call: call.hit) / known,
+        miss=total(lambda call: call.miss) / known,
+        output=total(lambda call: call.output) / known,
+        seconds=total(lambda call: call.milliseconds) / known / 1000,
     )
 
 
@@ -132,9 +130,9 @@ def estimate_total(sample: Sample, values: Sequence[int]) -> Fraction:
     """The total of a value over the population, from those of the sampled documents."""
     certain, others = split(sample, values)
     known = Fraction(sum(value for _, value in certain))
-    if not others:
-        return known
     left = sample.weight - sum(drawn.weight for drawn, _ in certain)
+    if not others:  # those that are left weigh less than any that was drawn, and are taken to be like these
+        return known * Fraction(sample.weight, sample.weight - left)
     return known + left * sum((Fraction(value, drawn.weight) for drawn, value in others), Fraction(0)) / len(others)
 
 
@@ -145,11 +143,11 @@ def bound_total(sample: Sample, costs: Sequence[int], most: Sequence[int], rando
     """
     certain, others = split(sample, costs)
     known = sum(cost for _, cost in certain)
-    if sample.is_whole or not others:
-        return float(known + sum(cost for _, cost in others)), float(known + sum(cost for _, cost in others))
     left = sample.weight - sum(drawn.weight for drawn, _ in certain)
     ratios = [cost / drawn.weight for drawn, cost in others]
     dearest = max(bound / drawn.weight for drawn, bound in zip(sample.drawn, most, strict=True))
+    if not others:
+        return float(known), known + left * dearest
     found = _bound_ratio(ratios, [drawn.weight / sample.threshold for drawn, _ in others], dearest, random)
     return known + left * found.low, known + left * found.high
 
@@ -158,7 +156,8 @@ def _bound_ratio(ratios: Sequence[float], chances: Sequence[float], most: float,
     """Bounds of the mean of ratios, of documents that had these chances to be drawn.
 
     One that was almost certain to be drawn stands for hardly any other: how far it is from the mean says little of
-    what was not drawn, which is the variance of this kind of sampling (Ohlsson 1998, formula 3.5).
+    what was not drawn, which is how the variance of this kind of sampling is estimated (Ohlsson 1998, as in
+    schemas/samples.py).
     """
     mean = sum(ratios) / len(ratios)
     doubts = [math.sqrt(1 - chance) for chance in chances]

@@ -804,7 +804,8 @@ def _plan_notes(plan: Plan) -> list[str]:
     if plan.gone:
         notes.append(f"not in the input any more, and left out: {', '.join(plan.gone)}")
     if plan.due:
-        notes.append(f"between {plan.price.low} and {plan.price.high}; the budget has {plan.room} left")
+        level = "" if plan.price.level is None else f"in {plan.price.level} of 100 cases "
+        notes.append(f"{level}between {plan.price.low} and {plan.price.high}; the budget has {plan.room} left")
         notes += _cheaper_later(plan.price)
         notes += plan.price.basis
     notes += _not_due(plan)
@@ -855,6 +856,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "cost_pico": price.cost.pico,
         "low_pico": price.low.pico,
         "high_pico": price.high.pico,
+        "level": price.level,
         "off_peak_pico": None if price.off_peak is None else price.off_peak.pico,
         "left_pico": plan.room.pico,
         "currency": price.cost.currency.value,

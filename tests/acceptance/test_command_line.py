@@ -232,6 +232,19 @@ def test_a_new_job_is_valid_and_says_what_to_do(farthing: Terminal, tickets: Pat
     assert 0 < left.json["low_pico"] <= left.json["cost_pico"] <= left.json["high_pico"]
 
 
+def test_a_sample_is_not_sent_before_somebody_agreed_to_its_price(
+    farthing: Terminal, tickets: Path, ledger_url: str
+) -> None:
+    """The address of the model leads nowhere: a request would be another error."""
+    nowhere = {"DEEPSEEK_API_KEY": SECRET, "DEEPSEEK_BASE_URL": "http://127.0.0.1:1"}
+    for option in (("--sample",), ("--sample", "50")):
+        left = farthing("estimate", "tickets", *option, FARTHING_DATABASE_URL=ledger_url, **nowhere)
+        assert left.exit_code == 2
+        assert "3 documents will be asked, $0." in left.stderr
+        assert "say --yes" in left.stderr
+    assert "--sample: " in farthing("estimate", "tickets", "--sample", "5").stderr
+
+
 def test_a_new_job_overwrites_nothing(farthing: Terminal, tickets: Path) -> None:
     before = (tickets / "job.yaml").read_text()
     left = farthing("new", "tickets", "--json")

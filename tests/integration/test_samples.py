@@ -25,6 +25,7 @@ from tasks.jobs import load_job
 from tasks.ledger.backfills import find_evidence
 from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_history, find_polled, find_sample
+from tasks.ledger.proof import prove
 from tests.world import World, make_world, write_documents
 
 NOW = datetime(2026, 9, 26, 0, 10, tzinfo=UTC)
@@ -63,6 +64,7 @@ async def test_the_run_after_an_estimate_costs_what_it_said_and_pays_no_sampled_
     polled = await find_polled(ledger, asked.run_id, drawn.sample)
     found = estimate(job, drawn.size, load_price_book(), Asked(NOW), polled)
     paid = sum(world.bill().values())
+    assert (await prove(ledger, asked.run_id, load_price_book())).proved
     assert (found.level, found.sampled, found.paid and found.paid.pico) == (90, 50, paid)
     assert paid < found.low.pico < found.cost.pico < found.high.pico < 3 * found.cost.pico
     # A few documents of everywhere are no history, and no partition that was begun.

@@ -18,7 +18,7 @@ from schemas.estimates import Estimate, History, PastRun, PastTier, Size, design
 from schemas.intervals import bound_mean
 from schemas.jobs import TIERS, Job
 from schemas.pricing import load_price_book
-from schemas.projections import Call, Polled, estimate_total
+from schemas.projections import Call, Polled, bound_total, estimate_total
 from schemas.samples import Draw, Drawn, Place, Sample
 from schemas.work_hours import Asked, rows_at
 from tests.unit.test_estimates import make_job
@@ -112,7 +112,7 @@ def poll(number: int, documents: int, sampled: int) -> tuple[Estimate, int]:
 def sizes(jobs: int, largest: int) -> Iterator[int]:
     """From 200 documents to the largest, most of them small."""
     for number in range(jobs):
-        yield int(exp(log(200) + (log(largest) - log(200)) * (number / (jobs - 1)) ** 4))
+        yield int(exp(log(200) + (log(largest) - log(200)) * (number / (jobs - 1)) ** 8))
 
 
 def hold(jobs: int, largest: int, sampled: int) -> tuple[int, list[float]]:
@@ -187,6 +187,20 @@ def test_a_total_is_estimated_without_bias() -> None:
     mean = sum(found) / len(found)
     doubt = sqrt(sum((each - mean) ** 2 for each in found)) / len(found)
     assert abs(mean - sum(values)) < 4 * doubt
+
+
+def test_what_is_left_beside_a_few_giants_is_not_forgotten() -> None:
+    """Each giant weighs more than all the others together, so that none of those is drawn."""
+    draw = Draw(10)
+    for row in range(110):
+        draw.offer(Place(0, row), 10**6 if row < 10 else 1_000, 2**63 + row)
+    sample = draw.end()
+    assert {each.weight for each in sample.drawn} == {10**6}
+    truth = 10 * 10**6 + 100 * 2_000
+    costs = [each.weight for each in sample.drawn]
+    assert estimate_total(sample, costs) == 10 * 10**6 + 100 * 1_000
+    low, high = bound_total(sample, costs, [3 * cost for cost in costs], Random(1))
+    assert low <= truth <= high < 1.1 * truth
 
 
 def test_a_draw_does_not_depend_on_the_order_and_is_by_weight() -> None:
