@@ -241,17 +241,14 @@ def _mean_tokens(runs: Sequence[PastRun], weights: Sequence[int], typical: TierT
         hit=sum(weight * tier.hit for weight, tier in found) / attempts,
         miss=sum(weight * tier.miss for weight, tier in found) / attempts,
         output=sum(weight * tier.output for weight, tier in found) / attempts,
-        attempts_ppm=math.ceil(attempts * MILLION / sum(weights)),
+        attempts_ppm=attempts * MILLION / sum(weights),
         seconds=sum(weight * tier.seconds for weight, tier in found) / attempts,
     )
 
 
 def _lasting(job: Job, tokens: Sequence[TierTokens], size: Size) -> timedelta:
     """How long the slowest tier is at work with as many requests in flight as the job says. 0: nobody knows."""
-    seconds = [
-        Fraction(size.to_send * each.attempts_ppm, MILLION) * each.seconds / job.concurrency[each.tier]
-        for each in tokens
-    ]
+    seconds = [_attempts(size, each) * each.seconds / job.concurrency[each.tier] for each in tokens]
     return timedelta(seconds=min(math.ceil(max(seconds)), _LONGEST_S))
 
 
@@ -266,7 +263,7 @@ def _bounds(
     if expected.factors is None:
         tokens = expected.tokens
         return _low(job, tokens[0], size, book.rows(), rows), _high(job, tokens, size, book.rows(), rows)
-    priming = math.ceil(sum(_priming(size, each, rows[each.tier]) for each in expected.tokens))
+    priming = sum(math.ceil(_priming(size, each, rows[each.tier])) for each in expected.tokens)
     low = math.floor((min(sums) - priming) * Fraction(expected.factors.low))
     high = math.ceil((max(sums) + 2 * priming) * Fraction(expected.factors.high))
     return Money(low, job.budget.currency), Money(high, job.budget.currency)
@@ -323,16 +320,18 @@ def _price_tier(
     attempts = _attempts(size, tokens)
     work = sum((each.share * tokens.cost(each.rows[tier.name]) for each in stretches), Fraction(0)) * attempts
     priming = _priming(size, tokens, stretches[0].rows[tier.name])
-    return TierEstimate(tokens, tier.model, attempts, Money(math.ceil(work + priming), currency))
+    return TierEstimate(tokens, tier.model, math.ceil(attempts), Money(math.ceil(work + priming), currency))
 
 
-def _attempts(size: Size, tokens: TierTokens) -> int:
-    return _ceil(size.to_send * tokens.attempts_ppm, MILLION)
+def _attempts(size: Size, tokens: TierTokens) -> Fraction:
+    """How many are expected: not whole, since a tier of few attempts would cost a good deal more if it were."""
+    return Fraction(size.to_send * tokens.attempts_ppm) / MILLION
 
 
 def _priming(size: Size, tokens: TierTokens, price: Price) -> Fraction:
     """What it takes beyond that until the cache serves the prefix: once for all documents, at the run's start."""
-    return Fraction(min(PRIMING_ATTEMPTS, _attempts(size, tokens)) * tokens.hit * (price.miss_pico - price.hit_pico))
+    attempts = min(PRIMING_ATTEMPTS, math.ceil(_attempts(size, tokens)))
+    return Fraction(attempts * tokens.hit * (price.miss_pico - price.hit_pico))
 
 
 def _low(job: Job, first: TierTokens, size: Size, book: Sequence[Price], rows: Mapping[str, Price]) -> Money:
@@ -346,7 +345,7 @@ def _high(
     cost = Fraction(0)
     for each in tokens:
         cold = TierTokens(each.tier, 0, each.hit + each.miss, each.output, 0)
-        attempts = max(_ceil(size.to_send * each.attempts_ppm, MILLION), size.to_send)
+        attempts = max(math.ceil(_attempts(size, each)), size.to_send)
         cost += attempts * max(cold.cost(price) for price in bands_of(rows[each.tier], book))
     return Money(math.ceil(cost), job.budget.currency)
 

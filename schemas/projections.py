@@ -33,7 +33,7 @@ class TierTokens:
     hit: Fraction | int
     miss: Fraction | int
     output: Fraction | int
-    attempts_ppm: int
+    attempts_ppm: Fraction | int
     seconds: Fraction | int = 0
 
     def cost(self, price: Price) -> Fraction:
@@ -114,7 +114,7 @@ def _project_tier(sample: Sample, calls: Sequence[Sequence[Call]], typical: Tier
 
     known = total(lambda call: 1)
     attempts = known + estimate_total(sample, unknown)  # what is unknown is taken for one like the others
-    found = replace(typical, attempts_ppm=math.ceil(attempts * MILLION / sample.documents))
+    found = replace(typical, attempts_ppm=attempts * MILLION / sample.documents)
     if not known:
         return found
     return replace(
