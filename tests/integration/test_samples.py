@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,6 +55,22 @@ async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
         yield made
 
 
+async def tell(world: World, *command: str) -> dict[str, Any]:
+    """What the command line says, in this world."""
+    environment = os.environ | {
+        "FARTHING_DATABASE_URL": world.database_url,
+        "FARTHING_SANDBOX": "1",
+        "DEEPSEEK_API_KEY": "sk-sandbox-test",
+        "DEEPSEEK_BASE_URL": world.settings.base_url,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "farthing", *command, cwd=world.root, env=environment, stdout=asyncio.subprocess.PIPE
+    )
+    told, _ = await process.communicate()
+    found: dict[str, Any] = json.loads(told)
+    return found
+
+
 async def test_the_run_after_an_estimate_costs_what_it_said_and_pays_no_sampled_document_again(
     world: World, ledger: Ledger
 ) -> None:
@@ -67,6 +88,10 @@ async def test_the_run_after_an_estimate_costs_what_it_said_and_pays_no_sampled_
     assert (await prove(ledger, asked.run_id, load_price_book())).proved
     assert (found.level, found.sampled, found.paid and found.paid.pico) == (90, 50, paid)
     assert paid < found.low.pico < found.cost.pico < found.high.pico < 3 * found.cost.pico
+    told = await tell(world, "estimate", "colours", "--sample", "--json")
+    assert (told["level"], told["sampled"], told["paid_pico"]) == (90, 50, paid)
+    assert paid < told["low_pico"] < told["cost_pico"] < told["high_pico"]
+    assert sum(world.bill().values()) == paid
     # A few documents of everywhere are no history, and no partition that was begun.
     assert await find_history(ledger, job, is_simulated=True) is None
     assert not (
