@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from schemas.estimates import Estimate, History, Size
     from schemas.jobs import Job, When
     from schemas.money import Currency
+    from schemas.months import Checked, Closed, Month
     from schemas.price_files import Machine
     from schemas.pricing import Price, PriceBook
     from schemas.projections import Polled
@@ -43,8 +44,11 @@ if TYPE_CHECKING:
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
     from schemas.spending import Side
+    from schemas.statements import Statement
     from tasks.backfills import Plan
-    from tasks.ledger.connection import Ledger
+    from tasks.bookkeeping import Outcome
+    from tasks.ledger.books import Scope
+    from tasks.ledger.connection import Ledger, Role
     from tasks.ledger.proof import Proof
     from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
     from tasks.live import View
@@ -1121,11 +1125,20 @@ def _tell_steered(steered: Steered, lines: str, as_json: bool) -> None:
 
 
 @app.command()
-def verify(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson = False) -> None:
-    """Prove what the ledger claims about a run, or a job's newest one, from its rows."""
+def verify(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[JOB|RUN|MONTH]", help="A job's name, a run's number, or a closed month.")
+    ] = None,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove from its rows what the ledger claims about a run, or a job's newest one, or about a closed month."""
+    from schemas.months import Month
     from tasks import report
     from tasks.ledger.connection import PermissionRefused
 
+    if target is not None and (month := Month.find(target)) is not None:
+        return _verify_month(month, in_sandbox, as_json)
     run_id, job = _parse_target(target)
 
     async def find_and_prove(ledger: Ledger) -> Proof:
@@ -1143,6 +1156,170 @@ def verify(target: Target = None, in_sandbox: InSandbox = False, as_json: AsJson
     else:
         show(report.proof_table(proof), report.proof_line(proof))
     raise typer.Exit(0 if proof.proved else LedgerMismatch.exit_code)
+
+
+def _verify_month(month: Month, in_sandbox: bool, as_json: bool) -> None:
+    """Hold a closed month against its rows; leaves with the exit code."""
+    from tasks import bookkeeping
+    from tasks.ledger.books import find_checked_month
+
+    async def check(ledger: Ledger) -> Checked:
+        return await find_checked_month(ledger, await _find_scope(ledger, None, month, None, in_sandbox))
+
+    checked = _ask(check, in_sandbox)
+    if as_json:
+        print_json(bookkeeping.checked_json(checked))
+    else:
+        show(*bookkeeping.checked_report(checked))
+    raise typer.Exit(LedgerMismatch.exit_code if checked.differences else 0)
+
+
+# The books
+
+
+@app.command()
+def reconcile(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="RUN|MONTH", help="A run's number, a job's name for its newest run, or like 2026-11."),
+    ],
+    exports: Annotated[
+        list[Path],
+        typer.Argument(metavar="EXPORT…", help="What the console's usage page exports: a ZIP, or its CSV files."),
+    ],
+    close: Annotated[
+        bool, typer.Option("--close", help="Book what unknown attempts were billed, one new row each.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With --close: do not ask.")] = False,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="NAME", help="Only what this API key used (api_key_name).")
+    ] = None,
+    complete: Annotated[
+        bool,
+        typer.Option("--complete", help="The export has all there is: what it does not have was not billed."),
+    ] = False,
+    csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every line as CSV.")] = None,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the ledger with the provider's own export, and close unknown attempts by it.
+
+    By UTC day, model, kind of token, price and user_id, over the days of a run or all of a month: an export is a sum
+    over all runs of those days. No row is ever changed; running it twice books nothing twice. Exit code 4: lines
+    differ by more than unknown attempts explain.
+    """
+    from schemas.months import Month
+    from tasks import bookkeeping
+    from tasks.ledger.connection import Role
+    from tasks.statements import load_statement
+
+    statement = load_statement(exports, key)
+    month = Month.find(target)
+
+    async def compare(ledger: Ledger, *, booking: bool) -> Outcome:
+        run_id, job = (None, None) if month else _parse_target(target)
+        run = None if month else run_id or await _find_newest(ledger, job)
+        scope = await _find_scope(ledger, run, month, statement.currency, in_sandbox)
+        return await _compare_books(ledger, scope, statement, is_complete=complete, booking=booking)
+
+    outcome = _ask(partial(compare, booking=False), in_sandbox)
+    if close and outcome.found.closings and _agree_closing(outcome, yes):
+        outcome = _ask(partial(compare, booking=True), in_sandbox, role=Role.BOOKKEEPER)
+    if csv is not None:
+        bookkeeping.write_lines(outcome.after, csv)
+        tell(f"{csv}: {len(outcome.after.matches):,} lines")
+    if as_json:
+        print_json(bookkeeping.reconciliation_json(outcome))
+    else:
+        show(*bookkeeping.reconciliation_report(outcome))
+    raise typer.Exit(0 if outcome.is_clean else LedgerMismatch.exit_code)
+
+
+async def _compare_books(
+    ledger: Ledger, scope: Scope, statement: Statement, *, is_complete: bool, booking: bool
+) -> Outcome:
+    """The ledger's days against the statement, before and, where it books the closings, after."""
+    from schemas.pricing import load_price_book
+    from schemas.reconciliation import Reconciliation
+    from schemas.reconciliation import reconcile as compare
+    from tasks.bookkeeping import Outcome
+    from tasks.ledger import books
+
+    book = load_price_book(_settings().prices)
+
+    def judge(ours: books.Ours) -> Reconciliation:
+        return compare(
+            ours.booked, ours.unsettled, statement, book, scope.currency, ours.days, is_complete=is_complete
+        )
+
+    ours = await books.find_ours(ledger, scope)
+    found = judge(ours)
+    if not booking:
+        return Outcome(scope, statement, ours, found, (), found)
+    booked = await books.book_closings(ledger, scope, lambda now: judge(now).closings)
+    return Outcome(scope, statement, ours, found, booked, judge(await books.find_ours(ledger, scope)))
+
+
+def _agree_closing(outcome: Outcome, is_agreed: bool) -> bool:
+    """Ask whether to book. Raises ConfigurationError where nobody is there to ask."""
+    from schemas.money import Money
+
+    if is_agreed:
+        return True
+    found = outcome.found
+    runs = ", ".join(map(str, sorted({each.of.run for each in found.closings})))
+    money = Money(found.closed_pico, outcome.scope.currency)
+    what = f"{money} for {len(found.closings)} unknown attempts of run {runs}, for good"
+    if not sys.stdin.isatty():
+        raise ConfigurationError(
+            f"this books {what}, and nobody is here to ask: nothing was; say --yes if you mean it"
+        )
+    return typer.confirm(f"book {what}?", err=True)
+
+
+@app.command("close")
+def close_month(
+    month: Annotated[str, typer.Argument(metavar="MONTH", help="A UTC month that is over, like 2026-10.")],
+    with_unknown: Annotated[
+        bool, typer.Option("--with-unknown", help="Although attempts are left that may have been billed.")
+    ] = False,
+    in_sandbox: InSandbox = False,
+    as_json: AsJson = False,
+) -> None:
+    """Close the books of a month: freeze what it came to, with a digest over its rows.
+
+    Nothing moves booked cost, later prices least of all: `farthing whatif` prices it anew beside it. What is booked
+    for a closed month later counts, and `farthing verify MONTH` shows it as late.
+    """
+    from schemas.months import Month
+    from tasks import bookkeeping
+    from tasks.ledger import books
+    from tasks.ledger.connection import Role
+
+    wanted = Month.find(month)
+    if wanted is None:
+        raise ConfigurationError(f"{month!r} is no month: write it like 2026-10")
+
+    async def order(ledger: Ledger) -> Closed:
+        scope = await _find_scope(ledger, None, wanted, None, in_sandbox)
+        return await books.close_month(ledger, scope, with_unknown=with_unknown)
+
+    closed = _ask(order, in_sandbox, role=Role.BOOKKEEPER)
+    if as_json:
+        print_json(bookkeeping.closed_json(closed))
+    else:
+        show(*bookkeeping.closed_report(closed))
+
+
+async def _find_scope(
+    ledger: Ledger, run: int | None, month: Month | None, stated: Currency | None, in_sandbox: bool
+) -> Scope:
+    """Which money is meant. The sandbox's is simulated, and so is what its address was exported for."""
+    from tasks.ledger.books import find_scope
+
+    settings = _settings()
+    is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
+    return await find_scope(ledger, run, month, stated, is_simulated=is_simulated)
 
 
 prices = typer.Typer(name="prices", help="What a token costs, and whether others say the same.", **_OPEN)
@@ -1419,6 +1596,36 @@ def sandbox_bill(as_json: AsJson = False) -> None:
         )
 
 
+@sandbox.command("export")
+def sandbox_export(
+    file: Annotated[Path, typer.Argument(metavar="FILE.zip", help="Where to write it.")],
+    month: Annotated[
+        str | None, typer.Option("--month", metavar="M", help="Like 2026-11. Default: the newest that was billed.")
+    ] = None,
+    by_request: Annotated[
+        bool, typer.Option("--by-request", help="Split by the user_id of requests, not one for the whole account.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write what the sandbox billed in a month as DeepSeek's console exports it: to reconcile with."""
+    from sandbox.bill import bill_path
+    from sandbox.export import export_month, newest_month
+    from schemas.months import Month
+
+    bill = bill_path(_settings().home)
+    wanted = month or newest_month(bill)
+    if Month.find(wanted) is None:
+        raise ConfigurationError(f"--month: {wanted!r} is no month: write it like 2026-11")
+    try:
+        file.write_bytes(export_month(bill, wanted, by_request=by_request))
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be written: {error.strerror or error}; name another file") from None
+    if as_json:
+        print_json({"file": str(file), "month": wanted})
+    else:
+        show(f"{file}: what the sandbox billed in {wanted}\nfarthing reconcile {wanted} {file}")
+
+
 # Where things are
 
 
@@ -1480,16 +1687,20 @@ def _ledger_address(in_sandbox: bool) -> Iterator[SecretStr]:
         yield SecretStr(server.url)
 
 
-def _ask(question: Callable[[Ledger], Awaitable[T]], in_sandbox: bool, *, as_lane: bool = False) -> T:
+def _ask(
+    question: Callable[[Ledger], Awaitable[T]], in_sandbox: bool, *, as_lane: bool = False, role: Role | None = None
+) -> T:
     """The answer of the ledger, asked as its auditor. Only a lane may read the rows themselves, or steer a run."""
     with _ledger_address(in_sandbox) as url:
-        return wait_for(_ask_at(url, question, as_lane=as_lane))
+        return wait_for(_ask_at(url, question, as_lane=as_lane, role=role))
 
 
-async def _ask_at(url: SecretStr, question: Callable[[Ledger], Awaitable[T]], *, as_lane: bool = False) -> T:
+async def _ask_at(
+    url: SecretStr, question: Callable[[Ledger], Awaitable[T]], *, as_lane: bool = False, role: Role | None = None
+) -> T:
     from tasks.ledger.connection import Role, opened
 
-    async with opened(url, Role.LANE if as_lane else Role.AUDITOR, pool_size=1) as ledger:
+    async with opened(url, role or (Role.LANE if as_lane else Role.AUDITOR), pool_size=1) as ledger:
         return await question(ledger)
 
 

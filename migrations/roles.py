@@ -1,16 +1,18 @@
-"""The four roles of the ledger, and who may do what (G16).
+"""The five roles of the ledger, and who may do what (G16).
 
 `farthing_owner` owns tables and views and runs migrations. `farthing_lane` appends to the ledger and updates
-only the columns that are state. `farthing_auditor` reads the views and nothing else. `farthing_retention` may
-blank answers, never costs. None can log in: grant them to your own logins.
+only the columns that are state. `farthing_auditor` reads the views and nothing else. `farthing_bookkeeper` books what
+the provider's export says of unknown attempts, and closes months. `farthing_retention` may blank answers, never
+costs. None can log in: grant them to your own logins.
 """
 
 from __future__ import annotations
 
-OWNER, LANE, AUDITOR, RETENTION = ROLES = (
+OWNER, LANE, AUDITOR, BOOKKEEPER, RETENTION = ROLES = (
     "farthing_owner",
     "farthing_lane",
     "farthing_auditor",
+    "farthing_bookkeeper",
     "farthing_retention",
 )
 
@@ -20,7 +22,7 @@ SELECT pg_advisory_xact_lock(hashtext('farthing'));
 DO $$
 DECLARE name text;
 BEGIN
-    FOREACH name IN ARRAY ARRAY['{OWNER}', '{LANE}', '{AUDITOR}', '{RETENTION}'] LOOP
+    FOREACH name IN ARRAY ARRAY['{OWNER}', '{LANE}', '{AUDITOR}', '{BOOKKEEPER}', '{RETENTION}'] LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) THEN
             BEGIN
                 EXECUTE format('CREATE ROLE %I NOLOGIN', name);

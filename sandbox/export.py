@@ -1,7 +1,8 @@
 """The console's export: a month of the bill as the two CSV files that DeepSeek zips for its customers.
 
-Column sets, byte-order mark and hourly rows are as third-party parsers of the real export expect them; `user_id`
-is the account's, not a request's. Peak and off-peak prices are separate rows.
+Column sets, byte-order mark and hourly rows are as third-party parsers of the real export expect them. They do not
+say whether `user_id` is the account's or the one that a request named, so it can be either; the account's is usual.
+Peak and off-peak prices are separate rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox.bill import read_lines
+from sandbox.errors import SandboxError
 
 ACCOUNT = "00000000-0000-4000-8000-0000000005b0"
 _PERIOD = ("user_id", "start_time_iso", "end_time_iso", "model")
@@ -34,40 +36,54 @@ BUCKETS = (
 class _Group:
     """One row of amounts: an hour, a model, a bucket and its price in pico units per token (-1 for requests)."""
 
+    user_id: str
     hour: str
     model: str
     type: str
     price: int
 
 
-def export_month(path: Path, month: str) -> bytes:
-    """`usage_data_YYYY-MM.zip` of the bill file's lines in that month (UTC)."""
+def export_month(path: Path, month: str, *, by_request: bool = False) -> bytes:
+    """`usage_data_YYYY-MM.zip` of the bill file's lines in that month (UTC).
+
+    With `by_request` rows are split by the `user_id` that requests named.
+    """
     amounts: Counter[_Group] = Counter()
-    costs: Counter[tuple[str, str, str]] = Counter()
+    costs: Counter[tuple[str, str, str, str]] = Counter()
     for line in read_lines(path):
         if line["at"].startswith(month):
-            _add(amounts, costs, line)
+            _add(amounts, costs, line, line["user_id"] if by_request else ACCOUNT)
     return _zip(month, _amount_rows(amounts), _cost_rows(costs))
 
 
-def _add(amounts: Counter[_Group], costs: Counter[tuple[str, str, str]], line: dict[str, Any]) -> None:
+def newest_month(path: Path) -> str:
+    """The last month that the bill has a line of. Raises SandboxError where it has none."""
+    months = {str(line["at"])[:7] for line in read_lines(path)}
+    if not months:
+        raise SandboxError("the sandbox has billed nothing yet, so there is nothing to export: `farthing demo` first")
+    return max(months)
+
+
+def _add(
+    amounts: Counter[_Group], costs: Counter[tuple[str, str, str, str]], line: dict[str, Any], user_id: str
+) -> None:
     hour, model = line["at"][:13], line["served_model"]
     for kind, tokens, price in BUCKETS:
-        amounts[_Group(hour, model, kind, line[price])] += line[tokens]
-    amounts[_Group(hour, model, "request_count", -1)] += 1
-    costs[hour, model, line["currency"]] += line["cost_pico"]
+        amounts[_Group(user_id, hour, model, kind, line[price])] += line[tokens]
+    amounts[_Group(user_id, hour, model, "request_count", -1)] += 1
+    costs[user_id, hour, model, line["currency"]] += line["cost_pico"]
 
 
 def _amount_rows(amounts: Counter[_Group]) -> Iterable[list[object]]:
     for group, amount in sorted(amounts.items()):
         price = "" if group.price < 0 else _units(group.price)
         key = ["sandbox", "sk-sandbox***"]
-        yield [ACCOUNT, *_hour(group.hour), group.model, *key, group.type, price, amount]
+        yield [group.user_id, *_hour(group.hour), group.model, *key, group.type, price, amount]
 
 
-def _cost_rows(costs: Counter[tuple[str, str, str]]) -> Iterable[list[object]]:
-    for (hour, model, currency), cost in sorted(costs.items()):
-        yield [ACCOUNT, *_hour(hour), model, "paid", _units(cost), currency]
+def _cost_rows(costs: Counter[tuple[str, str, str, str]]) -> Iterable[list[object]]:
+    for (user_id, hour, model, currency), cost in sorted(costs.items()):
+        yield [user_id, *_hour(hour), model, "paid", _units(cost), currency]
 
 
 def _hour(hour: str) -> tuple[str, str]:

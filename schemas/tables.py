@@ -1,9 +1,9 @@
 """The ledger's tables as SQLAlchemy sees them. The migrations make them; a test holds the two together.
 
 Money is BIGINT pico units of the run's currency. Intents, outcomes, unknowns, answers, grants, closes,
-adjustments and events are only ever appended; `run`, `backfill`, `shard`, `lane` and `budget` have named columns
-that change. A document that is not terminal has no row in `document`: what is missing is the shard's range less
-the rows.
+adjustments, closed months and events are only ever appended; `run`, `backfill`, `shard`, `lane` and `budget` have
+named columns that change. A document that is not terminal has no row in `document`: what is missing is the shard's
+range less the rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from sqlalchemy import (
     Integer,
     LargeBinary,
     MetaData,
+    Numeric,
     SmallInteger,
     Table,
     Text,
@@ -325,4 +326,27 @@ cost_adjustment = Table(
     Column("evidence", Text, nullable=False),
     Column("billed_on", Date),
     _instant("adjusted_at", default=True),
+    # With an attempt: what it was billed, tokens times a price row, as for an outcome.
+    Column("price_id", Integer),
+    Column("hit", Integer),
+    Column("miss", Integer),
+    Column("output", Integer),
+    Column("adjusted_by", Text, server_default=text("SESSION_USER")),
+)
+
+month_close = Table(
+    "month_close",
+    metadata,
+    Column("month", Date, primary_key=True),
+    Column("is_simulated", Boolean, primary_key=True),
+    Column("currency", Text, primary_key=True),
+    Column("attempts", BigInteger, nullable=False),
+    Column("cost", Numeric, nullable=False),
+    Column("unknown_attempts", BigInteger, nullable=False),
+    Column("unknown", Numeric, nullable=False),
+    Column("runs", JSONB, nullable=False),
+    Column("digest", Text, nullable=False),
+    _instant("until"),
+    _instant("closed_at", default=True),
+    Column("closed_by", Text, nullable=False, server_default=text("SESSION_USER")),
 )

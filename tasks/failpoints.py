@@ -37,6 +37,8 @@ STEPS = (
     "close_run",
     "settle",
     "change_backfill",
+    "book_closings",
+    "close_month",
 )
 #: An attempt that has its permit; whose reply has begun to come; whose reply is here and recorded nowhere.
 ATTEMPT = ("send.before", "send.under_way", "send.after")

@@ -49,6 +49,13 @@ JOB = Job(
     measure="colour",
 )
 
+#: A month without a row, closed.
+MONTH_CLOSE = """
+    INSERT INTO month_close (month, is_simulated, currency, attempts, cost, unknown_attempts, unknown, runs, digest,
+                             until)
+    VALUES ('2026-08-01', false, 'USD', 0, 0, 0, 0, '[]', 'sha256:0', now())
+"""
+
 #: A backfill that nobody works on, with its budget.
 BACKFILL = """
     INSERT INTO budget (currency, cap, is_simulated, name, declared) VALUES ('USD', 5, false, 'backfill 1', 5);

@@ -201,7 +201,8 @@ CLAIMS: Mapping[str, Claim] = {
         ),
     ),
     "G7": Claim(
-        "every known cost is its tokens times the price row of its instant, and the price rows are the price book's",
+        "every known cost is its tokens times the price row of its instant, the price rows are the price book's, and "
+        "what an export closed was unknown and costs no more than its bound",
         "SELECT count(*) FROM attempt_outcome WHERE run_id = :run_id AND cost IS NOT NULL",
         (
             """
@@ -232,6 +233,24 @@ CLAIMS: Mapping[str, Claim] = {
             FROM attempt_outcome o JOIN run r USING (run_id) JOIN price p USING (price_id)
             WHERE o.run_id = :run_id AND p.currency <> r.currency
             """,
+            """
+            SELECT format('cost_adjustment %s of %s.%s.%s: %s', c.adjustment_id, c.run_id, c.document_no,
+                          c.attempt_no,
+                          CASE WHEN u.bound IS NULL THEN 'the attempt was never declared unknown'
+                               WHEN p.currency IS DISTINCT FROM r.currency THEN 'its price is not in ' || r.currency
+                               WHEN c.evidence = '' THEN 'it has no evidence'
+                               WHEN c.amount > u.bound THEN format('%s is above the bound of %s', c.amount, u.bound)
+                               ELSE format('%s is not %s hit, %s miss and %s output tokens at %s', c.amount, c.hit,
+                                           c.miss, c.output, p.name) END)
+            FROM cost_adjustment c
+            JOIN run r USING (run_id)
+            LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
+            LEFT JOIN price p USING (price_id)
+            WHERE c.run_id = :run_id AND c.attempt_no IS NOT NULL
+              AND (u.bound IS NULL OR p.currency IS DISTINCT FROM r.currency OR c.evidence = '' OR c.amount > u.bound
+                   OR c.amount IS DISTINCT FROM c.hit::numeric * p.hit_pico + c.miss::numeric * p.miss_pico
+                                                + c.output::numeric * p.output_pico)
+            """,
         ),
     ),
     "G8": Claim(
@@ -261,11 +280,13 @@ CLAIMS: Mapping[str, Claim] = {
             SELECT format('run_cost %s: says %s attempts, %s known and %s unknown; the rows say %s, %s and %s',
                           c.run_id, c.attempts, c.cost_pico, c.unknown_pico, s.attempts, s.cost, s.bounds)
             FROM run_cost c, (
-                SELECT count(*) AS attempts, coalesce(sum(o.cost), 0) AS cost,
-                       coalesce(sum(coalesce(u.bound, i.reserved)) FILTER (WHERE o.cost IS NULL), 0) AS bounds
+                SELECT count(*) AS attempts, coalesce(sum(coalesce(o.cost, c.amount)), 0) AS cost,
+                       coalesce(sum(coalesce(u.bound, i.reserved))
+                                FILTER (WHERE o.cost IS NULL AND c.amount IS NULL), 0) AS bounds
                 FROM attempt_intent i
                 LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
                 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
+                LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
                 WHERE i.run_id = :run_id
             ) s
             WHERE c.run_id = :run_id

@@ -1,7 +1,8 @@
 """Connections to the ledger: how they are made, as which role, and what their failures mean.
 
-A lane works as `farthing_lane`, an audit as `farthing_auditor`; only `upgrades` is the owner. SQLAlchemy keeps the
-pool and the transactions; COPY goes to the psycopg connection underneath, which is the fast way in and out.
+A lane works as `farthing_lane`, an audit as `farthing_auditor`, who books an export or closes a month as
+`farthing_bookkeeper`; only `upgrades` is the owner. SQLAlchemy keeps the pool and the transactions; COPY goes to the
+psycopg connection underneath, which is the fast way in and out.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Role(StrEnum):
 
     LANE = "farthing_lane"
     AUDITOR = "farthing_auditor"
+    BOOKKEEPER = "farthing_bookkeeper"
 
 
 class Ledger:
@@ -263,7 +265,8 @@ def _read_refusal(error: object) -> str | None:
 def _explain_permission(place: str) -> str:
     return (
         f"this login may not do that at {place}. To migrate it needs CREATEROLE and CREATE on the database; to run "
-        "it needs TEMPORARY there, and membership: GRANT farthing_lane, farthing_auditor TO <login>"
+        "it needs TEMPORARY there, and membership: GRANT farthing_lane, farthing_auditor TO <login>; to book an "
+        "export or close a month, farthing_bookkeeper too"
     )
 
 

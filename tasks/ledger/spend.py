@@ -471,7 +471,7 @@ _SUMS_OF_BACKFILL = f"""
 _PROGRESS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
            o.opened_at, o.finished_at, o.budget_name, o.ladder, o.ceilings, o.concurrency, o.selection,
-           o.backfill_id, s.*
+           o.backfill_id, o.closed_pico, o.closed_bound_pico, s.*
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
@@ -486,8 +486,9 @@ _LEFT_OPEN = text("""
 """)
 
 _RUNS = text(f"""
-    SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, s.done, s.cost_pico, s.unknown_pico,
-           o.budget_pico, o.currency, o.is_simulated, o.opened_at, o.finished_at
+    SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, s.done, s.cost_pico + o.closed_pico AS cost_pico,
+           s.unknown_pico - o.closed_bound_pico AS unknown_pico, o.budget_pico, o.currency, o.is_simulated,
+           o.opened_at, o.finished_at
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s
     WHERE o.job = coalesce(CAST(:job AS text), o.job) ORDER BY o.run_id DESC
 """)  # noqa: S608 (made of our own constants)
@@ -567,6 +568,8 @@ async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) ->
         if found is None:
             raise ConfigurationError(await _explain_nothing(connection, run_id, None))
         row = _plain(found)
+        row["cost_pico"] += row.pop("closed_pico")  # a lane counts what it told itself, not what an export told later
+        row["unknown_pico"] -= row.pop("closed_bound_pico")
         if counts_open and not row["lanes"]:
             left = _plain((await connection.execute(_LEFT_OPEN, {"run": run_id})).mappings().one())
             row["attempts"] += left["attempts"]

@@ -6,7 +6,7 @@ says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix") the 
     I1  one terminal row per document, of the right id and text      I8  in flight <= limit (the provider's own peak)
     I2  every billed attempt has an intent, and is billed once       I9  retries within what the retry budget allows
     I3  every known cost is its line of the bill, token by token     I10 results equal those of a fault-free run
-    I4  known <= bill <= known + bounds                              I11 no lane's lock or session is left behind
+    I4  known <= bill <= known + bounds; what is closed is known     I11 no lane's lock or session is left behind
     I5  nothing is paid for again without a reason                   I12 no row that was there before has changed
     I6  no open intent or grant; granted = known + bounds            I13 no canary in a log, event or detail
     I7  no budget's bill, over all runs that share it, passes its cap
@@ -56,6 +56,7 @@ APPEND_ONLY = {
     "duplicate": "run_id, document_no",
     "label": "run_id, document_no",
     "cost_adjustment": "adjustment_id",
+    "month_close": "month, is_simulated, currency",
     "prompt_version": "prompt_version",
     "budget_grant": "grant_id",
     "grant_close": "grant_id, close_no",
@@ -222,10 +223,12 @@ QUERIES = {
     """,
     "attempts": """
         SELECT i.run_id, i.document_no, i.attempt_no, i.tier, i.purpose, i.shard_no, i.epoch, i.lane_id,
-               i.grant_id, i.reserved, i.intended_at, o.signal, o.verdict, o.hit, o.miss, o.output, o.cost, u.bound
+               i.grant_id, i.reserved, i.intended_at, o.signal, o.verdict, o.hit, o.miss, o.output, o.cost, u.bound,
+               c.amount AS closing
         FROM attempt_intent i
         LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
         LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
+        LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
         WHERE $only ORDER BY run_id, document_no, attempt_no
     """,
     "files": "SELECT * FROM input_file WHERE $only ORDER BY run_id, file_no",
@@ -355,8 +358,8 @@ def bill_within_bounds(e: Evidence) -> Iterator[str]:
     """I4: known <= bill <= known + bounds, for each run and each unknown attempt."""
     for run in e.runs:
         own = [attempt for attempt in e.attempts if attempt.run_id == run.run_id]
-        known = sum(attempt.cost or 0 for attempt in own)
-        bounds = sum(_bound(attempt) for attempt in own)
+        known = sum(attempt.cost if attempt.cost is not None else attempt.closing or 0 for attempt in own)
+        bounds = sum(_bound(attempt) for attempt in own if attempt.closing is None)
         bill = sum(line.cost for line in e.bill if line.attempt.startswith(f"{run.run_id}."))
         if not known <= bill <= known + bounds:
             yield f"run {run.run_id} was billed {bill}, and the ledger says {known} to {known + bounds}"

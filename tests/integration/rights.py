@@ -16,7 +16,7 @@ from typing import Any
 import psycopg
 
 DECLARATION = Path(__file__).parents[2] / "migrations" / "permissions.toml"
-ROLES = ["farthing_owner", "farthing_lane", "farthing_auditor", "farthing_retention"]
+ROLES = ["farthing_owner", "farthing_lane", "farthing_auditor", "farthing_bookkeeper", "farthing_retention"]
 KINDS = ("schema", "table", "sequence", "view", "function")
 #: Keys of a declared object that are no roles.
 _TRIGGERS = {"refuses": "refuse_change", "purges": "refuse_all_but_purge"}

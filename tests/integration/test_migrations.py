@@ -131,7 +131,8 @@ async def test_a_login_that_is_no_member_cannot_open_the_ledger_and_is_told_whic
 
 
 async def test_a_member_that_owns_nothing_can_work_and_audit(stranger_url: str, ledger_url: str) -> None:
-    sql(ledger_url, f"GRANT farthing_lane, farthing_auditor TO {make_url(stranger_url).username}")
+    roles = "farthing_lane, farthing_auditor, farthing_bookkeeper"
+    sql(ledger_url, f"GRANT {roles} TO {make_url(stranger_url).username}")
     for role in Role:
         async with opened(SecretStr(stranger_url), role) as ledger, ledger.transaction():
             pass

@@ -14,6 +14,7 @@ from tests.integration.rights import ROLES, declared, found
 #: Roles are the whole server's, and so are the locks on them: one worker at a time.
 pytestmark = pytest.mark.xdist_group("rights")
 LANE, AUDITOR, RETENTION = "farthing_lane", "farthing_auditor", "farthing_retention"
+BOOKKEEPER = "farthing_bookkeeper"
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def said(connection: psycopg.Connection) -> set[Right]:
 
 
 def test_postgres_decides_as_declared_for_every_role_object_column_and_privilege(owner: psycopg.Connection) -> None:
-    real, on_page = may(owner, LANE, AUDITOR, RETENTION), said(owner)
+    real, on_page = may(owner, LANE, AUDITOR, BOOKKEEPER, RETENTION), said(owner)
     assert sorted(real - on_page) == []
     assert sorted(on_page - real) == []
 

@@ -17,7 +17,7 @@ from psycopg import errors, sql
 from schemas.tables import metadata
 from tasks.ledger.connection import Ledger
 from tests.integration.rights import declared, found
-from tests.ledgers import BACKFILL, run_everything
+from tests.ledgers import BACKFILL, MONTH_CLOSE, run_everything
 
 #: Roles are the whole server's, and so are the locks on them: one worker at a time.
 pytestmark = pytest.mark.xdist_group("rights")
@@ -65,6 +65,7 @@ async def ground(ledger: Ledger, ledger_url: str) -> AsyncIterator[Ground]:
     with psycopg.connect(ledger_url, autocommit=True, options="-c search_path=farthing") as root:
         root.execute("INSERT INTO cost_adjustment (run_id, amount, evidence) VALUES (1, 5, 'an export')")
         root.execute(BACKFILL)
+        root.execute(MONTH_CLOSE)
         yield Ground(ledger_url, root)
 
 

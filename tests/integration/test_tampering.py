@@ -15,7 +15,7 @@ from schemas.errors import ConfigurationError
 from schemas.tables import metadata
 from tasks.ledger.connection import Ledger
 from tasks.ledger.proof import prove
-from tests.ledgers import BACKFILL, BOOK, run_everything, sql
+from tests.ledgers import BACKFILL, BOOK, MONTH_CLOSE, run_everything, sql
 
 TABLES = {table.name: table for table in metadata.tables.values() if table.name != "ledger_version"}
 ALL = "every column"
@@ -40,7 +40,8 @@ NOT_PROMISED = {
         ("amount", "granted_at"), "the amount counts until the grant is closed, and then what it used (G9)"
     ),
     "grant_close": dict.fromkeys(("close_no", "closed_at"), "what counts is the sum of the last close (G9)"),
-    "cost_adjustment": {ALL: "written by people, after the run"},
+    "cost_adjustment": {ALL: "a correction, written by people after the run; one of an attempt is checked (G7)"},
+    "month_close": {ALL: "about many runs: `farthing verify MONTH` computes it anew"},
     "backfill": {
         ALL: "what was asked for and is left to do; its runs are proved by themselves, its cap is their budget's"
     },
@@ -54,6 +55,14 @@ SPELT = {
     ("backfill", "state"): "'done'",
     ("shard", "state"): "'open'",
     ("document", "state"): "'dead_letter', reason = 'x'",
+    (
+        "cost_adjustment",
+        "attempt_no",
+    ): "1, document_no = 2, hit = 0, miss = 0, output = 0, amount = 0, billed_on = now(), "
+    "price_id = (SELECT min(price_id) FROM price WHERE currency = 'USD')",
+    ("month_close", "month"): "month + interval '1 month'",
+    ("month_close", "cost"): "cost + 1",
+    ("month_close", "unknown"): "unknown + 1",
 }
 #: Which row is changed: one that everything is filled in for, and that a run rests on.
 ROW = {
@@ -114,6 +123,7 @@ async def test_a_changed_value_of_any_column_is_noticed(table: str, ledger: Ledg
     run = await run_everything(ledger)
     sql(ledger_url, "INSERT INTO cost_adjustment (run_id, amount, evidence) VALUES (1, 5, 'an export')")
     sql(ledger_url, BACKFILL)
+    sql(ledger_url, MONTH_CLOSE)
     unnoticed = set()
     options = "-c search_path=farthing -c session_replication_role=replica"
     with psycopg.connect(ledger_url, autocommit=True, options=options) as superuser:

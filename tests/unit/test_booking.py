@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import operator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from schemas.attempts import NOT_BILLED, UNKNOWN_BILLING, Reply, Signal, Usage
 from schemas.booking import Booking, Reserved, book_reply
-from schemas.money import Currency
-from schemas.pricing import load_price_book, reservation
+from schemas.money import MOST_PICO, Currency
+from schemas.pricing import PriceBook, load_price_book, read_price_book, reservation
+from schemas.whatif import Group, Past, RunTier, Scenario, reprice
 
 BOOK = load_price_book()
 OFF_PEAK = datetime(2026, 9, 26, 0, 10, tzinfo=UTC)  # a Saturday morning in Beijing
@@ -105,3 +108,55 @@ def test_a_model_whose_price_is_for_comparison_only_is_unknown_and_stops_the_run
     assert (booked.cost, booked.bound, booked.price) == (None, RESERVED.worst, None)
     assert booked.alarm is not None
     assert served in booked.alarm
+
+
+#: A price per million tokens with six decimals, as millionths: as many pico units per token.
+MILLIONTHS = st.integers(0, 10**8)
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 100),
+        st.tuples(MILLIONTHS, MILLIONTHS, MILLIONTHS).map(lambda drawn: (*sorted(drawn[:2]), drawn[2])),
+    ),
+    min_size=1,
+    max_size=5,
+    unique_by=lambda row: row[0],
+)
+FIRST = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def own_book(rows: list[tuple[int, tuple[int, int, int]]], folder: Path) -> PriceBook:
+    """The price book of a file as a person writes it: each row from so many days on."""
+    text = "".join(
+        f'[[row]]\nmodel = "m"\ncurrency = "USD"\nsource = "drawn"\n'
+        f"valid_from = {(FIRST + timedelta(day)).isoformat()}\n"
+        f"flat = {{hit = {dollars(hit)}, miss = {dollars(miss)}, output = {dollars(output)}}}\n"
+        for day, (hit, miss, output) in rows
+    )
+    (folder / "own.toml").write_text(text)
+    return read_price_book(folder)
+
+
+def dollars(millionths: int) -> str:
+    return f'"{millionths // 10**6}.{millionths % 10**6:06d}"'
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, sent=st.lists(st.tuples(st.integers(0, 120 * 1440 - 1), *[st.integers(0, 10**9)] * 3), max_size=8))
+def test_booked_cost_is_what_whole_numbers_say_and_the_same_book_prices_it_the_same_again(
+    rows: list[tuple[int, tuple[int, int, int]]], sent: list[tuple[int, int, int, int]], tmp_path: Path
+) -> None:
+    """For any usage, instant and price rows. Before the first row nothing has a price."""
+    prices, due, groups = own_book(rows, tmp_path), 0, []
+    enough = Reserved(worst=MOST_PICO, max_tokens=10**9)
+    for minute, *usage in sent:
+        at = FIRST + timedelta(minutes=minute)
+        booked = book_reply(reply(usage=Usage(*usage), at=at), "m", Currency.USD, enough, prices)
+        held = [row for day, row in sorted(rows) if day * 1440 <= minute]
+        if not held:
+            assert (booked.cost, booked.bound) == (None, MOST_PICO)
+            continue
+        assert booked.cost == sum(map(operator.mul, usage, held[-1]))
+        due += booked.cost
+        groups.append(Group(0, 0, False, "m", at, 0, "m", 1, *usage, unknown_pico=0))
+    past = Past(1, "drawn", Currency.USD, False, (RunTier("one", "m"),), due, 0, tuple(groups))
+    assert reprice(past, Scenario(), prices).cost_pico == due

@@ -1,0 +1,384 @@
+"""Reconciliation: our ledger against the provider's statement, and what the difference says of unknown attempts.
+
+Both are compared by UTC day, model, bucket, price and, where the statement has the ones we send, `user_id`. An export
+is a sum over attempts: what it has beyond the known ones is, together and to the token, what the unknown ones of that
+day and price were billed. Which of them it was it cannot say, so each gets a share by what was reserved for it.
+Shares add up to the export exactly, and none is above its bound. A day of a model is closed whole or not at all:
+while a line of it differs that unknown attempts cannot explain, nobody knows what they were billed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from enum import StrEnum
+from itertools import accumulate, pairwise, repeat
+
+from schemas.attempts import Usage
+from schemas.errors import UnknownPrice
+from schemas.money import Currency
+from schemas.pricing import Price, PriceBook
+from schemas.statements import Bucket, Statement
+
+#: An attempt was billed within so much before and after the instant that we have for it: clocks differ a little, and
+#: the provider may work ten minutes before it begins, and on without us.
+EARLY, LATE = timedelta(minutes=1), timedelta(minutes=15)
+
+
+class Status(StrEnum):
+    """How a line of the ledger and one of the statement compare. `unknown`: unknown attempts explain it."""
+
+    MATCHED = "matched"
+    OURS_ONLY = "ours only"
+    THEIRS_ONLY = "theirs only"
+    DIFFERS = "amount differs"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Key:
+    """What a line is about. `user_id` is empty where the statement does not tell requests apart by it."""
+
+    day: date
+    model: str
+    user_id: str
+    bucket: Bucket
+    price_pico: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Tokens of one line: what our ledger has booked, and what the provider's statement says."""
+
+    key: Key
+    ours: int
+    theirs: int
+    status: Status
+
+    @property
+    def missing(self) -> int:
+        """Tokens that the statement has and the ledger has not; negative the other way round."""
+        return self.theirs - self.ours
+
+    @property
+    def off_pico(self) -> int:
+        """The same in pico units of money."""
+        return self.missing * self.key.price_pico
+
+
+@dataclass(frozen=True, slots=True)
+class BookedTokens:
+    """What the ledger booked on a day by one price row, for one `user_id`."""
+
+    day: date
+    user_id: str
+    price: str
+    model: str
+    prices: Usage
+    tokens: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Unsettled:
+    """An attempt of unknown cost. `placed_at` is about when, by the provider's clock."""
+
+    run: int
+    document_no: int
+    attempt_no: int
+    user_id: str
+    model: str
+    bound_pico: int
+    placed_at: datetime
+    is_open: bool
+
+    @property
+    def window(self) -> tuple[datetime, datetime]:
+        """From when to when it can have been billed."""
+        return self.placed_at - EARLY, self.placed_at + LATE
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """What closes an unknown attempt: its tokens at a price row, and the evidence in words."""
+
+    of: Unsettled
+    price: Price
+    tokens: Usage
+    billed_on: date
+    evidence: str
+
+    @property
+    def amount_pico(self) -> int:
+        return self.price.cost(self.tokens)
+
+
+@dataclass(frozen=True)
+class Reconciliation:
+    """All lines, the closings that the statement proves, and why the other unknown attempts stay (`left`, by reason).
+
+    `others_pico` is what the statement has of a `user_id` that the ledger never sent.
+    """
+
+    matches: tuple[Match, ...]
+    closings: tuple[Closing, ...]
+    left: Mapping[str, tuple[Unsettled, ...]]
+    others_pico: int
+    is_by_user: bool
+
+    @property
+    def ours_pico(self) -> int:
+        return sum(each.ours * each.key.price_pico for each in self.matches)
+
+    @property
+    def theirs_pico(self) -> int:
+        return sum(each.theirs * each.key.price_pico for each in self.matches)
+
+    @property
+    def closed_pico(self) -> int:
+        """What the closings book."""
+        return sum(each.amount_pico for each in self.closings)
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every line is matched, or explained by attempts that are known to be unknown."""
+        return all(each.status in (Status.MATCHED, Status.UNKNOWN) for each in self.matches)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Where an attempt can have been billed: a day, for a user, at one price row."""
+
+    day: date
+    user_id: str
+    price: Price
+
+    @property
+    def keys(self) -> tuple[Key, Key, Key]:
+        prices = zip(Bucket, (self.price.hit_pico, self.price.miss_pico, self.price.output_pico), strict=True)
+        hit, miss, output = (Key(self.day, self.price.model, self.user_id, bucket, price) for bucket, price in prices)
+        return hit, miss, output
+
+
+def reconcile(
+    booked: Sequence[BookedTokens],
+    unsettled: Sequence[Unsettled],
+    statement: Statement,
+    book: PriceBook,
+    currency: Currency,
+    days: Collection[date],
+    *,
+    is_complete: bool = False,
+) -> Reconciliation:
+    """Compare these days of the ledger with the statement, and say what it closes.
+
+    `is_complete`: its user knows that it has all there is of them, beyond its first and last row.
+    """
+    own = {each.user_id for each in booked} | {each.user_id for each in unsettled}
+    is_by_user = any(each.user_id in own for each in statement.used)
+    theirs, others_pico = _sum_theirs(statement, book, days, own if is_by_user else None)
+    ours = _sum_ours(booked, days, is_by_user=is_by_user)
+    gaps = {key: theirs.get(key, 0) - ours.get(key, 0) for key in sorted({*ours, *theirs})}
+    terms = _Terms(statement, book, currency, days, is_by_user, is_complete)
+    closings, left = _close(gaps, unsettled, terms)
+    explained = {key for each in closings for key in _slot_of(each, terms).keys}
+    matches = (
+        Match(key, ours.get(key, 0), theirs.get(key, 0), _judge(key, ours, theirs, key in explained)) for key in gaps
+    )
+    return Reconciliation(tuple(matches), closings, left, others_pico, is_by_user)
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What a statement is held against."""
+
+    statement: Statement
+    book: PriceBook
+    currency: Currency
+    days: Collection[date]
+    is_by_user: bool
+    is_complete: bool
+
+    def user(self, of: Unsettled | BookedTokens) -> str:
+        return of.user_id if self.is_by_user else ""
+
+
+def _slot_of(closing: Closing, terms: _Terms) -> _Slot:
+    return _Slot(closing.billed_on, terms.user(closing.of), closing.price)
+
+
+def _sum_ours(booked: Iterable[BookedTokens], days: Collection[date], *, is_by_user: bool) -> dict[Key, int]:
+    found: dict[Key, int] = {}
+    for each in booked:
+        for bucket, price, tokens in _buckets(each.prices, each.tokens):
+            if tokens and each.day in days:
+                key = Key(each.day, each.model, each.user_id if is_by_user else "", bucket, price)
+                found[key] = found.get(key, 0) + tokens
+    return found
+
+
+def _buckets(prices: Usage, tokens: Usage) -> Iterator[tuple[Bucket, int, int]]:
+    yield Bucket.HIT, prices.hit, tokens.hit
+    yield Bucket.MISS, prices.miss, tokens.miss
+    yield Bucket.OUTPUT, prices.output, tokens.output
+
+
+def _sum_theirs(
+    statement: Statement, book: PriceBook, days: Collection[date], own: Collection[str] | None
+) -> tuple[dict[Key, int], int]:
+    """The statement's tokens by line, and what is none of ours in pico units."""
+    found: dict[Key, int] = {}
+    others = 0
+    for used in statement.used:
+        if used.period.day not in days:
+            continue
+        if own is not None and used.user_id not in own:
+            others += used.tokens * used.price_pico
+            continue
+        user = "" if own is None else used.user_id
+        key = Key(used.period.day, _canonical(used.model, book), user, used.bucket, used.price_pico)
+        found[key] = found.get(key, 0) + used.tokens
+    return found, others
+
+
+def _canonical(model: str, book: PriceBook) -> str:
+    """The name that prices are kept under; a model nobody knows keeps its own, and matches nothing."""
+    try:
+        return book.canonical(model)
+    except UnknownPrice:
+        return model
+
+
+def _judge(key: Key, ours: Mapping[Key, int], theirs: Mapping[Key, int], is_explained: bool) -> Status:
+    if ours.get(key, 0) == theirs.get(key, 0):
+        return Status.MATCHED
+    if is_explained:
+        return Status.UNKNOWN
+    if key not in theirs:
+        return Status.OURS_ONLY
+    return Status.DIFFERS if key in ours else Status.THEIRS_ONLY
+
+
+class _Left:
+    """The attempts that stay unknown, by the reason why, and the days, models and users that they may be of."""
+
+    def __init__(self) -> None:
+        self.by_reason: dict[str, tuple[Unsettled, ...]] = {}
+        self.touched: set[tuple[date, str, str]] = set()
+
+    def add(self, why: str, attempts: Iterable[Unsettled]) -> None:
+        self.by_reason[why] = (*self.by_reason.get(why, ()), *attempts)
+
+
+def _close(
+    gaps: Mapping[Key, int], unsettled: Sequence[Unsettled], terms: _Terms
+) -> tuple[tuple[Closing, ...], Mapping[str, tuple[Unsettled, ...]]]:
+    """The closings of every day and model that adds up."""
+    left = _Left()
+    closings: list[Closing] = []
+    rest = {key: gap for key, gap in gaps.items() if gap}
+    for slot, attempts in _place(unsettled, gaps, terms, left).items():
+        missing = Usage(*(rest.get(key, 0) for key in slot.keys))
+        shares = _share(missing, attempts, slot.price)
+        if isinstance(shares, str):
+            left.add(shares, attempts)
+            continue
+        for key in slot.keys:  # another row of that day may have the same price for a bucket
+            rest.pop(key, None)
+        evidence = _evidence(slot, missing, len(attempts), terms.statement)
+        closings += map(Closing, attempts, repeat(slot.price), shares, repeat(slot.day), repeat(evidence))
+    differing = {(key.day, key.model, key.user_id) for key in rest}
+    for groups, why in (
+        (differing, "the export and the ledger differ on that day by what they cannot explain"),
+        (left.touched, "others that stay unknown may have been billed on that day, too"),
+    ):
+        if kept := [each.of for each in closings if _group(each, terms) in groups]:
+            left.add(why, kept)
+            closings = [each for each in closings if _group(each, terms) not in groups]
+    return tuple(closings), left.by_reason
+
+
+def _group(closing: Closing, terms: _Terms) -> tuple[date, str, str]:
+    return closing.billed_on, closing.price.model, terms.user(closing.of)
+
+
+def _place(
+    unsettled: Sequence[Unsettled], gaps: Mapping[Key, int], terms: _Terms, left: _Left
+) -> dict[_Slot, list[Unsettled]]:
+    """Each attempt where it can have been billed; of two such places where most is missing yet."""
+    candidates = []
+    for attempt in sorted(unsettled, key=lambda each: (each.run, each.document_no, each.attempt_no)):
+        found = _find_slots(attempt, terms)
+        if why := _refuse(attempt, terms) or (None if found else "no price is known for when they were"):
+            left.add(why, [attempt])
+            left.touched |= {(slot.day, slot.price.model, slot.user_id) for slot in found}
+        else:
+            candidates.append((attempt, found))
+    room = {slot: _missing_pico(slot, gaps) for _, found in candidates for slot in found}
+    placed: dict[_Slot, list[Unsettled]] = {}
+    for attempt, found in sorted(candidates, key=lambda each: len(each[1])):
+        slot = max(found, key=lambda each: room[each])
+        room[slot] -= attempt.bound_pico
+        placed.setdefault(slot, []).append(attempt)
+    return placed
+
+
+def _refuse(attempt: Unsettled, terms: _Terms) -> str | None:
+    """Why the statement can say nothing about it."""
+    start, end = attempt.window
+    since, until = terms.statement.since, terms.statement.until
+    if attempt.is_open:
+        return "their run may still be at work on them: resume it, or let it end"
+    if not {start.date(), end.date()} <= set(terms.days):
+        return "they may be of the next month: reconcile their run by its number, with the exports of both months"
+    if terms.is_complete or (datetime.combine(since, time(), UTC) <= start and end <= until):
+        return None
+    return (
+        f"the export tells of {since:%Y-%m-%d} to {until:%Y-%m-%d %H:%M} UTC, and they may be of another hour: "
+        "export again, or say --complete if it has all there is"
+    )
+
+
+def _find_slots(attempt: Unsettled, terms: _Terms) -> list[_Slot]:
+    """Where it can have been billed, the likeliest first."""
+    found: dict[_Slot, None] = {}
+    for instant in (attempt.placed_at, *attempt.window):
+        try:
+            price = terms.book.at(attempt.model, terms.currency, instant)
+        except UnknownPrice:
+            continue
+        found[_Slot(instant.astimezone(UTC).date(), terms.user(attempt), price)] = None
+    return list(found)
+
+
+def _missing_pico(slot: _Slot, gaps: Mapping[Key, int]) -> int:
+    return slot.price.cost(Usage(*(gaps.get(key, 0) for key in slot.keys)))
+
+
+def _share(missing: Usage, attempts: Sequence[Unsettled], price: Price) -> list[Usage] | str:
+    """Each attempt's tokens, which add up to what is missing; or why it cannot be theirs."""
+    bounds = [each.bound_pico for each in attempts]
+    if min(missing.hit, missing.miss, missing.output) < 0:
+        return "the export has fewer tokens of that day and price than the ledger knows of"
+    if price.cost(missing) > sum(bounds):
+        return "the export has more of that day and price than they can have cost: others use the account (--key)"
+    buckets = [_split(tokens, bounds) for tokens in (missing.hit, missing.miss, missing.output)]
+    shares = [Usage(*tokens) for tokens in zip(*buckets, strict=True)]
+    if any(price.cost(share) > bound for share, bound in zip(shares, bounds, strict=True)):
+        return "their shares of what the export has would be above their bounds"
+    return shares
+
+
+def _split(tokens: int, weights: Sequence[int]) -> list[int]:
+    """Whole numbers that add up to `tokens`, in proportion to the weights."""
+    ends = [0, *(tokens * so_far // max(1, sum(weights)) for so_far in accumulate(weights))]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def _evidence(slot: _Slot, missing: Usage, attempts: int, statement: Statement) -> str:
+    of = f" of {slot.user_id}" if slot.user_id else ""
+    tokens = f"{missing.hit} hit, {missing.miss} miss and {missing.output} output tokens"
+    what = tokens if missing != Usage(0, 0, 0) else "nothing"
+    shared = "" if attempts == 1 else f", shared by {attempts} attempts in proportion to what was reserved"
+    where = ", ".join(statement.sources)
+    return f"{where}: on {slot.day} (UTC){of} at {slot.price.name} {what} beyond the known{shared}"

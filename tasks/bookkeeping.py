@@ -1,0 +1,268 @@
+"""What people look at when books are compared and closed: tables, objects for scripts, lines for a CSV.
+
+Pure but for the CSV: nothing else is read or printed in here.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from schemas.errors import ConfigurationError
+from schemas.inert import escape_cell
+from schemas.money import Currency, Money
+from schemas.months import Checked, Closed
+from schemas.reconciliation import Closing, Match, Reconciliation, Status
+from schemas.statements import Bucket, Statement
+from tasks.ledger.books import Ours, Scope
+from tasks.report import table
+
+#: Lines that a terminal shows; the CSV has all.
+SHOWN = 40
+_BUCKETS = {Bucket.HIT: "cached", Bucket.MISS: "not cached", Bucket.OUTPUT: "output"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A reconciliation with what was booked of it. `ours` is how the ledger was before, `after` how it is now."""
+
+    scope: Scope
+    statement: Statement
+    ours: Ours
+    found: Reconciliation
+    booked: tuple[Closing, ...]
+    after: Reconciliation
+
+    @property
+    def name(self) -> str:
+        return f"run {self.scope.run}" if self.scope.run is not None else f"{self.scope.month}"
+
+    @property
+    def charged_pico(self) -> Decimal | None:
+        """What the export itself says that these days cost; None where it says nothing of sums."""
+        sums = [each.pico for each in self.statement.charged if each.period.day in self.ours.days]
+        return sum(sums, Decimal(0)) if sums else None
+
+    @property
+    def is_clean(self) -> bool:
+        return self.after.is_clean
+
+
+def reconciliation_report(outcome: Outcome) -> list[RenderableType]:
+    """A reconciliation for a terminal."""
+    made: list[RenderableType] = [_totals(outcome), ""]
+    odd = [each for each in outcome.after.matches if each.status is not Status.MATCHED]
+    if odd:
+        made += [_lines(outcome, odd), ""]
+    made += [f"{len(attempts)} attempts stay unknown: {why}" for why, attempts in outcome.after.left.items()]
+    return [*made, *_next(outcome)]
+
+
+def _totals(outcome: Outcome) -> Table:
+    after, currency = outcome.after, outcome.scope.currency
+    counts = Counter(each.status for each in after.matches)
+    unknown = [each.bound_pico for each in outcome.ours.unsettled]
+    rows = [
+        ("lines: matched", f"{counts[Status.MATCHED]:,}", True),
+        *(
+            (f"lines: {status}", f"{counts[status]:,}", counts[status])
+            for status in Status
+            if status != Status.MATCHED
+        ),
+        ("the ledger", _exact(after.ours_pico, currency), True),
+        ("the export", _exact(after.theirs_pico, currency), True),
+        ("off by", f"{after.theirs_pico - after.ours_pico:,} pico", True),
+        ("the export's own sum", _sum(outcome), outcome.charged_pico is not None),
+        ("others on the account", _exact(after.others_pico, currency), after.others_pico),
+        ("unknown before", f"{len(unknown):,} attempts, at most {Money(sum(unknown), currency)}", unknown),
+        ("closed now", f"{len(outcome.booked):,} attempts, {_closed(outcome)}", outcome.booked),
+    ]
+    title = f"{outcome.name} against {', '.join(outcome.statement.sources)}"
+    return table(title, ("", ""), [(name, figure) for name, figure, is_told in rows if is_told])
+
+
+def _exact(pico: int, currency: Currency) -> str:
+    return f"{Money(pico, currency)} ({pico} pico)"
+
+
+def _closed(outcome: Outcome) -> str:
+    return _exact(sum(each.amount_pico for each in outcome.booked), outcome.scope.currency)
+
+
+def _sum(outcome: Outcome) -> str:
+    """The export's sums may be rounded, and are of everybody on the account."""
+    charged = outcome.charged_pico or Decimal(0)
+    return f"{outcome.scope.currency.sign}{charged.scaleb(-12):f}"
+
+
+def _lines(outcome: Outcome, odd: Sequence[Match]) -> Table:
+    currency = outcome.scope.currency
+    rows = [
+        (
+            str(each.key.day),
+            each.key.model,
+            each.key.user_id or "—",
+            _BUCKETS[each.key.bucket],
+            f"{currency.sign}{Money(each.key.price_pico * 10**6, currency).decimal.normalize():f}",
+            f"{each.ours:,}",
+            f"{each.theirs:,}",
+            ("−" if each.off_pico > 0 else "+") + str(Money(abs(each.off_pico), currency)),
+            each.status.value,
+        )
+        for each in odd[:SHOWN]
+    ]
+    columns = ("day (UTC)", "model", "user_id", "tokens", "per 1M", "ledger", "export", "the ledger is off by", "")
+    more = f"{len(odd) - SHOWN:,} more: --csv FILE has them all" if len(odd) > SHOWN else None
+    return table("Lines that differ", columns, rows, more, texts=(0, 1, 2, 3, 8))
+
+
+def _next(outcome: Outcome) -> list[RenderableType]:
+    """What to do about it, where there is something to do."""
+    after = outcome.after
+    told: list[RenderableType] = []
+    if after.closings:
+        pico = _exact(after.closed_pico, outcome.scope.currency)
+        runs = ", ".join(map(str, sorted({each.of.run for each in after.closings})))
+        told += [f"{len(after.closings)} unknown attempts of run {runs} were billed {pico}: --close books that"]
+    if not after.is_clean:
+        told += [
+            "where the export has more: does another program use this account (--key NAME leaves it out)? "
+            "where the ledger has more: is the export of the whole day, and of this account?"
+        ]
+    if after.is_clean and not after.closings and not after.left:
+        told += ["every line matches, and nothing of these days is unknown"]
+    return told
+
+
+def reconciliation_json(outcome: Outcome) -> dict[str, Any]:
+    """A reconciliation as scripts rely on it; sums in pico units, tokens as the ledger has them now."""
+    after = outcome.after
+    counts = Counter(each.status for each in after.matches)
+    return {
+        "run": outcome.scope.run,
+        "month": None if outcome.scope.month is None else str(outcome.scope.month),
+        "currency": outcome.scope.currency.value,
+        "is_simulated": outcome.scope.is_simulated,
+        "sources": list(outcome.statement.sources),
+        "is_clean": after.is_clean,
+        "by_user_id": after.is_by_user,
+        "counts": {status.name.lower(): counts[status] for status in Status},
+        "ours_pico": after.ours_pico,
+        "theirs_pico": after.theirs_pico,
+        "off_pico": after.theirs_pico - after.ours_pico,
+        "others_pico": after.others_pico,
+        "unknown_attempts": len(outcome.ours.unsettled),
+        "unknown_pico": sum(each.bound_pico for each in outcome.ours.unsettled),
+        "closable": {"attempts": len(after.closings), "cost_pico": after.closed_pico},
+        "closed": {
+            "attempts": len(outcome.booked),
+            "cost_pico": sum(each.amount_pico for each in outcome.booked),
+            "runs": sorted({each.of.run for each in outcome.booked}),
+        },
+        "left": [{"why": why, "attempts": len(attempts)} for why, attempts in after.left.items()],
+        "lines": [_line_json(each) for each in after.matches],
+    }
+
+
+def _line_json(match: Match) -> dict[str, Any]:
+    return {
+        "day": str(match.key.day),
+        "model": match.key.model,
+        "user_id": match.key.user_id or None,
+        "bucket": match.key.bucket.value,
+        "price_pico": match.key.price_pico,
+        "ours": match.ours,
+        "theirs": match.theirs,
+        "off_pico": match.off_pico,
+        "status": match.status.value,
+    }
+
+
+def write_lines(found: Reconciliation, path: Path) -> None:
+    """Every line as CSV. Raises ConfigurationError where the file cannot be written."""
+    lines = [_line_json(each) for each in found.matches]
+    try:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(lines[0] if lines else [])
+            for line in lines:
+                texts = ("model", "user_id")
+                writer.writerow(escape_cell(value or "") if name in texts else value for name, value in line.items())
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written: {error.strerror or error}; name another file") from None
+
+
+def closed_report(closed: Closed) -> list[RenderableType]:
+    """A closed month for a terminal."""
+    books = closed.books
+    rows = [
+        ("booked", _exact(books.cost_pico, books.currency)),
+        ("rows, runs", f"{books.rows:,}, {len(books.runs):,}"),
+        (
+            "not known to be billed",
+            f"at most {Money(books.unknown_pico, books.currency)}, {books.unknown_attempts:,}",
+        ),
+        ("closed", f"{closed.closed_at:%Y-%m-%d %H:%M:%S} UTC by {closed.closed_by}"),
+        ("digest", closed.digest),
+    ]
+    return [table(f"{books.month}, {_kind(closed)}", ("", ""), rows)]
+
+
+def _kind(closed: Closed) -> str:
+    return "simulated" if closed.books.is_simulated else closed.books.currency.value
+
+
+def checked_report(checked: Checked) -> list[RenderableType]:
+    """A closed month held against its rows, for a terminal."""
+    currency = checked.closed.books.currency
+    made = closed_report(checked.closed)
+    if checked.late:
+        late = [
+            (
+                str(each.run),
+                f"{each.rows:,}",
+                f"{'-' if each.cost_pico < 0 else ''}{Money(abs(each.cost_pico), currency)}",
+            )
+            for each in checked.late
+        ]
+        title = f"Late: booked after the close, and no part of it ({checked.late_pico} pico)"
+        made += ["", table(title, ("run", "rows", "cost"), late)]
+    if checked.differences:
+        return [*made, "", *checked.differences, "the month's rows are no more those that it was closed with"]
+    return [*made, "", "the rows are, one by one, those that the month was closed with"]
+
+
+def closed_json(closed: Closed) -> dict[str, Any]:
+    """A closed month as scripts rely on it; sums in pico units."""
+    books = closed.books
+    return {
+        "month": str(books.month),
+        "currency": books.currency.value,
+        "is_simulated": books.is_simulated,
+        "rows": books.rows,
+        "cost_pico": books.cost_pico,
+        "unknown_attempts": books.unknown_attempts,
+        "unknown_pico": books.unknown_pico,
+        "digest": closed.digest,
+        "closed_at": closed.closed_at.isoformat(),
+        "closed_by": closed.closed_by,
+        "runs": books.runs_json(),
+    }
+
+
+def checked_json(checked: Checked) -> dict[str, Any]:
+    """A closed month held against its rows: `proved`, what differs, and what came late."""
+    return closed_json(checked.closed) | {
+        "proved": not checked.differences,
+        "differences": list(checked.differences),
+        "late": [asdict(each) for each in checked.late],
+        "late_pico": checked.late_pico,
+    }

@@ -1,0 +1,311 @@
+"""The books: an export closes what was unknown, once; a closed month stays what it was, and says what came late."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+
+from schemas.attempts import RunId, Usage
+from schemas.errors import ConfigurationError
+from schemas.money import Currency
+from schemas.months import Month
+from schemas.reconciliation import Closing, Status, reconcile
+from schemas.statements import Bucket, Statement
+from schemas.whatif import Scenario, reprice
+from tasks.failpoints import KILLED, VARIABLE
+from tasks.ledger import books
+from tasks.ledger.books import Ours, Scope
+from tasks.ledger.connection import Ledger, PermissionRefused, Role, opened
+from tasks.ledger.proof import prove
+from tasks.ledger.spend import audit, list_runs, progress
+from tasks.ledger.whatif import find_past
+from tasks.statements import load_statement
+from tests.integration.test_spend import PRO_COST
+from tests.ledgers import AT, BOOK, COST, RESERVED, USAGE, run_everything, sql, value
+
+ROOT = Path(__file__).parents[2]
+SEPTEMBER = Scope(None, Month(date(2026, 9, 1)), Currency.USD, is_simulated=False)
+RUN = Scope(1, None, Currency.USD, is_simulated=False)
+FLASH, PRO = ("deepseek-flash", (3_000, 150_000, 600_000)), ("deepseek-v4-pro", (22_000, 660_000, 1_980_000))
+#: What `run_everything` booked: five attempts of flash and one of pro. Two more of flash are unknown.
+KNOWN = [*5 * [(FLASH, USAGE)], (PRO, USAGE)]
+LOST = Usage(128, 701, 7)
+LOST_COST = 128 * 3_000 + 701 * 150_000 + 7 * 600_000
+
+
+def export(path: Path, used: Sequence[tuple[tuple[str, tuple[int, int, int]], Usage]]) -> Statement:
+    """What the console would export of these attempts, all of one hour."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["user_id", "start_time_iso", "end_time_iso", "model", "type", "price", "amount"])
+    for (model, prices), tokens in used:
+        counts = (tokens.hit, tokens.miss, tokens.output)
+        for bucket, price, amount in zip(Bucket, prices, counts, strict=True):
+            per_token = format(Decimal(price).scaleb(-12), "f")
+            hour = ["2026-09-26T00:00:00Z", "2026-09-26T01:00:00Z"]
+            writer.writerow(["account", *hour, model, bucket.value, per_token, amount])
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("amount-2026-09.csv", text.getvalue())
+    return load_statement([path])
+
+
+@pytest.fixture
+async def happened(ledger: Ledger) -> None:
+    """The usual run, in September by the provider's clock, whatever this machine's says."""
+    await run_everything(ledger)
+
+
+def judge(statement: Statement, scope: Scope = RUN) -> Callable[[Ours], Sequence[Closing]]:
+    return lambda ours: reconcile(ours.booked, ours.unsettled, statement, BOOK, scope.currency, ours.days).closings
+
+
+async def close(url: str, statement: Statement, scope: Scope = RUN) -> tuple[Closing, ...]:
+    async with opened(SecretStr(url), Role.BOOKKEEPER) as ledger:
+        return await books.book_closings(ledger, scope, judge(statement, scope))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What an auditor and a proof find."""
+
+    cost_pico: int
+    unknown_pico: int
+    unknown_attempts: int
+    is_proved: bool
+
+
+async def look(url: str) -> Seen:
+    async with opened(SecretStr(url), Role.LANE) as ledger:
+        found, proof = await audit(ledger, run=1), await prove(ledger, RunId(1), BOOK)
+        shown, listed = await progress(ledger, 1), (await list_runs(ledger))[0]
+    for each in (shown, listed):
+        assert (each.cost_pico, each.unknown_pico) == (found.cost_pico, found.unknown_pico)
+    costs = found.token_costs
+    assert costs.hit_pico + costs.miss_pico + costs.output_pico == found.cost_pico
+    return Seen(found.cost_pico, found.unknown_pico, found.unknown_attempts, proof.proved)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_what_the_export_has_beyond_the_known_closes_the_unknown_to_the_pico(
+    ledger_url: str, tmp_path: Path
+) -> None:
+    statement = export(tmp_path / "usage_data_2026-09.zip", [*KNOWN, (FLASH, LOST)])
+    known = 5 * COST + PRO_COST
+    assert await look(ledger_url) == Seen(known, 2 * RESERVED, 2, True)
+    both = "attempt_intent LEFT JOIN attempt_outcome USING (run_id, document_no, attempt_no)"
+    rows = f"SELECT * FROM {both} ORDER BY 1, 2, 3"
+    before = sql(ledger_url, rows)
+    closings = await close(ledger_url, statement)
+    assert [(each.of.document_no, each.of.attempt_no) for each in closings] == [(2, 1), (4, 1)]
+    assert sum(each.amount_pico for each in closings) == LOST_COST
+    assert await look(ledger_url) == Seen(known + LOST_COST, 0, 0, True)
+    assert sql(ledger_url, rows) == before
+    for view in ("document_cost", "document_spend", "tier_cost", "job_cost_by_day WHERE day = '2026-09-26'"):
+        assert value(ledger_url, f"SELECT sum(cost_pico) FROM {view}") == known + LOST_COST
+    row = sql(ledger_url, "SELECT evidence, adjusted_by, billed_on FROM cost_adjustment ORDER BY adjustment_id")[0]
+    assert row[0].startswith("usage_data_2026-09.zip (sha256:")
+    assert "128 hit, 701 miss and 7 output tokens beyond the known, shared by 2 attempts in proportion" in row[0]
+    assert row[1:] == ("farthing", date(2026, 9, 26))
+
+
+@pytest.mark.usefixtures("happened")
+async def test_who_reconciles_twice_or_at_once_books_once(ledger_url: str, tmp_path: Path) -> None:
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    booked = await asyncio.gather(*(close(ledger_url, statement) for _ in range(5)))
+    assert sorted(len(each) for each in booked) == [0, 0, 0, 0, 2]
+    assert await close(ledger_url, statement) == ()
+    assert await look(ledger_url) == Seen(5 * COST + PRO_COST + LOST_COST, 0, 0, True)
+
+
+BOOKS = """
+import asyncio, sys
+from pathlib import Path
+from tests.integration.test_books import SEPTEMBER, close, freeze
+from tasks.statements import load_statement
+url, step, *files = sys.argv[1:]
+work = close(url, load_statement([Path(files[0])])) if step == "book_closings" else freeze(url)
+asyncio.run(work)
+"""
+
+
+@pytest.mark.usefixtures("happened")
+@pytest.mark.parametrize("step", ["book_closings", "close_month"])
+async def test_killed_around_its_commit_it_is_done_once(step: str, ledger_url: str, tmp_path: Path) -> None:
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    if step == "close_month":
+        await close(ledger_url, statement)
+    table = {"book_closings": "cost_adjustment", "close_month": "month_close"}[step]
+    rows = {"book_closings": 2, "close_month": 1}[step]
+    for side, found in (("before", 0), ("after", rows)):
+        done = subprocess.run(
+            [sys.executable, "-c", BOOKS, ledger_url, step, str(tmp_path / "e.zip")],
+            cwd=ROOT,
+            env=os.environ | {VARIABLE: f"{step}.{side}_commit"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == KILLED, done.stderr
+        assert value(ledger_url, f"SELECT count(*) FROM {table}") == found
+    assert (await look(ledger_url)).is_proved
+
+
+@pytest.mark.usefixtures("happened")
+async def test_a_reply_that_comes_late_overrides_what_an_export_told(
+    ledger: Ledger, ledger_url: str, tmp_path: Path
+) -> None:
+    await close(ledger_url, export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)]))
+    shares = dict(sql(ledger_url, "SELECT document_no, amount FROM cost_adjustment"))
+    sql(
+        ledger_url,
+        "INSERT INTO attempt_outcome SELECT run_id, 4, 1, signal, verdict, http_status, finish_reason, sent_at,"
+        " completed_at, hit, miss, output, reasoning, price_id, cost FROM attempt_outcome"
+        " WHERE document_no = 0",
+    )
+    found = await audit(ledger, run=1)
+    assert (found.cost_pico, found.unknown_pico) == (6 * COST + PRO_COST + shares[2], 0)
+
+
+@pytest.mark.usefixtures("happened")
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("amount = amount + 1", "tokens at"),
+        ("output = output + 1", "tokens at"),
+        ("amount = amount * 100, miss = miss * 100, hit = hit * 100, output = output * 100", "above the bound of"),
+        ("attempt_no = 2", "was never declared unknown"),
+        ("evidence = ''", "it has no evidence"),
+    ],
+)
+async def test_a_changed_closing_is_named(
+    change: str, named: str, ledger: Ledger, ledger_url: str, tmp_path: Path
+) -> None:
+    await close(ledger_url, export(tmp_path / "e.zip", [*KNOWN, (FLASH, Usage(1, 5_000, 900))]))
+    sql(ledger_url, f"UPDATE cost_adjustment SET {change} WHERE document_no = 4")
+    violations = (await prove(ledger, RunId(1), BOOK)).evidence["G7"].violations
+    assert [each for each in violations if each.startswith("cost_adjustment") and named in each] != []
+
+
+@pytest.mark.usefixtures("happened")
+async def test_only_the_bookkeeper_books_and_not_who_or_when(ledger: Ledger, ledger_url: str, tmp_path: Path) -> None:
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    with pytest.raises(PermissionRefused):
+        await books.book_closings(ledger, RUN, judge(statement))
+    with psycopg.connect(ledger_url, autocommit=True, options="-c search_path=farthing") as connection:
+        connection.execute("SET ROLE farthing_bookkeeper")
+        for attack in (
+            "INSERT INTO cost_adjustment (run_id, amount, evidence, adjusted_by) VALUES (1, 1, 'x', 'somebody else')",
+            "INSERT INTO cost_adjustment (run_id, amount, evidence, adjusted_at) VALUES (1, 1, 'x', '2020-01-01')",
+            "UPDATE cost_adjustment SET amount = 0",
+            "DELETE FROM cost_adjustment",
+            "UPDATE month_close SET cost = 0",
+            "INSERT INTO attempt_outcome SELECT * FROM attempt_outcome",
+            "SELECT FROM document",
+            "SELECT FROM answer",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(attack)
+
+
+# --- months ------------------------------------------------------------------------------------------------------
+
+
+async def freeze(url: str, *, with_unknown: bool = False) -> object:
+    async with opened(SecretStr(url), Role.BOOKKEEPER) as ledger:
+        return await books.close_month(ledger, SEPTEMBER, with_unknown=with_unknown)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_a_closed_month_stays_what_it_was_and_what_comes_late_is_shown(
+    ledger: Ledger, ledger_url: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"2 attempts of 2026-09 may have been billed.*reconcile 2026-09"):
+        await freeze(ledger_url)
+    await freeze(ledger_url, with_unknown=True)
+    with pytest.raises(ConfigurationError, match=r"was closed by farthing on .*farthing verify 2026-09"):
+        await freeze(ledger_url, with_unknown=True)
+    checked = await books.find_checked_month(ledger, SEPTEMBER)
+    assert (checked.differences, checked.late) == ((), ())
+    was = checked.closed.books
+    assert (was.cost_pico, was.rows, was.unknown_pico) == (5 * COST + PRO_COST, 6, 2 * RESERVED)
+    await close(ledger_url, export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)]), SEPTEMBER)
+    checked = await books.find_checked_month(ledger, SEPTEMBER)
+    assert checked.differences == ()
+    assert [(each.run, each.rows, each.cost_pico) for each in checked.late] == [(1, 2, LOST_COST)]
+    assert checked.closed.books == was
+
+
+@pytest.mark.usefixtures("happened")
+async def test_another_price_book_moves_no_closed_month_and_prices_it_in_a_column_of_its_own(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    await freeze(ledger_url, with_unknown=True)
+    past = await find_past(ledger, 1, BOOK)
+    again = reprice(past, Scenario(prices_at=AT.replace(month=8, day=20)), BOOK)
+    assert again.cost_pico != past.cost_pico == 5 * COST + PRO_COST
+    assert reprice(past, Scenario(), BOOK).cost_pico == past.cost_pico
+    sql(
+        ledger_url,
+        "INSERT INTO price (name, model, currency, band, valid_from, hit_pico, miss_pico, output_pico)"
+        " VALUES ('later', 'deepseek-flash', 'USD', 'flat', '2026-09-01', 1, 1, 1)",
+    )
+    checked = await books.find_checked_month(ledger, SEPTEMBER)
+    assert (checked.differences, checked.late) == ((), ())
+
+
+@pytest.mark.usefixtures("happened")
+@pytest.mark.parametrize(
+    ("tampering", "named"),
+    [
+        ("UPDATE attempt_outcome SET cost = cost + 1 WHERE document_no = 0", "run 1: closed with 6 rows of"),
+        ("UPDATE attempt_outcome SET hit = hit - 1, miss = miss + 1 WHERE document_no = 0", "run 1: closed with"),
+        ("DELETE FROM attempt_outcome WHERE document_no = 0", "5 rows of"),
+        ("UPDATE price SET hit_pico = 1", "run 1: closed with"),
+        ("UPDATE month_close SET runs = jsonb_set(runs, '{0,cost_pico}', '1')", "month 2026-09: its digest is"),
+    ],
+)
+async def test_what_was_changed_in_a_closed_month_is_named(
+    tampering: str, named: str, ledger: Ledger, ledger_url: str
+) -> None:
+    await freeze(ledger_url, with_unknown=True)
+    sql(ledger_url, tampering)
+    checked = await books.find_checked_month(ledger, SEPTEMBER)
+    assert [each for each in checked.differences if named in each] != []
+
+
+@pytest.mark.usefixtures("happened")
+async def test_a_month_that_is_not_over_or_under_work_is_not_closed(ledger: Ledger, ledger_url: str) -> None:
+    ahead = Scope(None, Month(date(2126, 9, 1)), Currency.USD, is_simulated=False)
+    async with opened(SecretStr(ledger_url), Role.BOOKKEEPER) as bookkeeper:
+        with pytest.raises(ConfigurationError, match="2126-09 is not over before 2126-10-01 00:00 UTC"):
+            await books.close_month(bookkeeper, ahead, with_unknown=True)
+    sql(ledger_url, "DELETE FROM attempt_unknown WHERE document_no = 4")
+    with pytest.raises(ConfigurationError, match="a run is not done with attempts of 2026-09"):
+        await freeze(ledger_url, with_unknown=True)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_an_attempt_under_way_is_left_alone(ledger: Ledger, ledger_url: str, tmp_path: Path) -> None:
+    sql(ledger_url, "DELETE FROM attempt_unknown WHERE document_no = 4")
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    ours = await books.find_ours(ledger, RUN)
+    found = reconcile(ours.booked, ours.unsettled, statement, BOOK, Currency.USD, ours.days)
+    assert found.closings == ()  # what the other one was billed, nobody can tell from what this one may be
+    assert {why: left[0].document_no for why, left in found.left.items()} == {
+        "their run may still be at work on them: resume it, or let it end": 4,
+        "others that stay unknown may have been billed on that day, too": 2,
+    }
+    assert {each.status for each in found.matches if each.key.model == PRO[0]} == {Status.MATCHED}

@@ -1,0 +1,183 @@
+"""Reconciling is exact: shares add up to the export, within bounds; what does not add up stays unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schemas.attempts import Usage
+from schemas.money import Currency
+from schemas.pricing import Price, load_price_book, reservation
+from schemas.reconciliation import BookedTokens, Match, Reconciliation, Status, Unsettled, reconcile
+from schemas.statements import Bucket, Period, Statement, Used
+
+BOOK = load_price_book()
+FLASH, PRO = "deepseek-flash", "deepseek-v4-pro"
+#: A Thursday: off-peak at six in the evening, peak from 01:00 to 04:00 UTC.
+NOON, PEAK = datetime(2026, 9, 24, 18, tzinfo=UTC), datetime(2026, 9, 24, 2, tzinfo=UTC)
+DAY = NOON.date()
+WHOLE = (datetime(2026, 9, 1, tzinfo=UTC), datetime(2026, 9, 30, 23, tzinfo=UTC))
+
+
+def price_at(instant: datetime, model: str = FLASH) -> Price:
+    return BOOK.at(model, Currency.USD, instant)
+
+
+def booked(instant: datetime, tokens: Usage, model: str = FLASH, user_id: str = "job-a") -> BookedTokens:
+    price = price_at(instant, model)
+    prices = Usage(price.hit_pico, price.miss_pico, price.output_pico)
+    return BookedTokens(instant.date(), user_id, price.name, model, prices, tokens)
+
+
+def unsettled(
+    number: int, instant: datetime, bound: int = 10**9, model: str = FLASH, user: str = "job-a"
+) -> Unsettled:
+    return Unsettled(1, number, 1, user, model, bound, instant, is_open=False)
+
+
+def used(instant: datetime, tokens: Usage, model: str = FLASH, user_id: str = "the account") -> list[Used]:
+    price, hour = price_at(instant, model), instant.replace(minute=0, second=0)
+    prices = (price.hit_pico, price.miss_pico, price.output_pico)
+    return [
+        Used(Period(hour, hour + timedelta(hours=1)), model, user_id, "", bucket, pico, count)
+        for bucket, pico, count in zip(Bucket, prices, (tokens.hit, tokens.miss, tokens.output), strict=True)
+        if count
+    ]
+
+
+def statement(*parts: Sequence[Used]) -> Statement:
+    """These, between a first and a last hour of the month in which others were at work on other days."""
+    edges = [used(start, Usage(0, 1, 0))[0] for start in WHOLE]
+    return Statement((*(each for part in parts for each in part), *edges), (), ("e.zip (sha256:0)",))
+
+
+def compare(
+    ours: Sequence[BookedTokens], open_ones: Sequence[Unsettled], theirs: Statement, **options: bool
+) -> Reconciliation:
+    days = {each.day for each in ours} | {each.placed_at.date() for each in open_ones}
+    days -= {start.date() for start in WHOLE}
+    return reconcile(ours, open_ones, theirs, BOOK, Currency.USD, days, **options)
+
+
+def statuses(found: Reconciliation) -> set[Status]:
+    return {each.status for each in found.matches}
+
+
+TOKENS = st.builds(Usage, st.integers(0, 10**6), st.integers(0, 10**5), st.integers(0, 10**4))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([NOON, PEAK]), st.sampled_from([FLASH, PRO]), TOKENS, TOKENS, st.integers(0, 9))
+    ),
+    st.booleans(),
+)
+def test_what_unknown_attempts_were_billed_is_booked_to_the_token(
+    attempts: list[tuple[datetime, str, Usage, Usage, int]], by_request: bool
+) -> None:
+    """Each is known and as billed, or unknown and within its bound; the export is a sum over all of them."""
+    ours, open_ones, theirs = [], [], []
+    for number, (instant, model, known, lost, minute) in enumerate(attempts):
+        ours.append(booked(instant, known, model))
+        price = price_at(instant, model)
+        bound = price.cost(lost) + reservation(price, 10 * number + 2, 2)  # room for what rounding gives another
+        open_ones.append(unsettled(number, instant + timedelta(minutes=minute), bound, model))
+        user = "job-a" if by_request else "the account"
+        theirs += [*used(instant, known, model, user), *used(instant, lost, model, user)]
+    found = compare(ours, open_ones, statement(theirs))
+    assert found.is_by_user is (by_request and bool(theirs))
+    if not any("above their bounds" in why for why in found.left):
+        assert found.left == {}
+        assert found.is_clean
+        assert found.closed_pico == sum(price_at(at, model).cost(lost) for at, model, _, lost, _ in attempts)
+        assert found.ours_pico + found.closed_pico == found.theirs_pico
+        assert len({each.of for each in found.closings}) == len(attempts)
+    assert all(0 <= each.amount_pico <= each.of.bound_pico for each in found.closings)
+
+
+def test_an_attempt_at_the_edge_of_the_hours_or_the_day_is_closed_where_it_was_billed() -> None:
+    """Sent in peak hours, or before midnight, and billed after."""
+    before_end = datetime(2026, 9, 24, 3, 55, tzinfo=UTC)
+    off_peak = datetime(2026, 9, 24, 4, 2, tzinfo=UTC)
+    (closing,) = compare([], [unsettled(1, before_end)], statement(used(off_peak, Usage(0, 100, 5)))).closings
+    assert closing.price == price_at(off_peak) != price_at(before_end)
+    midnight = datetime(2026, 9, 24, 23, 59, tzinfo=UTC)
+    after = midnight + timedelta(minutes=2)
+    found = reconcile(
+        [], [unsettled(1, midnight)], statement(used(after, Usage(0, 9, 1))), BOOK, Currency.USD, {DAY, after.date()}
+    )
+    assert [each.billed_on for each in found.closings] == [after.date()]
+
+
+def test_what_was_not_billed_is_closed_by_nothing() -> None:
+    known = Usage(10, 20, 5)
+    found = compare([booked(NOON, known)], [unsettled(1, NOON)], statement(used(NOON, known)))
+    assert [(each.amount_pico, each.tokens) for each in found.closings] == [(0, Usage(0, 0, 0))]
+    assert "nothing beyond the known" in found.closings[0].evidence
+
+
+KNOWN = Usage(10, 20, 5)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "why", "status"),
+    [
+        (used(NOON, Usage(10, 20, 4)), "fewer tokens", Status.DIFFERS),
+        (used(NOON, Usage(10, 10**6, 5)), "more of that day and price than they can have cost", Status.DIFFERS),
+        ([], "fewer tokens", Status.OURS_ONLY),
+        ([*used(NOON, KNOWN), *used(PEAK, KNOWN)], "differ on that day by what they cannot", Status.THEIRS_ONLY),
+    ],
+)
+def test_a_day_that_does_not_add_up_closes_nothing_and_says_why(theirs: list[Used], why: str, status: Status) -> None:
+    found = compare([booked(NOON, KNOWN)], [unsettled(1, NOON)], statement(theirs))
+    assert found.closings == ()
+    assert [why in told for told in found.left] == [True]
+    assert status in statuses(found)
+    assert not found.is_clean
+
+
+def test_an_hour_that_the_export_does_not_reach_is_left_unless_its_user_knows_that_it_is_complete() -> None:
+    early = Statement(tuple(used(PEAK, KNOWN)), (), ("e.zip",))
+    ours, late = [booked(PEAK, KNOWN)], unsettled(1, NOON)
+    assert ["may be of another hour" in why for why in compare(ours, [late], early).left] == [True]
+    assert len(compare(ours, [late], early, is_complete=True).closings) == 1
+    under_way = replace(late, is_open=True)
+    assert compare(ours, [under_way], early, is_complete=True).closings == ()
+
+
+def test_what_may_be_of_the_next_month_or_is_under_way_keeps_the_rest_of_its_day_unknown() -> None:
+    late = datetime(2026, 9, 24, 23, 55, tzinfo=UTC)
+    theirs = statement(used(NOON, Usage(0, 50, 5)), used(NOON, Usage(0, 50, 5), PRO))
+    ones = [unsettled(1, NOON), unsettled(2, late), unsettled(3, NOON, model=PRO)]
+    found = reconcile([], ones, theirs, BOOK, Currency.USD, {DAY})
+    assert [each.of.document_no for each in found.closings] == [3]  # another model's day is another matter
+    assert {why.partition(":")[0]: [each.document_no for each in left] for why, left in found.left.items()} == {
+        "they may be of the next month": [2],
+        "others that stay unknown may have been billed on that day, too": [1],
+    }
+    both = reconcile([], ones, theirs, BOOK, Currency.USD, {DAY, DAY + timedelta(days=1)})
+    assert (len(both.closings), both.left) == (3, {})
+
+
+def test_others_on_the_account_are_told_apart_by_user_id_and_counted_beside() -> None:
+    theirs = [*used(NOON, KNOWN, user_id="job-a"), *used(NOON, Usage(0, 7, 0), user_id="job-of-others")]
+    found = compare([booked(NOON, KNOWN)], [], statement(theirs))
+    assert (found.is_clean, statuses(found)) == (True, {Status.MATCHED})
+    assert found.others_pico == 7 * price_at(NOON).miss_pico
+
+
+def test_the_name_of_a_model_may_be_an_alias_and_an_unknown_one_is_theirs_only() -> None:
+    alias = [replace(each, model="deepseek-v4-flash") for each in used(NOON, KNOWN)]
+    assert statuses(compare([booked(NOON, KNOWN)], [], statement(alias))) == {Status.MATCHED}
+    strange = [replace(each, model="deepseek-v9") for each in used(NOON, Usage(0, 5, 0))]
+    found = compare([booked(NOON, KNOWN)], [], statement(used(NOON, KNOWN), strange))
+    assert [each for each in found.matches if each.status is not Status.MATCHED] == [
+        Match(found.matches[-1].key, 0, 5, Status.THEIRS_ONLY)
+    ]
+    assert found.matches[-1].key.day == date(2026, 9, 24)
