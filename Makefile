@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # Nothing is compiled at the installation: a process that may not keep its bytecode would compile it all, each time.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test lint bench bench-engines faults faults-again advisories lock clean
+.PHONY: help setup demo test lint bench bench-engines bench-audits faults faults-again advisories lock clean
 
 help:
 	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
@@ -15,6 +15,7 @@ help:
 	@echo "make setup    only install into $(VENV)    make lint    only ruff and mypy"
 	@echo "make bench    measure the pipeline         make faults  kill it, again and again"
 	@echo "make bench-engines  the same job on processes, Prefect's workers, Dask and Ray, as far as they are installed"
+	@echo "make bench-audits  how long an audit takes of a big ledger, ATTEMPTS=10000000 for a really big one"
 	@echo "make lock     resolve requirements.lock    make clean   remove $(VENV), the sandbox and caches"
 	@echo "make advisories  known vulnerabilities of what requirements.lock names, by pip-audit"
 
@@ -65,6 +66,10 @@ bench: setup
 
 bench-engines: setup
 	$(BIN)/python -m benchmarks.engines
+
+ATTEMPTS ?= 500000
+bench-audits: setup
+	$(BIN)/python -m benchmarks.audits --attempts $(ATTEMPTS)
 
 # Known vulnerabilities of what the lock names; --strict: what cannot be looked up is a failure. It needs PyPI itself,
 # so no test does it, and an environment of its own, so that it audits none of its own packages.

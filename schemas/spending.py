@@ -29,7 +29,10 @@ class Side(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What some attempts came to. The cost of hit, miss and output tokens makes up `cost_pico`."""
+    """What some attempts came to. The cost of hit, miss and output tokens makes up `cost_pico`.
+
+    `priced_tokens` are those of attempts whose cost is known.
+    """
 
     attempts: int = 0
     escalated: int = 0
@@ -43,6 +46,7 @@ class Sums:
     hit_pico: int = 0
     miss_pico: int = 0
     output_pico: int = 0
+    priced_tokens: int = 0
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(Sums)))
@@ -61,11 +65,9 @@ class Sums:
     def pico_per_million(self) -> int | None:
         """The effective price: the known cost of a million tokens as they were, hits among them.
 
-        None without any, and where no cost is known: tokens that nobody can price are not free.
+        Tokens that nobody can price are not free: they do not count. None without any that have a price.
         """
-        if self.unknown_pico and not self.cost_pico:
-            return None
-        return per_million(self.cost_pico, self.tokens)
+        return per_million(self.cost_pico, self.priced_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,25 @@ class Line:
         """One JSON object: a key for each side, then the sums, and the effective price."""
         price = {"pico_per_million_tokens": self.sums.pico_per_million}
         return dict(zip(map(str, by), self.names, strict=True)) | asdict(self.sums) | price
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """So many documents that cost about the same: at most `pico`."""
+
+    pico: int
+    documents: int
+
+
+def at_most(costs: Sequence[Cost], percent: int) -> int:
+    """What so many percent of the documents cost at most, of costs in ascending order. 0 without any."""
+    due = percent * sum(cost.documents for cost in costs)
+    counted = 0
+    for cost in costs:
+        counted += 100 * cost.documents
+        if counted >= due:
+            return cost.pico
+    return 0
 
 
 def add_up(cells: Iterable[Cell]) -> Sums:

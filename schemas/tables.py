@@ -1,9 +1,9 @@
 """The ledger's tables as SQLAlchemy sees them. The migrations make them; a test holds the two together.
 
 Money is BIGINT pico units of the run's currency. Intents, outcomes, unknowns, answers, grants, closes,
-adjustments, closed months and events are only ever appended; `run`, `backfill`, `shard`, `lane` and `budget` have
-named columns that change. A document that is not terminal has no row in `document`: what is missing is the shard's
-range less the rows.
+adjustments, closed months, sums and events are only ever appended; `run`, `backfill`, `shard`, `lane` and `budget`
+have named columns that change. A document that is not terminal has no row in `document`: what is missing is the
+shard's range less the rows.
 """
 
 from __future__ import annotations
@@ -349,4 +349,21 @@ month_close = Table(
     _instant("until"),
     _instant("closed_at", default=True),
     Column("closed_by", Text, nullable=False, server_default=text("SESSION_USER")),
+)
+
+run_sums = Table(
+    "run_sums",
+    metadata,
+    Column("run_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("late", BigInteger, primary_key=True, autoincrement=False),
+    Column("spend", JSONB, nullable=False),
+    Column("ended", JSONB, nullable=False),
+    Column("cache_efficiency", JSONB, nullable=False),
+    Column("off_peak_saving", JSONB, nullable=False),
+    Column("escalation_yield", JSONB, nullable=False),
+    Column("accuracy", JSONB, nullable=False),
+    Column("cost_at_most", ARRAY(BigInteger), nullable=False),
+    Column("cost_documents", ARRAY(BigInteger), nullable=False),
+    Column("dearest", JSONB, nullable=False),
+    _instant("summed_at", default=True),
 )

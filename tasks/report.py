@@ -451,10 +451,10 @@ def _token_costs(audit: Audit) -> Section:
     """Tokens by the bucket they were billed in, and what a million of each came to."""
     costs = audit.token_costs
     buckets = (
-        ("cached", audit.hit_tokens, costs.hit_pico),
-        ("not cached", audit.miss_tokens, costs.miss_pico),
-        ("output", audit.output_tokens, costs.output_pico),
-        ("all", audit.hit_tokens + audit.miss_tokens + audit.output_tokens, audit.cost_pico),
+        ("cached", audit.hit_tokens, costs.hit_pico, costs.hit_tokens),
+        ("not cached", audit.miss_tokens, costs.miss_pico, costs.miss_tokens),
+        ("output", audit.output_tokens, costs.output_pico, costs.output_tokens),
+        ("all", audit.hit_tokens + audit.miss_tokens + audit.output_tokens, audit.cost_pico, costs.tokens),
     )
     rows = [
         (
@@ -462,9 +462,9 @@ def _token_costs(audit: Audit) -> Section:
             f"{tokens:,}",
             _money(audit, pico),
             share(pico, audit.cost_pico),
-            _money(audit, per_million(pico, tokens)),
+            _money(audit, per_million(pico, priced)),
         )
-        for name, tokens, pico in buckets
+        for name, tokens, pico, priced in buckets
         if audit.attempts
     ]
     return Section("What the tokens cost", ("tokens", "billed", "cost", "of all", "per 1M"), tuple(rows))

@@ -22,7 +22,7 @@ from schemas.months import Books, Checked, Closed, Late, Month, RunInMonth, read
 from schemas.pricing import Price
 from schemas.reconciliation import BookedTokens, Closing, Unsettled
 from tasks.ledger.connection import Ledger
-from tasks.ledger.runs import register_prices
+from tasks.ledger.runs import SUM_UP, register_prices
 
 _ALONE = text("SELECT pg_advisory_xact_lock(hashtext('farthing books'))")
 _SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
@@ -210,6 +210,7 @@ async def book_closings(
         closings = tuple(each for each in prove(await _find_ours(connection, scope)) if each.price.name in prices)
         if closings:
             await connection.execute(_INSERT, [_row(each, prices[each.price.name]) for each in closings])
+            await connection.execute(SUM_UP, [{"run_id": run} for run in {each.of.run for each in closings}])
         return closings
 
 

@@ -1,6 +1,7 @@
 """Breakdowns: attempts added up by Postgres, by every side that a report shows, and what single documents cost.
 
-Each is one pass over the runs' rows, and what comes back does not grow with their number.
+What comes back does not grow with the number of attempts, and nor does what is read: of a run that is done, the views
+have stored sums. Of any other they read the rows, once for each view.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import CursorResult, TextClause, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.spending import Cell, Line, Side, Sums
+from schemas.spending import Cell, Cost, Line, Side, Sums, at_most
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,9 @@ class DearDocument:
 class DocumentCosts:
     """What a document cost that was sent, in known pico units: of `documents`, half cost at most `p50_pico`.
 
-    A document that was sent in several runs counts in each. `dearest` are those that may have cost most.
+    A document that was sent in several runs counts in each. The bounds of the half and of 95 % are what one of the
+    documents cost, and less than a hundredth too much; the mean and the most are exact. `dearest` are those that may
+    have cost most.
     """
 
     documents: int
@@ -45,9 +48,8 @@ class DocumentCosts:
     dearest: tuple[DearDocument, ...]
 
 
-#: For a transaction that reads all rows of one run. Where Postgres has not counted them yet, it takes the run for an
-#: empty one and would compare all pairs of its rows; a hash join is linear.
-HASHED = text("SET LOCAL enable_nestloop = off")
+#: Of the dearest documents of a run that is done so many are stored (migration 0011).
+STORED_DEAREST = 50
 
 _SUMS = """
     coalesce(sum(attempts), 0) AS attempts, coalesce(sum(escalated), 0) AS escalated,
@@ -56,7 +58,7 @@ _SUMS = """
     coalesce(sum(output_tokens), 0) AS output_tokens, coalesce(sum(reasoning_tokens), 0) AS reasoning_tokens,
     coalesce(sum(cost_pico), 0) AS cost_pico, coalesce(sum(unknown_pico), 0) AS unknown_pico,
     coalesce(sum(hit_pico), 0) AS hit_pico, coalesce(sum(miss_pico), 0) AS miss_pico,
-    coalesce(sum(output_pico), 0) AS output_pico
+    coalesce(sum(output_pico), 0) AS output_pico, coalesce(sum(priced_tokens), 0) AS priced_tokens
 """
 
 _CELLS = text(f"""
@@ -75,19 +77,25 @@ _NAMED_BY = {
     Side.HOURS: "coalesce(band, CASE billing WHEN 'known' THEN 'not billed' ELSE 'not known' END)",
 }
 
-_DOCUMENTS = text("""
-    SELECT count(*) AS documents, coalesce(round(avg(cost_pico)), 0) AS mean_pico,
-           coalesce((percentile_disc(ARRAY[0.5, 0.95]) WITHIN GROUP (ORDER BY cost_pico)), ARRAY[0, 0]) AS at_most,
-           coalesce(max(cost_pico), 0) AS max_pico
-    FROM document_spend WHERE run_id = ANY(:runs)
+#: Each cost stands for those with the same first three digits.
+_COSTS = text("""
+    SELECT max(at_most_pico) AS pico, sum(documents) AS documents FROM document_costs WHERE run_id = ANY(:runs)
+    GROUP BY about_pico ORDER BY 1
 """)
 
-_DEAREST = text("""
+_SPENT = text("SELECT coalesce(sum(cost_pico), 0) FROM spend WHERE run_id = ANY(:runs)")
+
+#: OFFSET 0 has Postgres add up one run after the other, each by its index, however many others there are.
+_FEW = "SELECT * FROM dearest_document WHERE run_id = ANY(:runs)"
+_MANY = """
+    SELECT s.* FROM unnest(CAST(:runs AS bigint[])) AS one (run_id)
+    CROSS JOIN LATERAL (SELECT * FROM document_spend d WHERE d.run_id = one.run_id OFFSET 0) s
+"""
+_DEAREST = """
     SELECT s.run_id AS run, s.document_no, d.document_id, d.state, d.tier, d.reason, s.attempts, s.cost_pico,
            s.unknown_pico
     FROM (
-        SELECT * FROM document_spend WHERE run_id = ANY(:runs)
-        ORDER BY cost_pico + unknown_pico DESC, run_id, document_no LIMIT :top
+        SELECT * FROM ({spent}) spent ORDER BY cost_pico + unknown_pico DESC, run_id, document_no LIMIT :top
     ) s
     LEFT JOIN LATERAL (
         SELECT document_id, state, tier, NULL AS reason FROM result r
@@ -97,23 +105,12 @@ _DEAREST = text("""
         WHERE x.run_id = s.run_id AND x.document_no = s.document_no
     ) d ON true
     ORDER BY s.cost_pico + s.unknown_pico DESC, s.run_id, s.document_no
-""")
-
-
-async def ask(connection: AsyncConnection, query: TextClause, runs: Sequence[int], **key: Any) -> CursorResult[Any]:
-    """The answer to a query about `run_id = ANY(:runs)`.
-
-    A single run is asked for by equality: that is handed on to every table of a join, and so the run's rows are read
-    by the index of each, however many other runs there are.
-    """
-    if len(runs) != 1:
-        return await connection.execute(query, {"runs": list(runs), **key})
-    return await connection.execute(text(query.text.replace("= ANY(:runs)", "= :run")), {"run": runs[0], **key})
+"""
 
 
 async def read_cells(connection: AsyncConnection, runs: Sequence[int]) -> list[Cell]:
     """The spend of these runs, split as far as a summary needs it."""
-    rows = (await ask(connection, _CELLS, runs)).mappings()
+    rows = (await connection.execute(_CELLS, {"runs": runs})).mappings()
     return [
         Cell(row["tier"], row["purpose"], row["band"], row["signal"], row["verdict"], row["billing"], _sums(row))
         for row in rows
@@ -125,23 +122,29 @@ async def read_lines(connection: AsyncConnection, runs: Sequence[int], by: Seque
     names = ", ".join(_NAMED_BY[side] for side in by)
     numbers = ", ".join(str(number + 1) for number in range(len(by)))
     query = f"SELECT {names}, {_SUMS} FROM spend WHERE run_id = ANY(:runs) GROUP BY {numbers} ORDER BY {numbers}"  # noqa: S608 (ours)
-    rows = (await ask(connection, text(query), runs)).all()
+    rows = (await connection.execute(text(query), {"runs": runs})).all()
     return tuple(Line(tuple(map(str, row[: len(by)])), Sums(*map(int, row[len(by) :]))) for row in rows)
 
 
 async def read_document_costs(connection: AsyncConnection, runs: Sequence[int], top: int) -> DocumentCosts:
     """What documents of these runs cost, with the `top` dearest of them."""
-    found = (await ask(connection, _DOCUMENTS, runs)).one()
-    dearest = (await ask(connection, _DEAREST, runs, top=top)).mappings()
-    middle, high = map(int, found.at_most)
+    costs = [Cost(pico, int(documents)) for pico, documents in await connection.execute(_COSTS, {"runs": runs})]
+    spent = int((await connection.execute(_SPENT, {"runs": runs})).scalar_one())
+    documents = sum(cost.documents for cost in costs)
     return DocumentCosts(
-        documents=found.documents,
-        mean_pico=int(found.mean_pico),
-        p50_pico=middle,
-        p95_pico=high,
-        max_pico=found.max_pico,
-        dearest=tuple(DearDocument(**row) for row in dearest),
+        documents=documents,
+        mean_pico=(2 * spent + documents) // (2 * documents) if documents else 0,
+        p50_pico=at_most(costs, 50),
+        p95_pico=at_most(costs, 95),
+        max_pico=at_most(costs, 100),
+        dearest=await _read_dearest(connection, runs, top),
     )
+
+
+async def _read_dearest(connection: AsyncConnection, runs: Sequence[int], top: int) -> tuple[DearDocument, ...]:
+    query = _DEAREST.format(spent=_FEW if top <= STORED_DEAREST else _MANY)
+    rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings()
+    return tuple(DearDocument(**row) for row in rows)
 
 
 def _sums(row: Any) -> Sums:

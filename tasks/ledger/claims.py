@@ -254,7 +254,8 @@ CLAIMS: Mapping[str, Claim] = {
         ),
     ),
     "G8": Claim(
-        "totals are sums of rows, every attempt has a cost, a bound or is under way, and the lanes counted right",
+        "totals are sums of rows, stored ones too, every attempt has a cost, a bound or is under way, and the lanes "
+        "counted right",
         "SELECT count(*) FROM attempt_intent WHERE run_id = :run_id",
         (
             """
@@ -299,6 +300,20 @@ CLAIMS: Mapping[str, Claim] = {
                                      coalesce(sum(unknown_pico), 0) AS unknown_pico
                               FROM tier_cost WHERE run_id = :run_id) t
             WHERE c.run_id = :run_id AND (c.cost_pico, c.unknown_pico) IS DISTINCT FROM (t.cost_pico, t.unknown_pico)
+            """,
+            """
+            WITH counted AS MATERIALIZED (SELECT * FROM run_sums_by_rows WHERE run_id = :run_id)
+            SELECT format('run_sums %s: %s is %s; the rows say %s', run_id, key, left(stored.value::text, 200),
+                          left(to_jsonb(counted) ->> key, 200))
+            FROM summed JOIN counted USING (run_id), jsonb_each(to_jsonb(summed)) stored
+            WHERE stored.value IS DISTINCT FROM to_jsonb(counted) -> key
+              AND NOT (key IN ('escalation_yield', 'accuracy') AND EXISTS (
+                  SELECT FROM document d
+                  LEFT JOIN document s ON s.run_id = d.of_run_id AND s.document_no = d.of_document_no
+                  WHERE d.run_id = summed.run_id AND (d.state = 'result' AND d.answer IS NULL
+                                                      OR d.state = 'reused' AND s.answer IS NULL)
+                  UNION ALL
+                  SELECT FROM answer a WHERE a.run_id = summed.run_id AND a.content = '' AND a.answer IS NULL))
             """,
             """
             SELECT format('lane %s: counted %s; its rows say %s', lane_id, counted, found)

@@ -139,6 +139,8 @@ UNDER_WAY = ("running", "paused")
 #: Why a run is paused where somebody asked for it from elsewhere, and by Ctrl-C, SIGTERM or Prefect's Cancel.
 OPERATOR, INTERRUPTED = "operator", "interrupted"
 
+SUM_UP = text("SELECT sum_up(:run_id)")
+
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
 
 
@@ -260,7 +262,7 @@ async def refresh_statistics(ledger: Ledger, run: Run) -> None:
 
 
 async def settle(ledger: Ledger, run_id: RunId) -> str | None:
-    """Finish a run whose shards have all ended: state `done`, with a digest over its rows. None if some have not.
+    """Finish a run whose shards have all ended: `done`, with a digest and sums of its rows. None if some have not.
 
     Lanes that are still there are ended, since nothing is left for them, and every grant is closed: before the
     digest, which may take minutes, so that other runs on the same budget do not wait for it. Whoever writes to the
@@ -277,6 +279,7 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
         await _lock_all_lanes(connection, run_id)
         state, digest = (await connection.execute(_STATE, {"run_id": run_id})).one()
         if state not in UNDER_WAY:
+            await connection.execute(SUM_UP, {"run_id": run_id})  # anew, if a reply came since
             return digest if state == "done" else None
         until = (await connection.execute(text("SELECT clock_timestamp()"))).scalar_one()
         digest = await compute_digest(connection, run_id, until)
@@ -285,6 +288,7 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
             .where(tables.run.c.run_id == run_id)
             .values(state="done", reason=None, ledger_digest=digest, finished_at=until)
         )
+        await connection.execute(SUM_UP, {"run_id": run_id})
         answers = await compute_answers_digest(connection, run_id, until)
         await _note(connection, run_id, "done", {"ledger_digest": digest, "answers_digest": answers})
         return str(digest)

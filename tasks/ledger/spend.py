@@ -7,6 +7,7 @@ of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -19,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.announcements import RunEvent
 from schemas.errors import ConfigurationError
 from schemas.spending import Cell, Line, Side, add_up, per_million, split
-from tasks.ledger.breakdowns import HASHED, DocumentCosts, ask, read_cells, read_document_costs, read_lines
+from tasks.ledger.breakdowns import DocumentCosts, read_cells, read_document_costs, read_lines
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
 
@@ -112,11 +113,19 @@ class HoursSpend:
 
 @dataclass(frozen=True, slots=True)
 class TokenCosts:
-    """What the tokens of each bucket cost; together they are the whole known cost."""
+    """What the tokens of each bucket cost, together the whole known cost, and how many of them have a price."""
 
     hit_pico: int
     miss_pico: int
     output_pico: int
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """All that have a price."""
+        return self.hit_tokens + self.miss_tokens + self.output_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,8 +215,8 @@ class Audit:
 
     @property
     def pico_per_million_tokens(self) -> int | None:
-        """The effective price of a million billed tokens, cached ones among them. None without any."""
-        return per_million(self.cost_pico, self.hit_tokens + self.miss_tokens + self.output_tokens)
+        """The effective price of a million tokens that have one, cached ones among them. None without any."""
+        return per_million(self.cost_pico, self.token_costs.tokens)
 
     @property
     def done(self) -> int:
@@ -388,8 +397,12 @@ _ENDED = text("""
     GROUP BY state, tier, reason ORDER BY sum(documents) DESC, reason
 """)
 
-#: Of documents that never were read, in a shard whose file changed, only the number is known. A duplicate has the
-#: id of another document.
+#: A duplicate has the id of another document.
+_ONCE = text("""
+    SELECT coalesce(sum(documents), 0) FROM ended WHERE run_id = ANY(:runs) AND (:is_one OR state <> 'duplicate')
+""")
+
+#: Of documents that never were read, in a shard whose file changed, only the number is known.
 _DISTINCT = text("""
     SELECT count(*) FROM (
         SELECT DISTINCT r.job, coalesce(nullif(d.document_id, ''), 'number ' || d.document_no)
@@ -542,8 +555,6 @@ async def audit(
         _require_one({row.currency for row in scope}, "currencies")
         _require_one({"simulated" if row.is_simulated else "real" for row in scope}, "kinds of money")
         runs = [row.run_id for row in scope]
-        if len(runs) == 1:
-            await connection.execute(HASHED)
         return Audit(
             run=_only(runs),
             job=_only([row.job for row in scope]),
@@ -554,6 +565,7 @@ async def audit(
             document_costs=await read_document_costs(connection, runs, top),
             **await _read_totals(connection, runs),
             **await _read_spend(connection, runs),
+            distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
         )
 
 
@@ -656,13 +668,13 @@ def _spend(runs: Sequence[BackfillRun]) -> PartitionSpend:
 
 async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
     """The fields of `Audit` that say how its runs stand, and what the cache and the hours were worth."""
-    overview = (await ask(connection, _OVERVIEW, runs)).mappings().all()
+    overview = (await connection.execute(_OVERVIEW, {"runs": runs})).mappings().all()
     names = ("state", "reason", "is_simulated", "prompt_version", "opened_at", "finished_at", "budget_pico")
     name, is_simulated = (_only([row[name] for row in overview]) for name in ("budget_name", "is_simulated"))
-    cache = _plain((await ask(connection, _CACHE, runs)).mappings().one())
+    cache = _plain((await connection.execute(_CACHE, {"runs": runs})).mappings().one())
     return {
-        **_plain((await ask(connection, _RUNS_TOGETHER, runs)).mappings().one()),
-        **_plain((await ask(connection, _OFF_PEAK, runs)).mappings().one()),
+        **_plain((await connection.execute(_RUNS_TOGETHER, {"runs": runs})).mappings().one()),
+        **_plain((await connection.execute(_OFF_PEAK, {"runs": runs})).mappings().one()),
         "shared_budget": await _read_shared(connection, name, is_simulated, runs),
         "prefix_hit_rate": cache.pop("hit_rate"),
         **cache,
@@ -683,13 +695,10 @@ async def _read_shared(
 async def _read_spend(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
     """The fields of `Audit` that count attempts and documents, and those that split them."""
     cells = await read_cells(connection, runs)
-    ended = [_plain(row) for row in (await ask(connection, _ENDED, runs)).mappings()]
+    ended = [_plain(row) for row in (await connection.execute(_ENDED, {"runs": runs})).mappings()]
     return {
         **_count_documents(ended),
         **_total(cells),
-        "distinct_documents": sum(row["documents"] for row in ended)
-        if len(runs) < 2
-        else (await ask(connection, _DISTINCT, runs)).scalar_one(),
         "tiers": _by_tier(cells, ended),
         "by_purpose": {
             name: PurposeSpend(sums.attempts, sums.cost_pico, sums.unknown_pico)
@@ -699,9 +708,19 @@ async def _read_spend(connection: AsyncConnection, runs: list[int]) -> dict[str,
             name: HoursSpend(sums.attempts, sums.cost_pico) for name, sums in split(cells, lambda c: c.band).items()
         },
         "waste": _waste(cells),
-        "escalations": _rows(await ask(connection, _ESCALATIONS, runs), Escalation),
-        "accuracy": _rows(await ask(connection, _ACCURACY, runs), Accuracy),
+        "escalations": _rows(await connection.execute(_ESCALATIONS, {"runs": runs}), Escalation),
+        "accuracy": _rows(await connection.execute(_ACCURACY, {"runs": runs}), Accuracy),
     }
+
+
+async def _count_distinct(connection: AsyncConnection, jobs: Mapping[int, str]) -> int:
+    """Documents that ended in these runs. One of several runs of a job counts once: only their ids tell."""
+    runs_of = Counter(jobs.values())
+    alone = [run for run, job in jobs.items() if runs_of[job] == 1]
+    together = [run for run, job in jobs.items() if runs_of[job] > 1]
+    once = (await connection.execute(_ONCE, {"runs": alone, "is_one": len(jobs) == 1})).scalar_one()
+    distinct = (await connection.execute(_DISTINCT, {"runs": together})).scalar_one() if together else 0
+    return int(once) + int(distinct)
 
 
 def _total(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -710,9 +729,15 @@ def _total(cells: Sequence[Cell]) -> dict[str, Any]:
     tokens = ("hit_tokens", "miss_tokens", "output_tokens", "reasoning_tokens")
     return {
         **{name: getattr(sums, name) for name in (*same, *tokens)},
-        "token_costs": TokenCosts(sums.hit_pico, sums.miss_pico, sums.output_pico),
+        "token_costs": _token_costs(cells),
         "priming_pico": add_up(cell for cell in cells if cell.purpose == "priming").cost_pico,
     }
+
+
+def _token_costs(cells: Sequence[Cell]) -> TokenCosts:
+    priced = add_up(cell for cell in cells if cell.billing == "known")
+    pico = (priced.hit_pico, priced.miss_pico, priced.output_pico)
+    return TokenCosts(*pico, priced.hit_tokens, priced.miss_tokens, priced.output_tokens)
 
 
 def _count_documents(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

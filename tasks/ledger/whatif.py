@@ -13,8 +13,11 @@ from schemas.errors import ConfigurationError
 from schemas.money import Currency
 from schemas.pricing import PriceBook
 from schemas.whatif import Group, Past, RunTier
-from tasks.ledger.breakdowns import HASHED
 from tasks.ledger.connection import Ledger
+
+#: Of a run that Postgres has not counted yet it believes that it has no rows, and would compare all pairs of them; a
+#: hash join is linear.
+_HASHED = text("SET LOCAL enable_nestloop = off")
 
 _RUN = text("""
     SELECT job, currency, is_simulated, ladder, models, escalates_below FROM run_overview WHERE run_id = :run
@@ -73,7 +76,7 @@ async def find_past(ledger: Ledger, run_id: int, book: PriceBook, below: Decimal
         wanted = None if below is None or below == run.escalates_below else below
         steps = sorted({price.above_tokens + 1 for price in book.rows() if price.above_tokens})
         key = {"run": run_id, "ladder": run.ladder, "steps": steps}
-        await connection.execute(HASHED)
+        await connection.execute(_HASHED)
         rows = await _read_groups(connection, key, wanted)
     return Past(
         run=run_id,

@@ -9,6 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 import yaml
+from psycopg.rows import dict_row
 
 import farthing
 from schemas import errors
@@ -18,6 +19,7 @@ from schemas.money import Currency
 from schemas.pricing import Band, load_price_book
 from schemas.settings import Settings
 from tasks.job_template import JOB_YAML
+from tests.ledgers import lane_ledger, run_everything
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -86,14 +88,39 @@ def test_every_make_target_exists() -> None:
         assert f"\n{target}:" in MAKEFILE
 
 
+def read_sql(text: str) -> list[str]:
+    """The statements in a text of the README."""
+    return [line for block in text.split("```sql\n")[1:] for line in block.split("```")[0].split(";\n") if line]
+
+
 def test_the_sql_runs_and_names_every_view(ledger_url: str) -> None:
     text = section("Answers and audits in SQL")
-    statements = [line for block in text.split("```sql\n")[1:] for line in block.split("```")[0].split(";\n") if line]
     with psycopg.connect(ledger_url) as connection:
         connection.execute("SET ROLE farthing_auditor")
-        assert [connection.execute(statement).fetchall() for statement in statements] == [[], [], []]
+        assert all(connection.execute(statement).fetchall() == [] for statement in read_sql(text))
         views = connection.execute("SELECT viewname FROM pg_views WHERE schemaname = 'farthing'").fetchall()
     told = set(re.findall(r"`([a-z_]+)`", text)) | set(re.findall(r"farthing\.([a-z_]+)", text))
     # What the command line reads while a run goes on.
     internal = {"run_overview", "backfill_overview", "lane_progress", "event"}
+    # What the others are made of, and what they are checked by.
+    internal |= {"summed", "unsummed", "lateness", *(name for (name,) in views if name.endswith("_by_rows"))}
     assert {name for (name,) in views} - internal <= told
+
+
+async def test_an_auditor_s_five_queries_answer_for_a_real_run(ledger_url: str) -> None:
+    async with lane_ledger(ledger_url) as ledger:
+        await run_everything(ledger)
+    with psycopg.connect(ledger_url, row_factory=dict_row) as connection:
+        connection.execute("SET ROLE farthing_auditor")
+        queries = read_sql(section("Answers and audits in SQL").split("### Plain SQL")[1])
+        months, dearest, cache, waste, climbs = [connection.execute(query).fetchall() for query in queries]
+        spent = connection.execute(
+            "SELECT cost_pico / 1e12 AS cost, unknown_pico / 1e12 AS more FROM farthing.run_cost"
+        )
+        (run,) = spent.fetchall()
+    assert sum(row["cost"] for row in months) == run["cost"] > 0
+    assert sum(row["at_most_more"] for row in months) == sum(row["at_most_more"] for row in waste) == run["more"] > 0
+    assert sum(row["cost"] for row in dearest) == run["cost"]
+    assert {row["document_id"] for row in dearest} == {"d0", "d1", "d2", "d3", "d4"}
+    assert sum(row["saved"] for row in cache) > 0
+    assert [(row["escalated"], row["rescued"], row["more_right"]) for row in climbs] == [(1, 1, 1)]

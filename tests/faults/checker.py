@@ -62,6 +62,7 @@ APPEND_ONLY = {
     "grant_close": "grant_id, close_no",
     "run_event": "event_id",
     "price": "price_id",
+    "run_sums": "run_id, late",
 }
 
 Snapshot = Mapping[str, str]

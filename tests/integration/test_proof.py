@@ -34,14 +34,14 @@ CORRUPTIONS = {
     "an open shard": ("UPDATE shard SET state = 'open' WHERE shard_no = 1", "G2", "shard 1.1: still open"),
     "a verdict": (
         "UPDATE attempt_outcome SET verdict = 'blank' WHERE document_no = 0",
-        "G2 G3",
+        "G2 G3 G8",
         "document 1.0: its result names attempt 1 at flash, which accepted nothing",
     ),
     "a duplicate": ("DELETE FROM duplicate", "G2 G3", "document 1.5: ended as a duplicate of 0"),
     "the digest": ("UPDATE run SET ledger_digest = 'sha256:0'", "G3", "run 1: its rows have the digest"),
     "a reason": (
         "UPDATE document SET reason = 'lost' WHERE document_no = 3",
-        "G3",
+        "G3 G8",
         "run 1: its rows have the digest",
     ),
     "a bill without intent": (
@@ -63,7 +63,7 @@ CORRUPTIONS = {
     ),
     "a second result": (
         "UPDATE attempt_outcome SET verdict = 'accepted' WHERE document_no = 1",
-        "G3 G5",
+        "G3 G5 G8",
         "document 1.1: 2 of its answers were accepted",
     ),
     "a result paid for twice": (
@@ -87,23 +87,23 @@ CORRUPTIONS = {
         " UPDATE attempt_unknown SET document_no = 1, attempt_no = 3 WHERE document_no = 2;"
         " UPDATE attempt_outcome SET document_no = 1, attempt_no = attempt_no + 2, signal = 'malformed'"
         " WHERE document_no = 2",
-        "G2 G3 G5 G6",
+        "G2 G3 G5 G6 G8",
         "document 1.1: 4 attempts may have been billed and brought nothing",
     ),
     "a price": (
         "UPDATE price SET hit_pico = hit_pico + 1 WHERE name = 'deepseek-flash/USD/2026-09-10T04:00Z/off_peak'",
-        "G7",
+        "G7 G8",
         "attempt_outcome 1.0.1: cost",
     ),
     "a price that no attempt met": (
         "UPDATE price SET output_pico = 1, hit_pico = 1 WHERE price_id = (SELECT price_id FROM attempt_intent"
         " WHERE tier = 'pro')",
-        "G7",
+        "G7 G8",
         "price deepseek-v4-pro/USD",
     ),
     "an instant in peak hours": (
         "UPDATE attempt_outcome SET completed_at = '2026-09-24T02:00:00Z' WHERE document_no = 0",
-        "G3 G7",
+        "G3 G7 G8",
         "attempt_outcome 1.0.1: booked by deepseek-flash/USD/2026-09-10T04:00Z/off_peak",
     ),
     "a cost": (

@@ -189,7 +189,7 @@ def said(connection: psycopg.Connection) -> set[Right]:
         columns.setdefault(table, []).append(column)
     rights = [fact.partition(": ") for fact in declared() if " may " in fact]
     split = [
-        (thing.split()[1].removesuffix("()"), *words.replace("(", "").replace(")", "").split(" may "))
+        (thing.split()[1].partition("(")[0], *words.replace("(", "").replace(")", "").split(" may "))
         for thing, _, words in rights
     ]
     return {

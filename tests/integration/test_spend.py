@@ -96,6 +96,9 @@ async def test_an_audit_splits_the_spend_by_purpose_escalation_and_waste(ledger:
         hit_pico=640 * (5 * 3_000 + 22_000),
         miss_pico=100 * (5 * 150_000 + 660_000),
         output_pico=5 * (5 * 600_000 + 1_980_000),
+        hit_tokens=6 * USAGE.hit,
+        miss_tokens=6 * USAGE.miss,
+        output_tokens=6 * USAGE.output,
     )
     # 4 flash hits after priming and 1 of pro, each of 640 tokens that did not cost the price of a miss
     assert found.saved_pico == 640 * (4 * (150_000 - 3_000) + (660_000 - 22_000))
@@ -173,6 +176,7 @@ async def test_an_export_adds_up_to_the_audit_and_holds_no_formula(
 ) -> None:
     await run_everything(ledger)
     sql(ledger_url, "UPDATE attempt_outcome SET served_model = '=cmd|'' /C calc''!A0' WHERE document_no = 1")
+    sql(ledger_url, "DELETE FROM run_sums")
     found = await audit(ledger_url, by=tuple(Side))
     path = tmp_path / f"spend.{kind}"
     if kind == "csv":
@@ -221,6 +225,21 @@ async def test_progress_and_audit_agree_about_attempts_that_a_dead_lane_left_ope
     assert (told.attempts, told.cost_pico, told.unknown_pico) == (2, COST, RESERVED)
     assert (found.attempts, found.cost_pico, found.unknown_pico) == (2, COST, RESERVED)
     assert await spend.list_living_lanes(ledger) == []
+
+
+async def test_tokens_without_a_price_are_in_no_effective_price(ledger: Ledger, ledger_url: str) -> None:
+    run = await run_everything(ledger)
+    priced = await audit(ledger_url, run=run.run_id, by=(Side.TIER,))
+    sql(
+        ledger_url,
+        "UPDATE attempt_outcome SET cost = NULL, price_id = NULL WHERE document_no = 0; DELETE FROM run_sums",
+    )
+    found = await audit(ledger_url, run=run.run_id, by=(Side.TIER,))
+    assert (found.hit_tokens, found.unknown_pico) == (priced.hit_tokens, priced.unknown_pico + RESERVED)
+    assert found.token_costs.hit_tokens == priced.token_costs.hit_tokens - USAGE.hit
+    by_tier = {line.names: line.sums.pico_per_million for line in found.lines}
+    assert by_tier == {line.names: line.sums.pico_per_million for line in priced.lines}
+    assert found.pico_per_million_tokens == round(10**6 * found.cost_pico / (5 * 745))
 
 
 async def test_an_empty_ledger_has_an_empty_audit(ledger_url: str) -> None:

@@ -79,7 +79,7 @@ AUDIT = Audit(
     expected_hit_tokens=1_234_000,
     real_hit_tokens=1_233_951,
     lost_whole_pico=80_000_000,
-    token_costs=TokenCosts(5 * 10**11, 2 * PICO + 6 * 10**11, 41_592_653_589),
+    token_costs=TokenCosts(5 * 10**11, 2 * PICO + 6 * 10**11, 41_592_653_589, 2_000_001, 1_000_002, 30_003),
     hours={"off_peak": HoursSpend(1_000, 2 * PICO), "peak": HoursSpend(234, PICO + 141_592_653_589)},
     document_costs=DocumentCosts(
         990,
