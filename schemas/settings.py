@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from typing import Self
-from urllib.parse import urlsplit
 
 from pydantic import AnyUrl, AwareDatetime, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -59,8 +58,8 @@ class Settings(BaseSettings):
 
         A user's name and password in it are not compared, as keys are not.
         """
-        url = urlsplit(self.base_url)
-        place = (url.scheme, url.netloc.rpartition("@")[2].lower(), url.path.rstrip("/"), url.query)
+        url = AnyUrl(self.base_url)
+        place = (url.scheme, url.host, url.port, (url.path or "").rstrip("/"), url.query)
         return f"sha256:{hashlib.sha256(repr(place).encode()).hexdigest()}"
 
     @model_validator(mode="after")
