@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from tasks.ledger.proof import Proof
     from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
     from tasks.live import View
+    from tasks.pages import Page
     from tasks.steering import Capped, Limited, Steered
     from tasks.whatif import Comparison
 
@@ -883,6 +884,10 @@ def audit(
     parquet: Annotated[
         Path | None, typer.Option("--parquet", metavar="FILE", help="The same as Parquet, with exact decimals.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a report page: one file, with charts, for any browser."),
+    ] = None,
     in_sandbox: InSandbox = False,
     as_json: AsJson = False,
 ) -> None:
@@ -899,11 +904,14 @@ def audit(
             return None, listed  # sums of two currencies, or of real and simulated money, would mean nothing
         return await spend.audit(ledger, run=run_id, job=job, by=sides, top=top), listed
 
-    found, listed = _ask(read, in_sandbox)
+    page = None if html is None else _make_page(run_id, job, sides, top, in_sandbox)
+    found, listed = _ask(read, in_sandbox) if page is None else (page.audit, page.runs)
     if found is None:
         _tell_unlike_runs(is_refused=bool(sides))
     else:
         _export(found, csv, parquet)
+    if html is not None and page is not None:
+        _write_page(page if by else page.without_lines(), html)
     if as_json:
         print_json((found.to_json() if found else {}) | {"run_list": [each.to_json() for each in listed]})
     elif found is not None and by:
@@ -938,6 +946,22 @@ def _export(found: Audit, csv: Path | None, parquet: Path | None) -> None:
         if path is not None:
             write(found, path)
             tell(f"{path}: {len(found.lines):,} lines, by {', '.join(found.by)}")
+
+
+def _make_page(run_id: int | None, job: str | None, sides: Sequence[Side], top: int, in_sandbox: bool) -> Page:
+    from schemas.pricing import load_price_book
+    from tasks.pages import make_page
+
+    book = load_price_book(_settings().prices)
+    with _ledger_address(in_sandbox) as url:
+        return wait_for(make_page(url, book, run=run_id, job=job, by=sides, top=top))
+
+
+def _write_page(page: Page, path: Path) -> None:
+    from tasks.pages import write_page
+
+    size = write_page(page, path)
+    tell(f"{path}: {size // 1000:,} kB; open it in a browser")
 
 
 @app.command()

@@ -26,5 +26,5 @@ async def audit(job: str, days: int = 7) -> dict[str, Any]:
     guard_temporary_server()
     found = await add_up(job)
     proofs = await prove_runs(job, days)
-    await show_audit(found, proofs)
+    await show_audit(found, proofs, settings)
     return verdict(found, proofs)

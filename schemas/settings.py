@@ -36,6 +36,9 @@ class Settings(BaseSettings):
     otel_every: int = Field(default=100, ge=1)
     #: A folder of price files that are added to the book that ships.
     prices: Path | None = None
+    #: A folder where flows leave report pages, and the address of what serves it, for Prefect's pages to link to.
+    reports: Path | None = None
+    reports_url: str | None = None
     #: The price card, for a provider that has no `/user/balance` to tell it (a self-hosted one).
     currency: Currency | None = None
     #: Where lanes work, unless a run is asked for with `--lanes-on`.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from urllib.parse import quote
 
 import structlog
 from prefect.artifacts import (
@@ -19,6 +21,7 @@ from prefect.artifacts import (
 
 from schemas.inert import escape_markdown
 from schemas.money import Currency, Money
+from schemas.pricing import load_price_book
 from schemas.settings import Settings
 from tasks import report
 from tasks.enrichment import require_database
@@ -26,6 +29,7 @@ from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.proof import Proof
 from tasks.ledger.runs import Run
+from tasks.pages import make_page, publish_page
 
 log = structlog.get_logger("farthing.artifacts")
 
@@ -62,23 +66,44 @@ async def show_report(run: Run, settings: Settings) -> None:
                 rows = report.cells(part.columns, part.rows)
                 await acreate_table_artifact(rows, key=f"run-{run.run_id}-{name}", description=part.title)
         await acreate_markdown_artifact(
-            report.markdown(audit), key=f"run-{run.run_id}-report", description=f"Report of run {run.run_id}"
+            "\n\n".join([*await leave_page(settings, run=run.run_id), report.markdown(audit)]),
+            key=f"run-{run.run_id}-report",
+            description=f"Report of run {run.run_id}",
         )
     except Exception as error:
         log.warning("prefect shows no report", run=run.run_id, error=type(error).__name__)
 
 
-async def show_audit(audit: spend.Audit, proofs: list[Proof]) -> None:
+async def show_audit(audit: spend.Audit, proofs: list[Proof], settings: Settings) -> None:
     """Publish the report of a job's audit, with what was proved."""
     proved = [escape_markdown(f"Run {found.run}: {report.proof_line(found)}") for found in proofs]
     try:
         await acreate_markdown_artifact(
-            "\n\n".join([report.markdown(audit), *proved]),
+            "\n\n".join([*await leave_page(settings, tuple(proofs), job=audit.job), report.markdown(audit), *proved]),
             key=f"audit-{audit.job}".replace("_", "-"),
             description=escape_markdown(f"Audit of {audit.job}"),
         )
     except Exception as error:
         log.warning("prefect shows no audit", job=audit.job, error=type(error).__name__)
+
+
+async def leave_page(
+    settings: Settings, proofs: tuple[Proof, ...] = (), *, run: int | None = None, job: str | None = None
+) -> list[str]:
+    """Leave the report page where reports are kept, and say where, in markdown; nothing where none are kept."""
+    if settings.reports is None:
+        return []
+    url, book = require_database(settings), load_price_book(settings.prices)
+    try:
+        page = await make_page(url, book, run=run, job=job, answer_within_s=REPORT_WITHIN_S)
+        name = f"job-{job}.html" if run is None else f"run-{run}.html"
+        place = publish_page(replace(page, proofs=page.proofs or proofs), name, settings)
+    except Exception as error:
+        log.warning("no report page was left", run=run, job=job, error=type(error).__name__)
+        return []
+    if settings.reports_url:
+        return [f"[The report page]({quote(place, safe=':/?=&%')})"]
+    return [f"The report page: {escape_markdown(place)}"]
 
 
 async def show_backfill(backfill_id: int, settings: Settings) -> None:

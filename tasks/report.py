@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from rich import box
 from rich.console import RenderableType
@@ -45,12 +45,36 @@ SIMULATED = (
 )
 
 
+class Figure(str):
+    """A number as it is shown, with the number itself, by which a table of such is sorted."""
+
+    exact: int
+
+    def __new__(cls, shown: str, exact: int) -> Self:
+        made = super().__new__(cls, shown)
+        made.exact = exact
+        return made
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
+        return type(self), (str(self), self.exact)
+
+
+def count(number: int) -> Figure:
+    """How many, with commas."""
+    return Figure(f"{number:,}", number)
+
+
+def money(sum_: Money) -> Figure:
+    """A sum as `Money` shows it."""
+    return Figure(str(sum_), sum_.pico)
+
+
 def share(part: int, whole: int) -> str:
     """`part` of `whole` in percent, cut to two decimals so that 99.996 % is never shown as all; — of nothing."""
     if not whole:
         return "—"
     hundredths = part * 10_000 // whole
-    return f"{hundredths // 100}.{hundredths % 100:02d} %"
+    return Figure(f"{hundredths // 100}.{hundredths % 100:02d} %", hundredths)
 
 
 def table(
@@ -305,17 +329,21 @@ def estimate_json(estimate: Estimate) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a report: the same rows become a table on the terminal and one in markdown."""
+    """A part of a report: the same rows become a table on the terminal, one in markdown, and one on a page.
+
+    With `is_summed` the last row adds up the others, and stays there however they are sorted.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    is_summed: bool = False
 
 
 def sections(audit: Audit) -> list[Section]:
     """The report of an audit; parts with nothing to say are left out."""
-    made = (_totals, tiers, _token_costs, _cache, escalations, _accuracy, _dearest, _dead, _waste)
+    made = (totals, tiers, token_costs, cache, escalations, accuracy, dearest, dead_letters, waste)
     return [part for make in made if (part := make(audit)).rows]
 
 
@@ -358,12 +386,12 @@ def title(audit: Audit) -> str:
     return f"{audit.job or 'the whole ledger'}, {runs}"
 
 
-def _totals(audit: Audit) -> Section:
+def totals(audit: Audit) -> Section:
     unknown = f"at most {_money(audit, audit.unknown_pico)}, {audit.unknown_attempts:,} attempts"
     rows = [
         ("documents", _documents(audit), True),
         ("results", f"{audit.results:,}" + (f" ({audit.reused:,} reused)" if audit.reused else ""), True),
-        ("dead letters", f"{audit.dead_letters:,}", True),
+        ("dead letters", count(audit.dead_letters), True),
         ("duplicates", f"{audit.duplicates:,}", audit.duplicates),
         ("attempts", f"{audit.attempts:,}", True),
         ("escalated", f"{audit.escalated:,}", audit.escalated),
@@ -435,8 +463,8 @@ def tiers(audit: Audit) -> Section:
     rows = [
         (
             name,
-            f"{tier.attempts:,}",
-            f"{tier.results:,}",
+            count(tier.attempts),
+            count(tier.results),
             _money(audit, tier.cost_pico),
             share(tier.cost_pico, audit.cost_pico),
             _tokens(tier),
@@ -447,7 +475,7 @@ def tiers(audit: Audit) -> Section:
     return Section("Where the money went", columns, tuple(rows))
 
 
-def _token_costs(audit: Audit) -> Section:
+def token_costs(audit: Audit) -> Section:
     """Tokens by the bucket they were billed in, and what a million of each came to."""
     costs = audit.token_costs
     buckets = (
@@ -459,7 +487,7 @@ def _token_costs(audit: Audit) -> Section:
     rows = [
         (
             name,
-            f"{tokens:,}",
+            count(tokens),
             _money(audit, pico),
             share(pico, audit.cost_pico),
             _money(audit, per_million(pico, priced)),
@@ -467,10 +495,11 @@ def _token_costs(audit: Audit) -> Section:
         for name, tokens, pico, priced in buckets
         if audit.attempts
     ]
-    return Section("What the tokens cost", ("tokens", "billed", "cost", "of all", "per 1M"), tuple(rows))
+    columns = ("tokens", "billed", "cost", "of all", "per 1M")
+    return Section("What the tokens cost", columns, tuple(rows), is_summed=True)
 
 
-def _cache(audit: Audit) -> Section:
+def cache(audit: Audit) -> Section:
     """What the prompt cache saved: hits are priced against misses of the same tokens, at each attempt's own price."""
     if not audit.attempts:
         return Section("The prompt cache", (), ())
@@ -500,10 +529,10 @@ def escalations(audit: Audit) -> Section:
     rows = [
         (
             f"{each.reason.replace('_', ' ')} → {each.to_tier}",
-            f"{each.escalated:,}",
-            f"{each.rescued:,}",
-            f"{each.agreed:,}",
-            f"{each.changed:,}",
+            count(each.escalated),
+            count(each.rescued),
+            count(each.agreed),
+            count(each.changed),
             f"{each.right_before:,} → {each.right_after:,} of {each.labelled:,}" if each.labelled else "—",
             _money(audit, each.cost_pico),
             share(each.cost_pico, audit.cost_pico),
@@ -530,27 +559,28 @@ def _gain_note(audit: Audit) -> str:
     return f"{gain:,} more right, by the experts' labels: {_money(audit, -(-cost // gain))} for each."
 
 
-def _accuracy(audit: Audit) -> Section:
+def accuracy(audit: Audit) -> Section:
     rows = [
-        (each.tier, f"{each.labelled:,}", f"{each.correct:,}", share(each.correct, each.labelled))
+        (each.tier, count(each.labelled), count(each.correct), share(each.correct, each.labelled))
         for each in audit.accuracy
     ]
     if rows:
         labelled, correct = (sum(each.labelled for each in audit.accuracy), sum(e.correct for e in audit.accuracy))
-        rows.append(("all", f"{labelled:,}", f"{correct:,}", share(correct, labelled)))
+        rows.append(("all", count(labelled), count(correct), share(correct, labelled)))
     note = "" if audit.state in (None, "done") else "Of what has ended. The unsure end last, so this flatters."
-    return Section("Against the labels", ("answered by", "labelled results", "right", "share"), tuple(rows), note)
+    columns = ("answered by", "labelled results", "right", "share")
+    return Section("Against the labels", columns, tuple(rows), note, is_summed=True)
 
 
-def _dearest(audit: Audit) -> Section:
+def dearest(audit: Audit) -> Section:
     rows = [
         (
             each.document_id or f"number {each.document_no}",
-            f"{each.run}",
-            f"{(each.reason or each.state or 'not ended').replace('_', ' ')}{f', {each.tier}' if each.tier else ''}",
-            f"{each.attempts:,}",
+            Figure(f"{each.run}", each.run),
+            what_became(each.state, each.tier, each.reason),
+            count(each.attempts),
             _money(audit, each.cost_pico),
-            f"at most {_money(audit, each.unknown_pico)}" if each.unknown_pico else "—",
+            _at_most(audit, each.unknown_pico),
         )
         for each in audit.document_costs.dearest
     ]
@@ -558,20 +588,27 @@ def _dearest(audit: Audit) -> Section:
     return Section("What single documents cost", columns, tuple(rows))
 
 
-def _dead(audit: Audit) -> Section:
-    rows = [(reason.replace("_", " "), f"{count:,}") for reason, count in audit.dead_letters_by_reason.items()]
+def what_became(state: str | None, tier: str | None, reason: str | None) -> str:
+    """How a document ended: `result, pro`, or by what reason it is a dead letter."""
+    return f"{(reason or state or 'not ended').replace('_', ' ')}{f', {tier}' if tier else ''}"
+
+
+def dead_letters(audit: Audit) -> Section:
+    rows = [
+        (reason.replace("_", " "), count(documents)) for reason, documents in audit.dead_letters_by_reason.items()
+    ]
     return Section("Dead letters", ("reason", "documents"), tuple(rows))
 
 
-def _waste(audit: Audit) -> Section:
+def waste(audit: Audit) -> Section:
     rows = [
         (
             _what_came(each),
             each.tier,
             each.purpose,
-            f"{each.attempts:,}",
+            count(each.attempts),
             _money(audit, each.cost_pico),
-            f"at most {_money(audit, each.unknown_pico)}" if each.unknown_pico else "—",
+            _at_most(audit, each.unknown_pico),
         )
         for each in audit.waste
     ]
@@ -603,32 +640,40 @@ def _what_came(waste: Waste) -> str:
 
 def line_table(audit: Audit) -> Table:
     """The spend split by the sides that were asked for; the parts add up to all of it."""
-    currency = Currency(audit.currency) if audit.currency else None
-    columns = (*audit.by, "attempts", "cached", "not cached", "output", "cost", "of all", "per 1M", "not known")
-    made = table(
-        title(audit), columns, (_line_cells(audit, each) for each in audit.lines), texts=range(len(audit.by))
-    )
-    if currency is not None:
+    part = line_section(audit)
+    made = table(part.title, part.columns, part.rows[:-1], texts=range(len(audit.by)))
+    if audit.currency is not None:
         made.add_section()
-        whole = sum((each.sums for each in audit.lines), Sums())
-        _add_row(made, *_line_cells(audit, Line(("all", *[""] * (len(audit.by) - 1)), whole)))
+        _add_row(made, *part.rows[-1])
     return made
+
+
+def line_section(audit: Audit) -> Section:
+    """The same as a part of a report, with the sum as its last row."""
+    columns = (*audit.by, "attempts", "cached", "not cached", "output", "cost", "of all", "per 1M", "not known")
+    whole = Line(("all", *[""] * (len(audit.by) - 1)), sum((each.sums for each in audit.lines), Sums()))
+    rows = tuple(_line_cells(audit, each) for each in (*audit.lines, whole))
+    return Section(title(audit), columns, rows, is_summed=True)
 
 
 def _line_cells(audit: Audit, line: Line) -> tuple[str, ...]:
     sums = line.sums
     return (
         *line.names,
-        *(f"{each:,}" for each in (sums.attempts, sums.hit_tokens, sums.miss_tokens, sums.output_tokens)),
+        *map(count, (sums.attempts, sums.hit_tokens, sums.miss_tokens, sums.output_tokens)),
         _money(audit, sums.cost_pico),
         share(sums.cost_pico, audit.cost_pico),
         _money(audit, sums.pico_per_million),
-        f"at most {_money(audit, sums.unknown_pico)}" if sums.unknown_pico else "—",
+        _at_most(audit, sums.unknown_pico),
     )
 
 
 def _money(audit: Audit, pico: int | None) -> str:
-    return "—" if pico is None or audit.currency is None else str(Money(pico, Currency(audit.currency)))
+    return "—" if pico is None or audit.currency is None else money(Money(pico, Currency(audit.currency)))
+
+
+def _at_most(audit: Audit, pico: int) -> str:
+    return Figure(f"at most {_money(audit, pico)}", pico) if pico else "—"
 
 
 def _exact(audit: Audit, pico: int) -> str:
@@ -645,19 +690,25 @@ def _tokens(spent: Audit | TierSpend) -> str:
 
 def run_table(runs: Sequence[RunSummary]) -> Table:
     """One line per run, newest first."""
+    part = run_section(runs)
+    return table(part.title, part.columns, part.rows, texts=(1, 2, 6))
+
+
+def run_section(runs: Sequence[RunSummary]) -> Section:
+    """The same as a part of a report."""
     rows = [
         (
-            f"{each.run}",
+            Figure(f"{each.run}", each.run),
             each.job,
             each.state + (f" ({each.reason})" if each.reason else ""),
-            f"{each.done:,}/{each.documents:,}",
-            str(Money(each.cost_pico, Currency(each.currency))),
+            Figure(f"{each.done:,}/{each.documents:,}", each.documents),
+            money(Money(each.cost_pico, Currency(each.currency))),
             f"{each.opened_at:%Y-%m-%d %H:%M}",
             "simulated" if each.is_simulated else "",
         )
         for each in runs
     ]
-    return table("Runs", ("run", "job", "state", "documents", "cost", "opened (UTC)", ""), rows, texts=(1, 2, 6))
+    return Section("Runs", ("run", "job", "state", "documents", "cost", "opened (UTC)", ""), tuple(rows))
 
 
 def resumed_line(progress: Progress, job_budget: Money | None) -> str | None:

@@ -52,10 +52,12 @@ class PrefectServer:
 
     @property
     def environment(self) -> dict[str, str]:
-        """In which commands use it, with a home of Farthing's own whose sandbox answers at once."""
+        """In which commands use it: a home of Farthing's own whose sandbox answers at once, a folder for reports."""
         return _environment(self.home, self.port) | {
             "FARTHING_HOME": str(self.home / "farthing"),
             "FARTHING_TIME_SCALE": "0",
+            "FARTHING_REPORTS": str(self.home / "reports"),
+            "FARTHING_REPORTS_URL": "https://reports.example/farthing/",
         }
 
     @property

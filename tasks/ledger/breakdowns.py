@@ -91,12 +91,8 @@ _MANY = """
     SELECT s.* FROM unnest(CAST(:runs AS bigint[])) AS one (run_id)
     CROSS JOIN LATERAL (SELECT * FROM document_spend d WHERE d.run_id = one.run_id OFFSET 0) s
 """
-_DEAREST = """
-    SELECT s.run_id AS run, s.document_no, d.document_id, d.state, d.tier, d.reason, s.attempts, s.cost_pico,
-           s.unknown_pico
-    FROM (
-        SELECT * FROM ({spent}) spent ORDER BY cost_pico + unknown_pico DESC, run_id, document_no LIMIT :top
-    ) s
+#: What became of each document of `s`.
+FATE = """
     LEFT JOIN LATERAL (
         SELECT document_id, state, tier, NULL AS reason FROM result r
         WHERE r.run_id = s.run_id AND r.document_no = s.document_no
@@ -104,6 +100,14 @@ _DEAREST = """
         SELECT document_id, 'dead_letter', tier, reason FROM dead_letter x
         WHERE x.run_id = s.run_id AND x.document_no = s.document_no
     ) d ON true
+"""
+_DEAREST = """
+    SELECT s.run_id AS run, s.document_no, d.document_id, d.state, d.tier, d.reason, s.attempts, s.cost_pico,
+           s.unknown_pico
+    FROM (
+        SELECT * FROM ({spent}) spent ORDER BY cost_pico + unknown_pico DESC, run_id, document_no LIMIT :top
+    ) s
+    {fate}
     ORDER BY s.cost_pico + s.unknown_pico DESC, s.run_id, s.document_no
 """
 
@@ -142,7 +146,7 @@ async def read_document_costs(connection: AsyncConnection, runs: Sequence[int], 
 
 
 async def _read_dearest(connection: AsyncConnection, runs: Sequence[int], top: int) -> tuple[DearDocument, ...]:
-    query = _DEAREST.format(spent=_FEW if top <= STORED_DEAREST else _MANY)
+    query = _DEAREST.format(spent=_FEW if top <= STORED_DEAREST else _MANY, fate=FATE)
     rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings()
     return tuple(DearDocument(**row) for row in rows)
 

@@ -377,7 +377,8 @@ class BackfillRun:
     is_simulated: bool
 
 
-_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+#: For a transaction whose figures have to agree.
+SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 
 _SCOPE = text("""
     SELECT run_id, job, currency, is_simulated FROM run_overview
@@ -548,25 +549,32 @@ async def audit(
     money: sums of those would mean nothing.
     """
     async with ledger.transaction() as connection:
-        await connection.execute(_SNAPSHOT)
-        scope = (await connection.execute(_SCOPE, {"run": run, "job": job})).all()
-        if not scope and (run is not None or job is not None):
-            raise ConfigurationError(await _explain_nothing(connection, run, job))
-        _require_one({row.currency for row in scope}, "currencies")
-        _require_one({"simulated" if row.is_simulated else "real" for row in scope}, "kinds of money")
-        runs = [row.run_id for row in scope]
-        return Audit(
-            run=_only(runs),
-            job=_only([row.job for row in scope]),
-            currency=_only([row.currency for row in scope]),
-            runs=tuple(runs),
-            by=tuple(by),
-            lines=await read_lines(connection, runs, by) if by else (),
-            document_costs=await read_document_costs(connection, runs, top),
-            **await _read_totals(connection, runs),
-            **await _read_spend(connection, runs),
-            distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
-        )
+        await connection.execute(SNAPSHOT)
+        return await read_audit(connection, run=run, job=job, by=by, top=top)
+
+
+async def read_audit(
+    connection: AsyncConnection, *, run: int | None, job: str | None, by: Sequence[Side], top: int
+) -> Audit:
+    """The same inside of a transaction that reads more from its SNAPSHOT."""
+    scope = (await connection.execute(_SCOPE, {"run": run, "job": job})).all()
+    if not scope and (run is not None or job is not None):
+        raise ConfigurationError(await _explain_nothing(connection, run, job))
+    _require_one({row.currency for row in scope}, "currencies")
+    _require_one({"simulated" if row.is_simulated else "real" for row in scope}, "kinds of money")
+    runs = [row.run_id for row in scope]
+    return Audit(
+        run=_only(runs),
+        job=_only([row.job for row in scope]),
+        currency=_only([row.currency for row in scope]),
+        runs=tuple(runs),
+        by=tuple(by),
+        lines=await read_lines(connection, runs, by) if by else (),
+        document_costs=await read_document_costs(connection, runs, top),
+        **await _read_totals(connection, runs),
+        **await _read_spend(connection, runs),
+        distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
+    )
 
 
 async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) -> Progress:

@@ -41,10 +41,12 @@ FLAGS = (
 
 @dataclass
 class Page:
-    """The one tab of a browser, and what its scripts did not catch."""
+    """The one tab of a browser: what its scripts did not catch, what it asked for, and what the browser minded."""
 
     socket: aiohttp.ClientWebSocketResponse
     uncaught: list[str] = field(default_factory=list)
+    requested: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
     _asked: int = 0
     _answers: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
 
@@ -80,14 +82,28 @@ class Page:
         for happens in ("mousePressed", "mouseReleased"):
             await self._do("Input.dispatchMouseEvent", type=happens, button="left", clickCount=1, **where)
 
+    async def press(self, key: str) -> None:
+        """A key on what has the focus."""
+        text = {"Enter": "\r"}.get(key, "")
+        await self._do(
+            "Input.dispatchKeyEvent", type="keyDown", key=key, code=key, windowsVirtualKeyCode=13, text=text
+        )
+        await self._do("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=13)
+
+    async def be(self, width: int, height: int, scheme: str) -> None:
+        """A window or a phone of this size, whose owner prefers this colour scheme."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        await self._do("Emulation.setDeviceMetricsOverride", **size)
+        await self._do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     async def evaluate(self, script: str) -> Any:
         found = await self._do("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def keep(self, picture: Path) -> None:
-        """A PNG of what is to be seen."""
-        found = await self._do("Page.captureScreenshot", format="png")
+    async def keep(self, picture: Path, *, whole: bool = False) -> None:
+        """A PNG of what is to be seen, or of the whole page."""
+        found = await self._do("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         picture.write_bytes(base64.b64decode(found["data"]))
 
     async def listen(self) -> None:
@@ -98,6 +114,12 @@ class Page:
                 self._answers.pop(said["id"]).set_result(said)
             elif said.get("method") == "Runtime.exceptionThrown":
                 self.uncaught.append(json.dumps(said["params"]["exceptionDetails"]))
+            elif said.get("method") == "Network.requestWillBeSent":
+                self.requested.append(said["params"]["request"]["url"])
+            elif said.get("method") == "Log.entryAdded":
+                self.complaints.append(said["params"]["entry"]["text"])
+            elif said.get("method") == "Runtime.consoleAPICalled":
+                self.complaints.append(json.dumps(said["params"]["args"]))
 
     async def _do(self, method: str, **params: Any) -> dict[str, Any]:
         self._asked += 1
@@ -130,7 +152,7 @@ async def browsing(profile: Path, width: int = 1280, height: int = 1000) -> Asyn
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                 page = Page(socket)
                 listening = asyncio.create_task(page.listen())
-                for domain in ("Page", "Runtime"):
+                for domain in ("Page", "Runtime", "Network", "Log"):
                     await page._do(f"{domain}.enable")
                 yield page
             await listening

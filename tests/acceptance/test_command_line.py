@@ -576,6 +576,22 @@ def test_an_audit_is_split_and_exported_as_asked(steer: Callable[..., Left], far
     assert "Where the money went" not in shown
 
 
+def test_a_report_page_of_a_job_holds_its_audit_and_its_runs(steer: Callable[..., Left], farthing: Terminal) -> None:
+    left = steer("audit", "colours", "--html", "job.html", "--csv", "spend.csv", "--json")
+    assert (left.exit_code, left.stderr.splitlines()[-1].partition(":")[0]) == (0, "job.html")
+    html = (farthing.folder / "job.html").read_text()
+    figures = json.loads(html.partition('id="figures">')[2].partition("</script>")[0])
+    of_the_export = {"run_list": None, "by": [], "lines": []}
+    assert figures | of_the_export == left.json | of_the_export
+    assert (figures["runs"], figures["by"], figures["lines"]) == ([1, 2], [], [])
+    assert "<h1><bdi>colours, 2 runs</bdi></h1>" in html
+    assert "<caption><span>Runs</span></caption>" in html
+    assert steer("audit", "1", "--by", "tier", "--html", "run.html").exit_code == 0
+    html = (farthing.folder / "run.html").read_text()
+    figures = json.loads(html.partition('id="figures">')[2].partition("</script>")[0])
+    assert [line["tier"] for line in figures["lines"]] == ["flash", "pro"]
+
+
 def test_what_if_begins_with_what_the_audit_says(steer: Callable[..., Left]) -> None:
     cost = steer("audit", "1", "--json").json["cost_pico"]
     usual = steer("whatif", "1", "--json").json
@@ -595,6 +611,8 @@ def test_what_if_begins_with_what_the_audit_says(steer: Callable[..., Left]) -> 
     [
         (("audit", "1", "--by", "colour"), "only by job, run, day, tier, model, purpose, hours"),
         (("audit", "1", "--csv", "nowhere/x.csv"), "nowhere/x.csv cannot be written: No such file"),
+        (("audit", "1", "--html", "nowhere/x.html"), "nowhere/x.html cannot be written: No such file"),
+        (("audit", "1", "--html", "x.html", "--top", "51"), "--top: a page names at most 50 documents"),
         (("whatif", "1", "--threshold", "lots"), "write a number from 0 to 1"),
         (("whatif", "1", "--threshold", "1.1"), "write a number from 0 to 1"),
         (("whatif", "1", "--ladder", "gpt-9"), "no price for model 'gpt-9'"),

@@ -26,6 +26,9 @@ async def test_a_run_s_page_shows_its_progress_its_costs_and_its_report_as_the_l
         "flow_runs/filter", deployments={"name": {"any_": ["enrich"]}}, sort="EXPECTED_START_TIME_ASC"
     )
     shown = server.post("artifacts/filter", artifacts={"flow_run_id": {"any_": [flow_run["id"]]}})
+    left = (Path(server.environment["FARTHING_REPORTS"]) / "run-1.html").read_text("utf-8")
+    figures = json.loads(left.partition('id="figures">')[2].partition("</script>")[0])
+    assert figures == {name: value for name, value in audit.items() if name != "run_list"}
     ids = {artifact["key"]: artifact["id"] for artifact in shown}
     pages = server.url.removesuffix("/api") + "/v2"
     pictures = Path(os.environ.get(PICTURES, tmp_path))
@@ -39,6 +42,8 @@ async def test_a_run_s_page_shows_its_progress_its_costs_and_its_report_as_the_l
             await page.open(f"{pages}/artifacts/artifact/{ids[key]}")
             await page.shows(*figures)
             await page.keep(pictures / f"prefect-{key}.png")
+            linked = await page.evaluate("[...document.querySelectorAll('a')].map(a => a.href)")
+            assert ("https://reports.example/farthing/run-1.html" in linked) == key.endswith("-report")
         assert page.uncaught == []
 
 
@@ -51,5 +56,12 @@ def told_by(audit: dict[str, Any]) -> dict[str, list[str]]:
         "run-1": [f"{documents} of {documents} documents", "spent · done"],
         "run-1-cost": tiers,
         "run-1-escalations": ["low confidence → ", "right before → after"],
-        "run-1-report": [f"({audit['cost_pico']:,} pico)", *totals, *tiers, "What escalation bought", "SIMULATED"],
+        "run-1-report": [
+            f"({audit['cost_pico']:,} pico)",
+            *totals,
+            *tiers,
+            "What escalation bought",
+            "SIMULATED",
+            "The report page",
+        ],
     }

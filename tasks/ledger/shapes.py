@@ -1,0 +1,157 @@
+"""Shapes: how a spend lies over time, over documents and over confidence, counted by Postgres into fixed buckets.
+
+Only the report page asks. Costs are stored sums where a run is done; each other is one pass over the runs' rows. What
+comes back is a few hundred numbers, however many rows there are. They add up to what the audit of the same snapshot says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import CursorResult, TextClause, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from schemas.buckets import CONFIDENCES, COST_EDGES, ORIGIN, pick_stride
+from tasks.ledger.breakdowns import FATE
+
+#: The slowest documents that a page names.
+SLOWEST = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What the attempts of one tier came to that were begun in the stride from `begins`, by Postgres's clock."""
+
+    begins: datetime
+    tier: str
+    attempts: int
+    cost_pico: int
+    unknown_pico: int
+    hit_tokens: int
+    miss_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sureness:
+    """How many valid answers a tier gave that were about this sure: the `part`-th of CONFIDENCES, from 0.
+
+    `unsure` of them were below the threshold of their run.
+    """
+
+    tier: str
+    part: int
+    answers: int
+    unsure: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlowDocument:
+    """A document that waited long for replies, with what became of it; the time is of all its attempts together."""
+
+    run: int
+    document_no: int
+    document_id: str | None
+    state: str | None
+    tier: str | None
+    reason: str | None
+    attempts: int
+    waited: timedelta
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the spend of some runs lies. `costs` counts documents by the bucket of COST_EDGES that their cost is in.
+
+    Bucket 0 is for those that cost nothing that is known. `threshold` is what an answer must be as sure as, where
+    the runs have one in common.
+    """
+
+    first: datetime
+    last: datetime
+    stride: timedelta
+    slices: tuple[Slice, ...]
+    costs: dict[int, int]
+    confidences: tuple[Sureness, ...]
+    threshold: Decimal | None
+    slowest: tuple[SlowDocument, ...]
+
+
+_SPAN = text("""
+    SELECT min(o.opened_at) AS first, max(greatest(o.opened_at, l.heartbeat_at, l.ended_at)) AS last,
+           CASE WHEN count(DISTINCT o.escalates_below) = 1 THEN min(o.escalates_below) END AS threshold
+    FROM run_overview o LEFT JOIN lane_progress l USING (run_id) WHERE o.run_id = ANY(:runs)
+""")
+
+#: A lane that was killed may have begun something after its last heartbeat.
+_SLICES = text("""
+    SELECT date_bin(CAST(:stride AS interval), greatest(least(intended_at, :last), :first), :origin) AS begins, tier,
+           count(*) AS attempts, coalesce(sum(cost_pico), 0) AS cost_pico, sum(unknown_pico) AS unknown_pico,
+           coalesce(sum(hit), 0) AS hit_tokens, coalesce(sum(miss), 0) AS miss_tokens
+    FROM attempt WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
+""")
+
+#: No edge has more than three digits, and so many of each cost are known there.
+_COSTS = text("""
+    SELECT width_bucket(about_pico, CAST(:edges AS bigint[])) AS bucket, CAST(sum(documents) AS bigint) AS documents
+    FROM document_costs WHERE run_id = ANY(:runs) GROUP BY 1 ORDER BY 1
+""")
+
+_CONFIDENCES = text("""
+    SELECT tier, least(greatest(width_bucket(confidence, 0, 1, :parts), 1), :parts) - 1 AS part, count(*) AS answers,
+           count(*) FILTER (WHERE confidence < o.escalates_below) AS unsure
+    FROM answer_confidence JOIN attempt USING (run_id, document_no, attempt_no) JOIN run_overview o USING (run_id)
+    WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
+""")
+
+#: Both ends of each wait are on one clock.
+_SLOWEST = text(f"""
+    SELECT s.run_id AS run, s.document_no, d.document_id, d.state, d.tier, d.reason, s.attempts, s.waited
+    FROM (
+        SELECT run_id, document_no, count(*) AS attempts, sum(completed_at - sent_at) AS waited
+        FROM attempt WHERE run_id = ANY(:runs) GROUP BY run_id, document_no
+        HAVING sum(completed_at - sent_at) IS NOT NULL ORDER BY waited DESC, run_id, document_no LIMIT :top
+    ) s {FATE}
+    ORDER BY s.waited DESC, s.run_id, s.document_no
+""")  # noqa: S608 (made of our own constants)
+
+
+#: Postgres adds bigints up to numerics, which are whole.
+_SUMMED = ("cost_pico", "unknown_pico", "hit_tokens", "miss_tokens")
+
+
+async def _ask(connection: AsyncConnection, query: TextClause, runs: Sequence[int], **key: Any) -> CursorResult[Any]:
+    """The answer to a query about `run_id = ANY(:runs)`.
+
+    A single run is asked for by equality: that is handed on to every table of a join, and so the run's rows are read
+    by the index of each, however many other runs there are.
+    """
+    if len(runs) != 1:
+        return await connection.execute(query, {"runs": list(runs), **key})
+    return await connection.execute(text(query.text.replace("= ANY(:runs)", "= :run")), {"run": runs[0], **key})
+
+
+async def read_shape(connection: AsyncConnection, runs: Sequence[int]) -> Shape | None:
+    """How the spend of these runs lies. None where there are no runs."""
+    if not runs:
+        return None
+    span = (await _ask(connection, _SPAN, runs)).one()
+    stride = pick_stride(span.first, span.last)
+    time = {"stride": stride, "first": span.first, "last": span.last, "origin": ORIGIN}
+    slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
+    costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
+    confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
+    slowest = (await _ask(connection, _SLOWEST, runs, top=SLOWEST)).mappings()
+    return Shape(
+        first=span.first,
+        last=span.last,
+        stride=stride,
+        slices=tuple(Slice(**row | {name: int(row[name]) for name in _SUMMED}) for row in map(dict, slices)),
+        costs={row.bucket: row.documents for row in costs},
+        confidences=tuple(Sureness(**row) for row in confidences),
+        threshold=span.threshold,
+        slowest=tuple(SlowDocument(**row) for row in slowest),
+    )
