@@ -1,7 +1,7 @@
 """Shapes: how a spend lies over time, over documents and over confidence, counted by Postgres into fixed buckets.
 
 Only the report page asks. Costs are stored sums where a run is done; each other is one pass over the runs' rows. What
-comes back is a few hundred numbers, however many rows there are. They add up to what the audit of the same snapshot says.
+comes back is a few hundred numbers, however many rows there are. They add up to what the audit of that snapshot says.
 """
 
 from __future__ import annotations

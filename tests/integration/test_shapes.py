@@ -44,6 +44,8 @@ async def test_slices_and_buckets_add_up_to_the_audit_of_a_run_and_of_a_job(ledg
 async def test_documents_are_counted_by_what_is_known_of_their_cost(ledger: Ledger, ledger_url: str) -> None:
     await run_everything(ledger)
     sql(ledger_url, "UPDATE attempt_outcome SET cost = 0 WHERE document_no = 3")  # a refusal that was not billed
+    sql(ledger_url, "DELETE FROM run_sums")
+    sql(ledger_url, "SELECT sum_up(1)")
     _, shape = await read(ledger_url, run=1)
     costs = {bucket: (COST_EDGES[bucket - 1] if bucket else 0) for bucket in shape.costs}
     assert costs[0] == 0
