@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .DEFAULT_GOAL := help
 # Nothing is compiled at the installation: a process that may not keep its bytecode would compile it all, each time.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup demo test lint bench bench-engines bench-audits faults faults-again advisories lock clean
+.PHONY: help setup demo test lint bench bench-engines bench-audits bench-cascade faults faults-again advisories lock clean
 
 help:
 	@echo "make demo     run the whole thing on this machine: no account, key or container needed"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench    measure the pipeline         make faults  kill it, again and again"
 	@echo "make bench-engines  the same job on processes, Prefect's workers, Dask and Ray, as far as they are installed"
 	@echo "make bench-audits  how long an audit takes of a big ledger, ATTEMPTS=10000000 for a really big one"
+	@echo "make bench-cascade  measure the certified cut against others"
 	@echo "make lock     resolve requirements.lock    make clean   remove $(VENV), the sandbox and caches"
 	@echo "make advisories  known vulnerabilities of what requirements.lock names, by pip-audit"
 
@@ -70,6 +71,13 @@ bench-engines: setup
 ATTEMPTS ?= 500000
 bench-audits: setup
 	$(BIN)/python -m benchmarks.audits --attempts $(ATTEMPTS)
+
+# Without PEERS=1 only what needs no package of others. With it these get an environment of their own, as nothing that
+# Farthing runs on; where they cannot be installed, the bench says what it did not measure.
+bench-cascade: setup
+	if test -n "$(PEERS)" && ! test -e $(VENV)/peers; then $(PYTHON) -m venv $(VENV)/peers; \
+		$(VENV)/peers/bin/python -m pip install --quiet --disable-pip-version-check bargain==0.1.3 "scikit-learn>=1.9,<2" || rm -rf $(VENV)/peers; fi
+	$(BIN)/python -m benchmarks.cascade
 
 # Known vulnerabilities of what the lock names; --strict: what cannot be looked up is a failure. It needs PyPI itself,
 # so no test does it, and an environment of its own, so that it audits none of its own packages.
