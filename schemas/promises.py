@@ -17,6 +17,8 @@ from schemas.tails import Tail, hypergeometric, last_that_holds, roughly
 
 #: The usual sample is so many times the square root of the documents, and at most this share of it more.
 ROOTS, MORE = 5, Fraction(8, 100)
+#: What share of all documents a sample may be so that one disagreement in it can be passed.
+TO_PASS_ONE = Fraction(1, 10)
 _WORD = 16
 
 
@@ -116,16 +118,18 @@ def usual_size(promise: Promise, documents: int, population: int) -> int:
     """About 5 sqrt(N), moved to where its tail comes close below delta. Any size keeps the promise; this is cheap.
 
     The fewest that have the allowance of 5 sqrt(N), or of half of all if that is less; or one more, if that is nearer
-    and at most 8 % above. Where so few can certify nothing, the fewest that can.
+    and at most 8 % above. Where the first disagreement would decide alone, a second is worth up to a tenth of all
+    (measured on SUPG's pairs: 0.188 of documents to Pro became 0.117, and 0.251 became 0.202). Where so few can
+    certify nothing, the fewest that can.
     """
     if promise.allowed(documents) >= population:
         return 0
     start = min(math.isqrt(ROOTS**2 * documents), population // 2)
     passed = _guess_allowance(promise, documents, population, start)
-    if passed < 0:
-        return _fewest(promise, documents, population, 0)
-    fewest = _fewest(promise, documents, population, passed)
-    more = _fewest(promise, documents, population, passed + 1)
+    more = _fewest(promise, documents, population, max(passed, 0) + 1)
+    if passed < 1 and more <= population * TO_PASS_ONE:
+        return more
+    fewest = _fewest(promise, documents, population, max(passed, 0))
     is_near = more <= start * (1 + MORE) and more - start < start - fewest
     return more if is_near else fewest
 
