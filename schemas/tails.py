@@ -33,7 +33,7 @@ class Tail:
 def hypergeometric(population: int, marked: int, drawn: int, most: int) -> Tail:
     """How likely at most `most` of the marked ones are among those drawn without replacement.
 
-    Ten million with 15,811 drawn: numbers of 170,000 bits, some seconds.
+    Of ten million with 15,803 drawn these are numbers of 170,000 bits: 0.15 s, measured; a plan asks for two.
     """
     unmarked = population - marked
     hit = min(most, drawn, marked)

@@ -271,7 +271,6 @@ def test_a_promise_of_nothing_is_refused(target: str, delta: str) -> None:
         Promise.parse(target, delta)
 
 
-@pytest.mark.long
 def test_ten_million_documents_are_planned_within_a_minute() -> None:
     start = perf_counter()
     found = plan(USUAL, 10_000_000)
