@@ -91,7 +91,8 @@ def test_help_names_every_command(farthing: Terminal) -> None:
     assert left.exit_code == 0
     told = set(re.findall(r"^  ([a-z]+)  ", left.stdout, flags=re.MULTILINE))
     reading = {"estimate", "audit", "whatif", "status", "verify", "prices"}
-    assert told == {"demo", "run", "backfill", "pause", "limit", "budget", *reading, "sandbox", "db", "new"}
+    books = {"reconcile", "close"}
+    assert told == {"demo", "run", "backfill", "pause", "limit", "budget", *reading, *books, "sandbox", "db", "new"}
 
 
 def test_help_imports_nothing_heavy() -> None:
