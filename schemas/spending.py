@@ -84,14 +84,14 @@ class Cell:
 
     @property
     def waste(self) -> str | None:
-        """Why these attempts bought no result: `failed`, `unknown`, or `superseded` by a higher tier; else None."""
+        """Why these attempts bought no result: `failed`, `unknown`, or `unsure`, so that the document climbs."""
         if self.verdict == "accepted":
             return None
         if self.billing != "known":
             return "unknown"
         if self.signal != "answered" or self.verdict == "invalid_answer":
             return "failed"
-        return "superseded" if self.verdict == "low_confidence" else None
+        return "unsure" if self.verdict == "low_confidence" else None
 
 
 @dataclass(frozen=True, slots=True)

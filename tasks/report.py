@@ -406,7 +406,7 @@ def totals(audit: Audit) -> Section:
         ("saved against peak prices", _off_peak_saving(audit), audit.off_peak_attempts),
         ("corrections", _money(audit, audit.adjusted_pico), audit.adjusted_pico),
         (
-            "per 1,000 documents" + (", reused ones too" if audit.reused else ""),
+            "per 1,000 documents that ended" + (", reused, too" if audit.reused else ""),
             _money(audit, audit.pico_per_1000_documents),
             audit.pico_per_1000_documents,
         ),
@@ -619,7 +619,7 @@ def waste(audit: Audit) -> Section:
 def _waste_note(audit: Audit) -> str:
     """What each kind of waste came to."""
     kinds = {
-        kind: [each for each in audit.waste if each.kind == kind] for kind in ("failed", "superseded", "unknown")
+        kind: [each for each in audit.waste if each.kind == kind] for kind in ("failed", "unsure", "unknown")
     }
     costs = {
         kind: sum(each.cost_pico + each.unknown_pico for each in found) for kind, found in kinds.items() if found
@@ -634,8 +634,7 @@ def _waste_note(audit: Audit) -> str:
 
 def _what_came(waste: Waste) -> str:
     """`answered, invalid answer`, or just `blank` where signal and verdict are one."""
-    kind = waste.kind if waste.kind == "superseded" else None
-    return ", ".join(dict.fromkeys(filter(None, (waste.signal, waste.verdict, kind)))).replace("_", " ")
+    return ", ".join(dict.fromkeys(filter(None, (waste.signal, waste.verdict)))).replace("_", " ")
 
 
 def line_table(audit: Audit) -> Table:

@@ -89,7 +89,7 @@ class Accuracy:
 class Waste:
     """Attempts that bought no result, by what came of them.
 
-    `kind`: `failed`; `unknown`, where nobody knows whether it was billed; `superseded` by a higher tier's answer.
+    `kind`: `failed`; `unknown`, where nobody knows whether it was billed; `unsure`, so that the document climbs.
     """
 
     tier: str

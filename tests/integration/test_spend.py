@@ -89,7 +89,7 @@ async def test_an_audit_splits_the_spend_by_purpose_escalation_and_waste(ledger:
         spend.Waste("flash", "answer", "lost", None, "unknown", 1, 0, RESERVED, "unknown"),
         spend.Waste("flash", "answer", "no reply", None, "unknown", 1, 0, RESERVED, "unknown"),
         spend.Waste("flash", "answer", "refused_by_provider", None, "known", 1, COST, 0, "failed"),
-        spend.Waste("flash", "priming", "answered", "low_confidence", "known", 1, COST, 0, "superseded"),
+        spend.Waste("flash", "priming", "answered", "low_confidence", "known", 1, COST, 0, "unsure"),
     }
     assert found.hours == {"off_peak": spend.HoursSpend(6, 5 * COST + PRO_COST)}
     assert found.token_costs == spend.TokenCosts(
@@ -120,7 +120,7 @@ async def test_the_views_that_an_audit_reads_say_what_the_plain_ones_say(ledger:
         row[0]: tuple(row[1:]) for row in tiers
     }
     waste = sql(ledger_url, "SELECT count(*), sum(attempts), sum(cost_pico), sum(unknown_pico) FROM waste")
-    wasted = [each for each in found.waste if each.kind != "superseded"]
+    wasted = [each for each in found.waste if each.kind != "unsure"]
     sums = [sum(getattr(each, name) for each in wasted) for name in ("attempts", "cost_pico", "unknown_pico")]
     assert tuple(waste[0]) == (len(wasted), *sums)
 

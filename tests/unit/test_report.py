@@ -72,7 +72,7 @@ AUDIT = Audit(
     accuracy=(Accuracy("flash", 800, 780), Accuracy("pro", 190, 171)),
     waste=(
         Waste("flash", "answer", "lost", None, "unknown", 1, 0, 12_000_000_000, "unknown"),
-        Waste("flash", "answer", "answered", "low_confidence", "known", 200, 314_159_265_359, 0, "superseded"),
+        Waste("flash", "answer", "answered", "low_confidence", "known", 200, 314_159_265_359, 0, "unsure"),
     ),
     dead_letters_by_reason={"invalid_answer": 14, "too_large": 1},
     distinct_documents=1_000,
@@ -194,10 +194,10 @@ def test_a_lost_cache_says_how_it_was_lost() -> None:
     assert lost == ("$0.0000880: $0.0000800 none of it hit, $0.00000800 a part did",)
 
 
-def test_waste_is_added_up_by_kind_and_superseded_answers_are_named() -> None:
+def test_waste_is_added_up_by_kind_and_unsure_answers_are_named() -> None:
     (part,) = (part for part in report.sections(AUDIT) if part.title == "Waste")
-    assert part.note == "Together: superseded $0.314 (10.00 % of all), unknown at most $0.0120."
-    assert "answered, low confidence, superseded" in rows_of("Waste")
+    assert part.note == "Together: unsure $0.314 (10.00 % of all), unknown at most $0.0120."
+    assert "answered, low confidence" in rows_of("Waste")
 
 
 def test_an_escalation_says_what_one_answer_cost_there_and_its_share() -> None:
@@ -252,8 +252,8 @@ def test_accuracy_before_the_end_says_that_the_unsure_documents_are_missing(stat
 
 def test_what_a_thousand_documents_cost_says_so_where_some_were_reused() -> None:
     names = {reused: report.sections(replace(AUDIT, reused=reused))[0].rows for reused in (0, 40)}
-    assert "per 1,000 documents" in dict(names[0])
-    assert "per 1,000 documents, reused ones too" in dict(names[40])
+    assert "per 1,000 documents that ended" in dict(names[0])
+    assert "per 1,000 documents that ended, reused, too" in dict(names[40])
 
 
 @pytest.mark.parametrize("is_simulated", [True, False])

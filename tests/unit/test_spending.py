@@ -12,7 +12,7 @@ from schemas.spending import Cell, Cost, Sums, at_most
     [
         ("answered", "accepted", "known", None),
         ("answered", "accepted", "unknown", None),  # its usage was missing, and its answer is the result
-        ("answered", "low_confidence", "known", "superseded"),
+        ("answered", "low_confidence", "known", "unsure"),
         ("answered", "invalid_answer", "known", "failed"),
         ("timed_out", None, "unknown", "unknown"),
     ],
