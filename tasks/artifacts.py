@@ -90,12 +90,15 @@ async def show_audit(audit: spend.Audit, proofs: list[Proof], settings: Settings
 async def leave_page(
     settings: Settings, proofs: tuple[Proof, ...] = (), *, run: int | None = None, job: str | None = None
 ) -> list[str]:
-    """Leave the report page where reports are kept, and say where, in markdown; nothing where none are kept."""
+    """Leave the report page where reports are kept, and say where, in markdown; nothing where none are kept.
+
+    It names no document, since whoever sees Prefect's pages may see it.
+    """
     if settings.reports is None:
         return []
     url, book = require_database(settings), load_price_book(settings.prices)
     try:
-        page = await make_page(url, book, run=run, job=job, answer_within_s=REPORT_WITHIN_S)
+        page = await make_page(url, book, run=run, job=job, top=0, answer_within_s=REPORT_WITHIN_S)
         name = f"job-{job}.html" if run is None else f"run-{run}.html"
         place = publish_page(replace(page, proofs=page.proofs or proofs), name, settings)
     except Exception as error:

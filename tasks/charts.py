@@ -206,7 +206,7 @@ def dead_letters(audit: Audit, table: Section) -> Chart:
     return _make(
         ("dead", "lying", "Dead letters by reason"),
         f"{audit.dead_letters:,} of {audit.documents:,} documents ({share(audit.dead_letters, audit.documents)}) "
-        f"ended without a result, most of them by: {names[0][0]}.",
+        f"ended without a result, most often: {names[0][0]}.",
         ("", "documents"),
         names,
         {"documents": counts},

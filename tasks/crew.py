@@ -94,12 +94,12 @@ class Crew:
 
     async def _end(self, numbers: Collection[int], ended: Ended, *, by_force: bool = False) -> None:
         """Take these back, and wait for them no more, whether the cluster could take them back or not."""
+        self._over |= dict.fromkeys(numbers, ended)  # first: one who is interrupted below waits for none of them
         for number in numbers:
             try:
                 await asyncio.to_thread(engines.take_back, self.engine, self.tasks[number], by_force=by_force)
             except Exception as error:  # a cluster that does not answer has nothing to take back
                 log.warning("a lane is not taken back", lane=number, error=type(error).__name__)
-        self._over |= dict.fromkeys(numbers, ended)
 
     def _await(self, number: int) -> Ended | Exception:
         """How the lane ended. A task that is at work may go on after it was taken back: nobody waits for it then."""

@@ -61,7 +61,7 @@ def _outlive_worker() -> None:
     """
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+    loggers = [logging.root, *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
     for handler in {handler for logger in loggers for handler in logger.handlers}:
         if isinstance(handler, PrefectConsoleHandler):
             silence = partial(_silence, handler.console.file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +33,7 @@ from tasks.charts import Chart, spell_instant
 from tasks.ledger import spend
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.proof import Proof, prove
-from tasks.ledger.shapes import Shape, SlowDocument, read_shape
+from tasks.ledger.shapes import SLOWEST, Shape, SlowDocument, read_shape
 from tasks.ledger.spend import Audit, RunSummary
 from tasks.report import Figure, Section, count, money, share
 
@@ -103,7 +104,7 @@ async def make_page(
         async with ledger.transaction() as connection:
             await connection.execute(spend.SNAPSHOT)
             audit = await spend.read_audit(connection, run=run, job=job, by=by, top=top)
-            shape = await read_shape(connection, audit.runs)
+            shape = await read_shape(connection, audit.runs, slowest=SLOWEST if top else 0)
         listed = () if run is not None else tuple(await spend.list_runs(ledger, job))
     return Page(audit, shape, listed, await _prove(url, audit, book, answer_within_s), datetime.now(UTC))
 
@@ -125,7 +126,7 @@ def write_page(page: Page, path: Path) -> int:
         told = f"--by: these are {lines:,} lines, and a page holds {MOST_LINES}"
         raise ConfigurationError(f"{told}; name fewer sides, or write them with --csv")
     html = render(page).encode()
-    half = path.with_name(f".{path.name}.part")
+    half = path.with_name(f".{path.name}.{os.getpid()}.part")  # two may write the same page at once
     try:
         half.write_bytes(html)
         half.replace(path)

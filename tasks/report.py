@@ -618,9 +618,7 @@ def waste(audit: Audit) -> Section:
 
 def _waste_note(audit: Audit) -> str:
     """What each kind of waste came to."""
-    kinds = {
-        kind: [each for each in audit.waste if each.kind == kind] for kind in ("failed", "unsure", "unknown")
-    }
+    kinds = {kind: [each for each in audit.waste if each.kind == kind] for kind in ("failed", "unsure", "unknown")}
     costs = {
         kind: sum(each.cost_pico + each.unknown_pico for each in found) for kind, found in kinds.items() if found
     }

@@ -134,8 +134,8 @@ async def _ask(connection: AsyncConnection, query: TextClause, runs: Sequence[in
     return await connection.execute(text(query.text.replace("= ANY(:runs)", "= :run")), {"run": runs[0], **key})
 
 
-async def read_shape(connection: AsyncConnection, runs: Sequence[int]) -> Shape | None:
-    """How the spend of these runs lies. None where there are no runs."""
+async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: int = SLOWEST) -> Shape | None:
+    """How the spend of these runs lies, with so many of the slowest documents. None where there are no runs."""
     if not runs:
         return None
     span = (await _ask(connection, _SPAN, runs)).one()
@@ -144,7 +144,7 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int]) -> Shape 
     slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
     costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
     confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
-    slowest = (await _ask(connection, _SLOWEST, runs, top=SLOWEST)).mappings()
+    waited = (await _ask(connection, _SLOWEST, runs, top=slowest)).mappings()
     return Shape(
         first=span.first,
         last=span.last,
@@ -153,5 +153,5 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int]) -> Shape 
         costs={row.bucket: row.documents for row in costs},
         confidences=tuple(Sureness(**row) for row in confidences),
         threshold=span.threshold,
-        slowest=tuple(SlowDocument(**row) for row in slowest),
+        slowest=tuple(SlowDocument(**row) for row in waited),
     )

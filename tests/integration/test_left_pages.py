@@ -42,6 +42,9 @@ async def test_pages_are_left_and_named_or_linked_where_something_serves_them(
         "run-1.html": (1, "colours", 8),
         "job-colours.html": (1, "colours", 8),  # its one run
     }
+    for path in (tmp_path / "kept" / "reports").iterdir():  # for all who may see Prefect's pages
+        assert figures(path)["document_costs"]["dearest"] == []  # type: ignore[index]  # it is an object
+        assert "slowest documents" not in path.read_text("utf-8")
 
 
 async def test_no_page_is_no_reason_for_a_flow_to_fail(settings: Settings, tmp_path: Path) -> None:
