@@ -221,12 +221,13 @@ async def test_a_lane_whose_heartbeat_is_overdue_makes_no_intent(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However its heartbeat hangs: here, for good, in a place that nothing gives up."""
+    held = hold_replies(monkeypatch)
 
-    async def hang(_lane: Lane) -> None:
+    async def hang(lane: Lane) -> None:
+        lane._may_come_in.set()  # as its first heartbeat says
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Lane, "_beat", hang)
-    held = hold_replies(monkeypatch)
     working = await Working.start(world, monkeypatch, LeaseTimes(fence_after_s=0.8))
     while not held.count:
         await asyncio.sleep(0.01)
