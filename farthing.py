@@ -904,7 +904,7 @@ def audit(
             return None, listed  # sums of two currencies, or of real and simulated money, would mean nothing
         return await spend.audit(ledger, run=run_id, job=job, by=sides, top=top), listed
 
-    page = None if html is None else _make_page(run_id, job, sides, top, in_sandbox)
+    page = None if html is None else _find_page(run_id, job, sides, top, in_sandbox)
     found, listed = _ask(read, in_sandbox) if page is None else (page.audit, page.runs)
     if found is None:
         _tell_unlike_runs(is_refused=bool(sides))
@@ -948,13 +948,13 @@ def _export(found: Audit, csv: Path | None, parquet: Path | None) -> None:
             tell(f"{path}: {len(found.lines):,} lines, by {', '.join(found.by)}")
 
 
-def _make_page(run_id: int | None, job: str | None, sides: Sequence[Side], top: int, in_sandbox: bool) -> Page:
+def _find_page(run_id: int | None, job: str | None, sides: Sequence[Side], top: int, in_sandbox: bool) -> Page:
     from schemas.pricing import load_price_book
-    from tasks.pages import make_page
+    from tasks.pages import find_page
 
     book = load_price_book(_settings().prices)
     with _ledger_address(in_sandbox) as url:
-        return wait_for(make_page(url, book, run=run_id, job=job, by=sides, top=top))
+        return wait_for(find_page(url, book, run=run_id, job=job, by=sides, top=top))
 
 
 def _write_page(page: Page, path: Path) -> None:

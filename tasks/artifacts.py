@@ -29,7 +29,7 @@ from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.proof import Proof
 from tasks.ledger.runs import Run
-from tasks.pages import make_page, publish_page
+from tasks.pages import find_page, publish_page
 
 log = structlog.get_logger("farthing.artifacts")
 
@@ -98,7 +98,7 @@ async def leave_page(
         return []
     url, book = require_database(settings), load_price_book(settings.prices)
     try:
-        page = await make_page(url, book, run=run, job=job, top=0, answer_within_s=REPORT_WITHIN_S)
+        page = await find_page(url, book, run=run, job=job, top=0, answer_within_s=REPORT_WITHIN_S)
         name = f"job-{job}.html" if run is None else f"run-{run}.html"
         place = publish_page(replace(page, proofs=page.proofs or proofs), name, settings)
     except Exception as error:

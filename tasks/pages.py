@@ -87,7 +87,7 @@ class Part:
     tables: tuple[Section, ...] = ()
 
 
-async def make_page(
+async def find_page(
     url: SecretStr,
     book: PriceBook,
     *,
