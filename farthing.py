@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -41,13 +42,14 @@ if TYPE_CHECKING:
     from schemas.pricing import Price, PriceBook
     from schemas.projections import Polled
     from schemas.public_prices import PublicMap
+    from schemas.reconciliation import Reconciliation
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
     from schemas.spending import Side
     from schemas.statements import Statement
     from tasks.backfills import Plan
     from tasks.bookkeeping import Outcome
-    from tasks.ledger.books import Scope
+    from tasks.ledger.books import Ours, Scope
     from tasks.ledger.connection import Ledger, Role
     from tasks.ledger.proof import Proof
     from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
@@ -133,6 +135,10 @@ LanesOn = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No live view.")]
 Force = Annotated[bool, typer.Option("--force", help="Also while a run uses them.")]
+InCurrency = Annotated[
+    str | None,
+    typer.Option("--currency", metavar="C", help="Of a month: USD or CNY, where the ledger has runs in both."),
+]
 InSandbox = Annotated[bool, typer.Option("--sandbox", help="Use the DeepSeek and the Postgres of this machine.")]
 
 
@@ -1153,6 +1159,7 @@ def verify(
     target: Annotated[
         str | None, typer.Argument(metavar="[JOB|RUN|MONTH]", help="A job's name, a run's number, or a closed month.")
     ] = None,
+    currency: InCurrency = None,
     in_sandbox: InSandbox = False,
     as_json: AsJson = False,
 ) -> None:
@@ -1162,7 +1169,9 @@ def verify(
     from tasks.ledger.connection import PermissionRefused
 
     if target is not None and (month := Month.find(target)) is not None:
-        return _verify_month(month, in_sandbox, as_json)
+        return _verify_month(month, currency, in_sandbox, as_json)
+    if currency is not None:
+        raise ConfigurationError("--currency is for a MONTH, like 2026-11: a run has its own")
     run_id, job = _parse_target(target)
 
     async def find_and_prove(ledger: Ledger) -> Proof:
@@ -1182,13 +1191,15 @@ def verify(
     raise typer.Exit(0 if proof.proved else LedgerMismatch.exit_code)
 
 
-def _verify_month(month: Month, in_sandbox: bool, as_json: bool) -> None:
+def _verify_month(month: Month, currency: str | None, in_sandbox: bool, as_json: bool) -> None:
     """Hold a closed month against its rows; leaves with the exit code."""
     from tasks import bookkeeping
     from tasks.ledger.books import find_checked_month
 
+    stated = None if currency is None else _parse_currency(currency)[0]
+
     async def check(ledger: Ledger) -> Checked:
-        return await find_checked_month(ledger, await _find_scope(ledger, None, month, None, in_sandbox))
+        return await find_checked_month(ledger, await _find_scope(ledger, None, month, stated, in_sandbox))
 
     checked = _ask(check, in_sandbox)
     if as_json:
@@ -1222,6 +1233,9 @@ def reconcile(
         bool,
         typer.Option("--complete", help="The export has all there is: what it does not have was not billed."),
     ] = False,
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Nothing but this ledger used the account on these days.")
+    ] = False,
     csv: Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write every line as CSV.")] = None,
     in_sandbox: InSandbox = False,
     as_json: AsJson = False,
@@ -1229,26 +1243,32 @@ def reconcile(
     """Compare the ledger with the provider's own export, and close unknown attempts by it.
 
     By UTC day, model, kind of token, price and user_id, over the days of a run or all of a month: an export is a sum
-    over all runs of those days. No row is ever changed; running it twice books nothing twice. Exit code 4: lines
-    differ by more than unknown attempts explain.
+    over all runs of those days. No row is ever changed; running it twice books nothing twice. It closes attempts where
+    the export is split by requests' user_id, or is of one --key, or of an account that this ledger used --alone. Exit
+    code 4: lines differ by more than unknown attempts explain.
     """
     from schemas.months import Month
     from tasks import bookkeeping
+    from tasks.ledger import books
     from tasks.ledger.connection import Role
     from tasks.statements import load_statement
 
     statement = load_statement(exports, key)
     month = Month.find(target)
 
-    async def compare(ledger: Ledger, *, booking: bool) -> Outcome:
+    judge = partial(_judge_books, statement=statement, is_complete=complete, is_alone=alone)
+
+    async def compare(ledger: Ledger) -> Outcome:
         run_id, job = (None, None) if month else _parse_target(target)
         run = None if month else run_id or await _find_newest(ledger, job)
-        scope = await _find_scope(ledger, run, month, statement.currency, in_sandbox)
-        return await _compare_books(ledger, scope, statement, is_complete=complete, booking=booking)
+        scope = await _find_scope(ledger, run, month, statement.currency, in_sandbox, has_export=True)
+        ours = await books.find_ours(ledger, scope)
+        found = judge(ours, scope.currency)
+        return bookkeeping.Outcome(scope, statement, ours, found, (), found)
 
-    outcome = _ask(partial(compare, booking=False), in_sandbox)
+    outcome = _ask(compare, in_sandbox)
     if close and outcome.found.closings and _agree_closing(outcome, yes):
-        outcome = _ask(partial(compare, booking=True), in_sandbox, role=Role.BOOKKEEPER)
+        outcome = _ask(partial(_book_agreed, outcome, judge=judge), in_sandbox, role=Role.BOOKKEEPER)
     if csv is not None:
         bookkeeping.write_lines(outcome.after, csv)
         tell(f"{csv}: {len(outcome.after.matches):,} lines")
@@ -1259,29 +1279,37 @@ def reconcile(
     raise typer.Exit(0 if outcome.is_clean else LedgerMismatch.exit_code)
 
 
-async def _compare_books(
-    ledger: Ledger, scope: Scope, statement: Statement, *, is_complete: bool, booking: bool
-) -> Outcome:
-    """The ledger's days against the statement, before and, where it books the closings, after."""
+def _judge_books(
+    ours: Ours, currency: Currency, *, statement: Statement, is_complete: bool, is_alone: bool
+) -> Reconciliation:
+    """The ledger's days against the statement, at the prices of the settings."""
     from schemas.pricing import load_price_book
-    from schemas.reconciliation import Reconciliation
     from schemas.reconciliation import reconcile as compare
-    from tasks.bookkeeping import Outcome
-    from tasks.ledger import books
 
     book = load_price_book(_settings().prices)
+    return compare(
+        ours.booked,
+        ours.unsettled,
+        statement,
+        book,
+        currency,
+        ours.days,
+        is_complete=is_complete,
+        is_alone=is_alone,
+        overridden=ours.overridden,
+    )
 
-    def judge(ours: books.Ours) -> Reconciliation:
-        return compare(
-            ours.booked, ours.unsettled, statement, book, scope.currency, ours.days, is_complete=is_complete
-        )
 
-    ours = await books.find_ours(ledger, scope)
-    found = judge(ours)
-    if not booking:
-        return Outcome(scope, statement, ours, found, (), found)
-    booked = await books.book_closings(ledger, scope, lambda now: judge(now).closings)
-    return Outcome(scope, statement, ours, found, booked, judge(await books.find_ours(ledger, scope)))
+async def _book_agreed(
+    seen: Outcome, ledger: Ledger, *, judge: Callable[[Ours, Currency], Reconciliation]
+) -> Outcome:
+    """Book the closings that were shown and agreed to, and compare again."""
+    from tasks.ledger import books
+
+    scope = seen.scope
+    agreed = seen.found.closings
+    await books.book_closings(ledger, scope, agreed, lambda now: judge(now, scope.currency).closings)
+    return replace(seen, booked=agreed, after=judge(await books.find_ours(ledger, scope), scope.currency))
 
 
 def _agree_closing(outcome: Outcome, is_agreed: bool) -> bool:
@@ -1307,6 +1335,7 @@ def close_month(
     with_unknown: Annotated[
         bool, typer.Option("--with-unknown", help="Although attempts are left that may have been billed.")
     ] = False,
+    currency: InCurrency = None,
     in_sandbox: InSandbox = False,
     as_json: AsJson = False,
 ) -> None:
@@ -1323,9 +1352,10 @@ def close_month(
     wanted = Month.find(month)
     if wanted is None:
         raise ConfigurationError(f"{month!r} is no month: write it like 2026-10")
+    stated = None if currency is None else _parse_currency(currency)[0]
 
     async def order(ledger: Ledger) -> Closed:
-        scope = await _find_scope(ledger, None, wanted, None, in_sandbox)
+        scope = await _find_scope(ledger, None, wanted, stated, in_sandbox)
         return await books.close_month(ledger, scope, with_unknown=with_unknown)
 
     closed = _ask(order, in_sandbox, role=Role.BOOKKEEPER)
@@ -1336,14 +1366,20 @@ def close_month(
 
 
 async def _find_scope(
-    ledger: Ledger, run: int | None, month: Month | None, stated: Currency | None, in_sandbox: bool
+    ledger: Ledger,
+    run: int | None,
+    month: Month | None,
+    stated: Currency | None,
+    in_sandbox: bool,
+    *,
+    has_export: bool = False,
 ) -> Scope:
     """Which money is meant. The sandbox's is simulated, and so is what its address was exported for."""
     from tasks.ledger.books import find_scope
 
     settings = _settings()
     is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
-    return await find_scope(ledger, run, month, stated, is_simulated=is_simulated)
+    return await find_scope(ledger, run, month, stated, is_simulated=is_simulated, has_export=has_export)
 
 
 prices = typer.Typer(name="prices", help="What a token costs, and whether others say the same.", **_OPEN)
@@ -1724,7 +1760,7 @@ async def _ask_at(
 ) -> T:
     from tasks.ledger.connection import Role, opened
 
-    async with opened(url, role or (Role.LANE if as_lane else Role.AUDITOR), pool_size=1) as ledger:
+    async with opened(url, role or (Role.LANE if as_lane else Role.AUDITOR), pool_size=2) as ledger:
         return await question(ledger)
 
 

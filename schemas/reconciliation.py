@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, time, timedelta
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from itertools import accumulate, pairwise, repeat
 
@@ -117,7 +117,8 @@ class Closing:
 class Reconciliation:
     """All lines, the closings that the statement proves, and why the other unknown attempts stay (`left`, by reason).
 
-    `others_pico` is what the statement has of a `user_id` that the ledger never sent.
+    `others_pico` is what the statement has of a `user_id` that the ledger never sent. Of the days that are `doubtful`
+    attempts shared what an export told, and a late reply of one of them showed that it was shared otherwise.
     """
 
     matches: tuple[Match, ...]
@@ -125,6 +126,7 @@ class Reconciliation:
     left: Mapping[str, tuple[Unsettled, ...]]
     others_pico: int
     is_by_user: bool
+    doubtful: tuple[date, ...] = ()
 
     @property
     def ours_pico(self) -> int:
@@ -169,23 +171,44 @@ def reconcile(
     days: Collection[date],
     *,
     is_complete: bool = False,
+    is_alone: bool = False,
+    overridden: Collection[tuple[date, str]] = (),
 ) -> Reconciliation:
     """Compare these days of the ledger with the statement, and say what it closes.
 
-    `is_complete`: its user knows that it has all there is of them, beyond its first and last row.
+    `is_complete`: its user knows that it has all there is of them, beyond its first and last row. `is_alone`: that
+    nothing but this ledger used the account. Else what a statement has beyond the known ones may be of another
+    program, and closes nothing, unless it is of our `user_id` or of one API key. `overridden`: days and price rows of
+    which a late reply overrode what an export had told of an attempt.
     """
     own = {each.user_id for each in booked} | {each.user_id for each in unsettled}
     is_by_user = any(each.user_id in own for each in statement.used)
     theirs, others_pico = _sum_theirs(statement, book, days, own if is_by_user else None)
     ours = _sum_ours(booked, days, is_by_user=is_by_user)
     gaps = {key: theirs.get(key, 0) - ours.get(key, 0) for key in sorted({*ours, *theirs})}
-    terms = _Terms(statement, book, currency, days, is_by_user, is_complete)
+    terms = _Terms(statement, book, currency, days, is_by_user, is_complete, is_alone, overridden)
     closings, left = _close(gaps, unsettled, terms)
     explained = {key for each in closings for key in _slot_of(each, terms).keys}
+    if closings and not terms.is_ours:
+        left = {**left, _WHOSE: tuple(closing.of for closing in closings)}
+        closings = ()
     matches = (
         Match(key, ours.get(key, 0), theirs.get(key, 0), _judge(key, ours, theirs, key in explained)) for key in gaps
     )
-    return Reconciliation(tuple(matches), closings, left, others_pico, is_by_user)
+    made = tuple(matches)
+    odd = {each.key.day for each in made if each.status is not Status.MATCHED}
+    doubtful = tuple(sorted({day for day, _ in overridden if day in odd}))
+    return Reconciliation(made, closings, left, others_pico, is_by_user, doubtful)
+
+
+_NOTHING = Usage(0, 0, 0)
+_OVERRIDDEN = (
+    "a late reply overrode what an export told of that day and price, so that the rest of it may not be theirs"
+)
+_WHOSE = (
+    "the export does not say whether what it has beyond the known ones is theirs or another program's: --key NAME "
+    "takes the API key that only this ledger uses, --alone says that nothing else used the account on these days"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +221,21 @@ class _Terms:
     days: Collection[date]
     is_by_user: bool
     is_complete: bool
+    is_alone: bool
+    overridden: Collection[tuple[date, str]]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody else's tokens are among those that are compared."""
+        return self.is_by_user or self.statement.key is not None or self.is_alone
+
+    @property
+    def source(self) -> str:
+        """The files, and what was said of them that they do not say themselves."""
+        key = [] if self.statement.key is None else [f"API key {self.statement.key}"]
+        alone = ["said to be of this ledger alone"] if self.is_alone else []
+        complete = ["said to be complete"] if self.is_complete else []
+        return ", ".join([*self.statement.sources, *key, *alone, *complete])
 
     def user(self, of: Unsettled | BookedTokens) -> str:
         return of.user_id if self.is_by_user else ""
@@ -263,11 +301,11 @@ class _Left:
     """The attempts that stay unknown, by the reason why, and the days, models and users that they may be of."""
 
     def __init__(self) -> None:
-        self.by_reason: dict[str, tuple[Unsettled, ...]] = {}
+        self.by_reason: dict[str, list[Unsettled]] = {}
         self.touched: set[tuple[date, str, str]] = set()
 
     def add(self, why: str, attempts: Iterable[Unsettled]) -> None:
-        self.by_reason[why] = (*self.by_reason.get(why, ()), *attempts)
+        self.by_reason.setdefault(why, []).extend(attempts)
 
 
 def _close(
@@ -279,13 +317,14 @@ def _close(
     rest = {key: gap for key, gap in gaps.items() if gap}
     for slot, attempts in _place(unsettled, gaps, terms, left).items():
         missing = Usage(*(rest.get(key, 0) for key in slot.keys))
-        shares = _share(missing, attempts, slot.price)
+        is_overridden = (slot.day, slot.price.name) in terms.overridden
+        shares = _OVERRIDDEN if is_overridden and missing != _NOTHING else _share(missing, attempts, slot.price)
         if isinstance(shares, str):
             left.add(shares, attempts)
             continue
         for key in slot.keys:  # another row of that day may have the same price for a bucket
             rest.pop(key, None)
-        evidence = _evidence(slot, missing, len(attempts), terms.statement)
+        evidence = _evidence(slot, missing, len(attempts), terms.source)
         closings += map(Closing, attempts, repeat(slot.price), shares, repeat(slot.day), repeat(evidence))
     differing = {(key.day, key.model, key.user_id) for key in rest}
     for groups, why in (
@@ -295,7 +334,7 @@ def _close(
         if kept := [each.of for each in closings if _group(each, terms) in groups]:
             left.add(why, kept)
             closings = [each for each in closings if _group(each, terms) not in groups]
-    return tuple(closings), left.by_reason
+    return tuple(closings), {why: tuple(attempts) for why, attempts in left.by_reason.items()}
 
 
 def _group(closing: Closing, terms: _Terms) -> tuple[date, str, str]:
@@ -328,14 +367,14 @@ def _refuse(attempt: Unsettled, terms: _Terms) -> str | None:
     start, end = attempt.window
     since, until = terms.statement.since, terms.statement.until
     if attempt.is_open:
-        return "their run may still be at work on them: resume it, or let it end"
+        return "their run is not over, and replies may come yet: resume it, or let it end"
     if not {start.date(), end.date()} <= set(terms.days):
         return "they may be of the next month: reconcile their run by its number, with the exports of both months"
-    if terms.is_complete or (datetime.combine(since, time(), UTC) <= start and end <= until):
+    if terms.is_complete or (since <= start and end <= until):
         return None
     return (
-        f"the export tells of {since:%Y-%m-%d} to {until:%Y-%m-%d %H:%M} UTC, and they may be of another hour: "
-        "export again, or say --complete if it has all there is"
+        f"the export is sure to have all of {since:%Y-%m-%d %H:%M} to {until:%Y-%m-%d %H:%M} UTC, for its last row "
+        "may not have been over, and they may be of another hour: export again, or say --complete if it has all"
     )
 
 
@@ -371,14 +410,14 @@ def _share(missing: Usage, attempts: Sequence[Unsettled], price: Price) -> list[
 
 def _split(tokens: int, weights: Sequence[int]) -> list[int]:
     """Whole numbers that add up to `tokens`, in proportion to the weights."""
-    ends = [0, *(tokens * so_far // max(1, sum(weights)) for so_far in accumulate(weights))]
+    total = max(1, sum(weights))
+    ends = [0, *(tokens * so_far // total for so_far in accumulate(weights))]
     return [end - start for start, end in pairwise(ends)]
 
 
-def _evidence(slot: _Slot, missing: Usage, attempts: int, statement: Statement) -> str:
+def _evidence(slot: _Slot, missing: Usage, attempts: int, source: str) -> str:
     of = f" of {slot.user_id}" if slot.user_id else ""
     tokens = f"{missing.hit} hit, {missing.miss} miss and {missing.output} output tokens"
-    what = tokens if missing != Usage(0, 0, 0) else "nothing"
+    what = tokens if missing != _NOTHING else "nothing"
     shared = "" if attempts == 1 else f", shared by {attempts} attempts in proportion to what was reserved"
-    where = ", ".join(statement.sources)
-    return f"{where}: on {slot.day} (UTC){of} at {slot.price.name} {what} beyond the known{shared}"
+    return f"{source}: on {slot.day} (UTC){of} at {slot.price.name} {what} beyond the known{shared}"

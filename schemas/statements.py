@@ -75,11 +75,15 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Statement:
-    """All files of an export together. `sources` names each file that was given, with its SHA-256."""
+    """All files of an export together, or what an API key (`key`) used of it.
+
+    `sources` names each file that was given, with its SHA-256.
+    """
 
     used: tuple[Used, ...]
     charged: tuple[Charged, ...]
     sources: tuple[str, ...] = ()
+    key: str | None = None
 
     @property
     def currency(self) -> Currency | None:
@@ -99,8 +103,9 @@ class Statement:
 
     @property
     def until(self) -> datetime:
-        """When its last row ends: of what happened later it says nothing."""
-        return max(each.period.end for each in self.used)
+        """When its last row begins: an hour, or a day, that was not over when it was exported has more to come."""
+        last = max(each.period.start for each in self.used)
+        return min(each.period.start for each in self.used if each.period.end > last)
 
 
 def read_statement(sheets: Iterable[Sheet], sources: Sequence[str] = (), key: str | None = None) -> Statement:
@@ -124,7 +129,7 @@ def read_statement(sheets: Iterable[Sheet], sources: Sequence[str] = (), key: st
         known = ", ".join(sorted({each.key or "no name" for each in used}))
         raise ConfigurationError(f"--key: the export has nothing of an API key {key!r}; it knows {known[:200]}")
     kept = tuple(each for each in used if key is None or each.key == key)
-    return Statement(kept, tuple(charged), tuple(sources))
+    return Statement(kept, tuple(charged), tuple(sources), key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,12 @@ def _next(outcome: Outcome) -> list[RenderableType]:
         pico = _exact(after.closed_pico, outcome.scope.currency)
         runs = ", ".join(map(str, sorted({each.of.run for each in after.closings})))
         told += [f"{len(after.closings)} unknown attempts of run {runs} were billed {pico}: --close books that"]
-    if not after.is_clean:
+    told += [
+        f"{day}: a reply came late for an attempt that an export had closed together with others. What it says "
+        "counts; the shares of the others are booked for good, and the day's sum is off by the lines above"
+        for day in after.doubtful
+    ]
+    if not after.is_clean and not after.doubtful:
         told += [
             "where the export has more: does another program use this account (--key NAME leaves it out)? "
             "where the ledger has more: is the export of the whole day, and of this account?"
@@ -167,6 +172,7 @@ def reconciliation_json(outcome: Outcome) -> dict[str, Any]:
             "cost_pico": sum(each.amount_pico for each in outcome.booked),
             "runs": sorted({each.of.run for each in outcome.booked}),
         },
+        "doubtful_days": [str(day) for day in after.doubtful],
         "left": [{"why": why, "attempts": len(attempts)} for why, attempts in after.left.items()],
         "lines": [_line_json(each) for each in after.matches],
     }

@@ -2,7 +2,8 @@
 
 Why: an unknown attempt is closed by a row of `cost_adjustment` that says, with its evidence, what the provider billed:
 tokens of the three buckets times a price row, like any other cost. So it counts like one in every view, unless a reply
-comes late, which knows better. A row without an attempt stays what it was: a correction beside the cost. `booked` is every
+comes late, which knows better. A row without a price stays what it was, also one that
+names an attempt, as was possible before: a correction beside the cost. `booked` is every
 row of booked cost with the day it belongs to, `unsettled` what nobody knows the cost of. `month_close` keeps what a month
 came to when it was closed. Who may write either is a role of its own, `farthing_bookkeeper`: a lane never corrects itself.
 Code from before this migration runs on: it books no adjustment.
@@ -24,11 +25,12 @@ ALTER TABLE cost_adjustment
     ADD COLUMN adjusted_by text;
 ALTER TABLE cost_adjustment
     ALTER COLUMN adjusted_by SET DEFAULT session_user,
-    ADD FOREIGN KEY (run_id, document_no, attempt_no) REFERENCES attempt_intent,
-    ADD CHECK (attempt_no IS NULL OR num_nulls(document_no, price_id, hit, miss, output, billed_on) = 0);
-CREATE UNIQUE INDEX cost_adjustment_once ON cost_adjustment (run_id, document_no, attempt_no);
-COMMENT ON TABLE cost_adjustment IS 'Booked cost that no reply told, with its evidence: rows are never edited. With an attempt:
-what an unknown one was billed, tokens times a price row, once; a late reply overrides it. Without: a correction';
+    ADD FOREIGN KEY (run_id, document_no, attempt_no) REFERENCES attempt_intent NOT VALID,
+    ADD CHECK (num_nulls(document_no, attempt_no, price_id, hit, miss, output, billed_on) = 0
+               OR num_nonnulls(attempt_no, price_id, hit, miss, output) = 0) NOT VALID;
+CREATE UNIQUE INDEX cost_adjustment_once ON cost_adjustment (run_id, document_no, attempt_no) WHERE price_id IS NOT NULL;
+COMMENT ON TABLE cost_adjustment IS 'Booked cost that no reply told, with its evidence: rows are never edited. With a price: what
+an unknown attempt was billed, tokens times a price row, once; a late reply overrides it. Without: a correction';
 COMMENT ON COLUMN cost_adjustment.billed_on IS 'The UTC day that the provider billed it';
 COMMENT ON COLUMN cost_adjustment.adjusted_by IS 'The login that wrote it; null: before that was kept';
 
@@ -63,6 +65,21 @@ GRANT INSERT (month, is_simulated, currency, attempts, cost, unknown_attempts, u
     ON month_close TO farthing_bookkeeper;
 """
 
+# Until it ends its transaction, nobody books cost: what is recorded by this instant is there for any later snapshot, and
+# what is not has a later one. Lanes wait for it meanwhile, so it does not wait long itself.
+QUIET = """
+CREATE FUNCTION quiet_instant() RETURNS timestamptz LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    PERFORM set_config('lock_timeout', '5s', true);
+    LOCK TABLE farthing.attempt_outcome, farthing.cost_adjustment IN SHARE MODE;
+    RETURN clock_timestamp();
+END $$;
+COMMENT ON FUNCTION quiet_instant() IS 'An instant at which nobody was writing booked cost. Ask in a transaction of its own';
+REVOKE ALL ON FUNCTION quiet_instant() FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION quiet_instant() TO farthing_bookkeeper;
+"""
+
 # Of an attempt without a known cost the adjustment counts. Its cost is then as known as any.
 VIEWS = """
 CREATE OR REPLACE VIEW attempt AS
@@ -82,7 +99,7 @@ JOIN run r USING (run_id)
 LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
 LEFT JOIN cost_adjustment c ON c.run_id = i.run_id AND c.document_no = i.document_no AND c.attempt_no = i.attempt_no
-                           AND o.cost IS NULL
+                           AND c.price_id IS NOT NULL AND o.cost IS NULL
 LEFT JOIN price p ON p.price_id = coalesce(o.price_id, c.price_id)
 LEFT JOIN price q ON q.price_id = i.price_id;
 COMMENT ON VIEW attempt IS 'One row per HTTP request; unknown_pico is the most an unknown or open one can cost. With evidence:
@@ -110,7 +127,7 @@ JOIN price q ON q.price_id = i.price_id
 LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
 LEFT JOIN cost_adjustment c ON c.run_id = i.run_id AND c.document_no = i.document_no AND c.attempt_no = i.attempt_no
-                           AND o.cost IS NULL
+                           AND c.price_id IS NOT NULL AND o.cost IS NULL
 LEFT JOIN price p ON p.price_id = coalesce(o.price_id, c.price_id)
 GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11;
 
@@ -121,7 +138,8 @@ SELECT i.run_id, i.document_no, count(*) AS attempts, coalesce(sum(coalesce(o.co
 FROM attempt_intent i
 LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
+LEFT JOIN cost_adjustment c ON c.run_id = i.run_id AND c.document_no = i.document_no AND c.attempt_no = i.attempt_no
+                           AND c.price_id IS NOT NULL
 GROUP BY i.run_id, i.document_no;
 
 CREATE OR REPLACE VIEW escalation AS
@@ -143,7 +161,8 @@ FROM (
     JOIN run s USING (run_id)
     LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
     LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-    LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
+    LEFT JOIN cost_adjustment c ON c.run_id = i.run_id AND c.document_no = i.document_no AND c.attempt_no = i.attempt_no
+                           AND c.price_id IS NOT NULL
     WHERE i.tier <> s.policy -> 'ladder' ->> 0
     WINDOW on_tier AS (PARTITION BY i.run_id, i.document_no, i.tier)
 ) e
@@ -190,7 +209,7 @@ LEFT JOIN LATERAL (
     FROM attempt x WHERE x.run_id = r.run_id
 ) a ON true
 LEFT JOIN LATERAL (
-    SELECT sum(amount) AS adjusted_pico FROM cost_adjustment c WHERE c.run_id = r.run_id AND c.attempt_no IS NULL
+    SELECT sum(amount) AS adjusted_pico FROM cost_adjustment c WHERE c.run_id = r.run_id AND c.price_id IS NULL
 ) j ON true;
 
 CREATE OR REPLACE VIEW run_overview AS
@@ -205,9 +224,9 @@ SELECT r.run_id, r.job, r.state, r.reason, r.currency, r.is_simulated, r.prompt_
 FROM run r
 JOIN budget b USING (budget_id)
 CROSS JOIN LATERAL (
-    SELECT sum(c.amount) FILTER (WHERE c.attempt_no IS NULL) AS adjusted_pico,
-           sum(c.amount) FILTER (WHERE c.attempt_no IS NOT NULL AND o.cost IS NULL) AS closed_pico,
-           sum(u.bound) FILTER (WHERE o.cost IS NULL) AS closed_bound_pico
+    SELECT sum(c.amount) FILTER (WHERE c.price_id IS NULL) AS adjusted_pico,
+           sum(c.amount) FILTER (WHERE c.price_id IS NOT NULL AND o.cost IS NULL) AS closed_pico,
+           sum(u.bound) FILTER (WHERE c.price_id IS NOT NULL AND o.cost IS NULL) AS closed_bound_pico
     FROM cost_adjustment c
     LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
     LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
@@ -226,10 +245,10 @@ LEFT JOIN price p USING (price_id)
 WHERE o.cost IS NOT NULL
 UNION ALL
 SELECT c.run_id, r.job, v.ladder -> 0 -> 'parameters' ->> 'user_id', r.currency, r.is_simulated,
-       CASE WHEN c.attempt_no IS NULL THEN 'correction' ELSE 'export' END, coalesce(c.document_no, -1),
-       coalesce(c.attempt_no, c.adjustment_id), coalesce(c.billed_on, (c.adjusted_at AT TIME ZONE 'UTC')::date),
+       CASE WHEN c.price_id IS NULL THEN 'correction' ELSE 'export' END, coalesce(c.document_no, -1),
+       CASE WHEN c.price_id IS NULL THEN c.adjustment_id ELSE c.attempt_no END, coalesce(c.billed_on, (c.adjusted_at AT TIME ZONE 'UTC')::date),
        p.name, p.model, p.hit_pico, p.miss_pico, p.output_pico, c.hit, c.miss, c.output, c.amount,
-       c.adjusted_at, CASE WHEN o.cost IS NOT NULL THEN o.recorded_at END
+       c.adjusted_at, CASE WHEN c.price_id IS NOT NULL AND o.cost IS NOT NULL THEN o.recorded_at END
 FROM cost_adjustment c
 JOIN run r USING (run_id)
 JOIN prompt_version v USING (prompt_version)
@@ -249,7 +268,8 @@ JOIN prompt_version v USING (prompt_version)
 JOIN price q ON q.price_id = i.price_id
 LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
+LEFT JOIN cost_adjustment c ON c.run_id = i.run_id AND c.document_no = i.document_no AND c.attempt_no = i.attempt_no
+                           AND c.price_id IS NOT NULL
 LEFT JOIN LATERAL (
     SELECT x.sent_at - y.intended_at AS ahead
     FROM attempt_outcome x JOIN attempt_intent y USING (run_id, document_no, attempt_no)
@@ -271,7 +291,7 @@ GRANT SELECT ON run_overview TO farthing_bookkeeper;
 
 def upgrade() -> None:
     op.execute("SET LOCAL search_path TO farthing")
-    for part in (TABLES, RIGHTS, VIEWS):
+    for part in (TABLES, RIGHTS, QUIET, VIEWS):
         op.execute(part)
 
 

@@ -1,13 +1,14 @@
 """The books: booked cost by day and month, what an export closes, and months that are closed.
 
 Reading needs an auditor. Booking a closing or closing a month is the bookkeeper's, one at a time: whoever comes
-second waits, reads what the first has written, and has nothing left to write.
+second waits, reads what the first has written, and writes nothing that was written already.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -26,6 +27,7 @@ from tasks.ledger.runs import SUM_UP, register_prices
 
 _ALONE = text("SELECT pg_advisory_xact_lock(hashtext('farthing books'))")
 _SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+_WRITING_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 _RUN = text("SELECT currency, is_simulated FROM run_overview WHERE run_id = :run")
 
@@ -42,17 +44,27 @@ _BOOKED = text("""
     GROUP BY day, user_id, price, model, hit_pico, miss_pico, output_pico
 """)
 
+#: What an export told of an attempt, and a later reply told otherwise.
+_OVERRIDDEN = text("""
+    SELECT DISTINCT day, price FROM booked
+    WHERE day = ANY(:days) AND is_simulated = :is_simulated AND currency = :currency AND source = 'export'
+      AND overridden_at IS NOT NULL
+""")
+
+#: Replies of a run that is paused may wait in a file, until it is resumed.
 _UNSETTLED = text("""
     SELECT run_id, document_no, attempt_no, user_id, model, bound_pico, placed_at,
-           is_open OR state = 'running' AS is_open
-    FROM unsettled WHERE is_simulated = :is_simulated AND currency = :currency
+           is_open OR state IN ('running', 'paused') AS is_open
+    FROM unsettled
+    WHERE is_simulated = :is_simulated AND currency = :currency
+      AND (CAST(:first AS date) IS NULL
+           OR placed_at BETWEEN CAST(:first AS date) - interval '1 day' AND CAST(:next AS date) + interval '1 day')
 """)
 
 _INSERT = text("""
     INSERT INTO cost_adjustment (run_id, document_no, attempt_no, amount, evidence, billed_on, price_id, hit, miss,
                                  output)
     VALUES (:run_id, :document_no, :attempt_no, :amount, :evidence, :billed_on, :price_id, :hit, :miss, :output)
-    ON CONFLICT DO NOTHING
 """)
 
 #: A closing counts until a late reply overrides it; seen from `until`, a reply of later has not come yet.
@@ -95,7 +107,7 @@ _UNKNOWN_IN_MONTH = text("""
       AND (placed_at AT TIME ZONE 'UTC')::date >= :first AND (placed_at AT TIME ZONE 'UTC')::date < :next
 """)
 
-_NOW = text("SELECT clock_timestamp()")
+_QUIET = text("SELECT quiet_instant()")
 
 _CLOSE = text("""
     INSERT INTO month_close (month, is_simulated, currency, attempts, cost, unknown_attempts, unknown, runs, digest,
@@ -126,14 +138,21 @@ class Ours:
     days: frozenset[date]
     booked: tuple[BookedTokens, ...]
     unsettled: tuple[Unsettled, ...]
+    overridden: frozenset[tuple[date, str]] = frozenset()
 
 
 async def find_scope(
-    ledger: Ledger, run: int | None, month: Month | None, stated: Currency | None, *, is_simulated: bool
+    ledger: Ledger,
+    run: int | None,
+    month: Month | None,
+    stated: Currency | None,
+    *,
+    is_simulated: bool,
+    has_export: bool,
 ) -> Scope:
     """The currency of a run or a month, and whether it is simulated. Raises ConfigurationError where it is not clear.
 
-    `stated` is the currency that an export is in, where it says so.
+    `stated` is the currency that an export is in, where there is one and it says so, or that a user asked for.
     """
     async with ledger.transaction() as connection:
         if run is not None:
@@ -148,9 +167,12 @@ async def find_scope(
         raise ConfigurationError(
             f"the export is in {stated}, and the ledger has {runs}: sums are never converted; export the wallet that "
             "pays for them"
+            if has_export
+            else f"--currency {stated}: the ledger has {runs}"
         )
     if stated is None and len(found) != 1:
-        raise ConfigurationError(f"the ledger has {runs}: give the cost-….csv, too, which says what the export is in")
+        which = "give the cost-….csv, too, which says what the export is in" if has_export else "say --currency C"
+        raise ConfigurationError(f"the ledger has {runs}: {which}")
     return Scope(run, month, stated or Currency(found.pop()), is_simulated)
 
 
@@ -166,12 +188,19 @@ async def _find_ours(connection: AsyncConnection, scope: Scope) -> Ours:
     unsettled = [
         Unsettled(row.run_id, row.document_no, row.attempt_no, row.user_id, row.model, row.bound_pico,
                   row.placed_at.astimezone(UTC), row.is_open)
-        for row in await connection.execute(_UNSETTLED, key)
+        for row in await connection.execute(_UNSETTLED, key | _bounds(scope))
     ]  # fmt: skip
     days = await _find_days(connection, scope, unsettled)
     booked = await connection.execute(_BOOKED, key | {"days": list(days)})
     near = tuple(each for each in unsettled if not days.isdisjoint(_days_of(each)))
-    return Ours(days, tuple(map(_read_booked, booked)), near)
+    overridden = await connection.execute(_OVERRIDDEN, key | {"days": list(days)})
+    return Ours(days, tuple(map(_read_booked, booked)), near, frozenset((row.day, row.price) for row in overridden))
+
+
+def _bounds(scope: Scope) -> dict[str, date | None]:
+    """The days that unknown attempts are looked for around; those of a run, wherever they lead."""
+    month = scope.month
+    return {"first": None, "next": None} if month is None else {"first": month.first, "next": month.next.first}
 
 
 def _read_booked(row: Row[Any]) -> BookedTokens:
@@ -197,21 +226,34 @@ def _days_of(attempt: Unsettled) -> set[date]:
     return {instant.date() for instant in attempt.window}
 
 
-async def book_closings(
-    ledger: Ledger, scope: Scope, prove: Callable[[Ours], Sequence[Closing]]
-) -> tuple[Closing, ...]:
-    """Close the unknown attempts that `prove` finds proved, each by one row, and return those.
+@asynccontextmanager
+async def _alone(ledger: Ledger) -> AsyncIterator[None]:
+    """Nobody else keeps books meanwhile. A transaction that begins in the block sees all that the last one wrote."""
+    async with ledger.transaction() as guard:
+        await guard.execute(_ALONE)
+        yield
 
-    Read again once nobody else is booking: of two who do this at once, the second finds nothing left to close.
+
+async def book_closings(
+    ledger: Ledger, scope: Scope, agreed: Sequence[Closing], prove: Callable[[Ours], Sequence[Closing]]
+) -> None:
+    """Close the unknown attempts that were agreed to, each by one row.
+
+    Raises ConfigurationError, with nothing booked, where `prove` finds others by now: somebody else booked, or a
+    reply came.
     """
-    prices = await register_prices(ledger, _prices(prove(await find_ours(ledger, scope))))
-    async with ledger.transaction("book_closings") as connection:
-        await connection.execute(_ALONE)
-        closings = tuple(each for each in prove(await _find_ours(connection, scope)) if each.price.name in prices)
-        if closings:
-            await connection.execute(_INSERT, [_row(each, prices[each.price.name]) for each in closings])
-            await connection.execute(SUM_UP, [{"run_id": run} for run in {each.of.run for each in closings}])
-        return closings
+    if not agreed:
+        return
+    prices = await register_prices(ledger, _prices(agreed))
+    async with _alone(ledger), ledger.transaction("book_closings") as connection:
+        await connection.execute(_WRITING_SNAPSHOT)
+        if set(prove(await _find_ours(connection, scope))) != set(agreed):
+            raise ConfigurationError(
+                "what the export proves is not what it was a moment ago, for the ledger has changed: nothing was "
+                "booked; run it again"
+            )
+        await connection.execute(_INSERT, [_row(each, prices[each.price.name]) for each in agreed])
+        await connection.execute(SUM_UP, [{"run_id": run} for run in {each.of.run for each in agreed}])
 
 
 def _prices(closings: Sequence[Closing]) -> list[Price]:
@@ -240,22 +282,34 @@ async def close_month(ledger: Ledger, scope: Scope, *, with_unknown: bool) -> Cl
     unless `with_unknown`, where attempts of unknown cost are left.
     """
     month = _require_month(scope)
-    async with ledger.transaction("close_month") as connection:
-        await connection.execute(_ALONE)
-        if (closed := await _find_closed(connection, scope)) is not None:
-            raise ConfigurationError(
-                f"{month} was closed by {closed.closed_by} on {closed.closed_at:%Y-%m-%d %H:%M} UTC; "
-                f"`farthing verify {month}` says what came since"
-            )
-        now: datetime = (await connection.execute(_NOW)).scalar_one()
-        if now < month.end:
-            raise ConfigurationError(f"{month} is not over before {month.end:%Y-%m-%d %H:%M} UTC: close it then")
-        books = await _read_books(connection, scope, now)
-        await _refuse_unknown(connection, scope, books, with_unknown=with_unknown)
-        await connection.execute(_CLOSE, _close_row(books, now))
-        closed = await _find_closed(connection, scope)
+    async with _alone(ledger):
+        until = await _find_quiet_instant(ledger)
+        async with ledger.transaction("close_month") as connection:
+            await connection.execute(_WRITING_SNAPSHOT)
+            await _refuse_closed(connection, scope)
+            if until < month.end:
+                raise ConfigurationError(f"{month} is not over before {month.end:%Y-%m-%d %H:%M} UTC: close it then")
+            books, is_open = await _read_books(connection, scope, until)
+            _refuse_unknown(books, is_open=is_open, with_unknown=with_unknown)
+            await connection.execute(_CLOSE, _close_row(books, until))
+            closed = await _find_closed(connection, scope)
     assert closed is not None
     return closed
+
+
+async def _find_quiet_instant(ledger: Ledger) -> datetime:
+    """An instant at which nobody was writing booked cost: a snapshot of later has all rows recorded until then."""
+    async with ledger.transaction() as connection:
+        instant: datetime = (await connection.execute(_QUIET)).scalar_one()
+        return instant
+
+
+async def _refuse_closed(connection: AsyncConnection, scope: Scope) -> None:
+    if (closed := await _find_closed(connection, scope)) is not None:
+        raise ConfigurationError(
+            f"{scope.month} was closed by {closed.closed_by} on {closed.closed_at:%Y-%m-%d %H:%M} UTC; "
+            f"`farthing verify {scope.month}` says what came since"
+        )
 
 
 def _require_month(scope: Scope) -> Month:
@@ -279,9 +333,8 @@ def _close_row(books: Books, until: datetime) -> dict[str, Any]:
     }
 
 
-async def _refuse_unknown(connection: AsyncConnection, scope: Scope, books: Books, *, with_unknown: bool) -> None:
-    found = (await connection.execute(_UNKNOWN_IN_MONTH, _month_key(scope))).one()
-    if found.is_open:
+def _refuse_unknown(books: Books, *, is_open: bool, with_unknown: bool) -> None:
+    if is_open:
         raise ConfigurationError(
             f"a run is not done with attempts of {books.month}: let it end or resume it (`farthing audit` lists runs)"
         )
@@ -301,7 +354,7 @@ async def find_checked_month(ledger: Ledger, scope: Scope) -> Checked:
         closed = await _find_closed(connection, scope)
         if closed is None:
             raise ConfigurationError(f"the books of {month} are open: `farthing close {month}` closes them")
-        then = await _read_books(connection, scope, closed.until)
+        then, _ = await _read_books(connection, scope, closed.until)
         late = (await connection.execute(_LATE, _month_key(scope) | {"until": closed.until})).mappings()
         return Checked(closed, then, tuple(Late(row["run"], int(row["rows"]), int(row["cost_pico"])) for row in late))
 
@@ -316,11 +369,12 @@ def _month_key(scope: Scope) -> dict[str, Any]:
     }
 
 
-async def _read_books(connection: AsyncConnection, scope: Scope, until: datetime) -> Books:
+async def _read_books(connection: AsyncConnection, scope: Scope, until: datetime) -> tuple[Books, bool]:
+    """The books, and whether a run is not done with some attempt of the month."""
     key = _month_key(scope)
     rows = (await connection.execute(_MONTH, key | {"until": until})).all()
     unknown = (await connection.execute(_UNKNOWN_IN_MONTH, key)).one()
-    return Books(
+    books = Books(
         _require_month(scope),
         scope.is_simulated,
         scope.currency,
@@ -328,6 +382,7 @@ async def _read_books(connection: AsyncConnection, scope: Scope, until: datetime
         unknown.attempts,
         int(unknown.bound),
     )
+    return books, unknown.is_open
 
 
 async def _find_closed(connection: AsyncConnection, scope: Scope) -> Closed | None:

@@ -246,7 +246,7 @@ CLAIMS: Mapping[str, Claim] = {
             JOIN run r USING (run_id)
             LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
             LEFT JOIN price p USING (price_id)
-            WHERE c.run_id = :run_id AND c.attempt_no IS NOT NULL
+            WHERE c.run_id = :run_id AND num_nonnulls(c.price_id, c.hit, c.miss, c.output) > 0
               AND (u.bound IS NULL OR p.currency IS DISTINCT FROM r.currency OR c.evidence = '' OR c.amount > u.bound
                    OR c.amount IS DISTINCT FROM c.hit::numeric * p.hit_pico + c.miss::numeric * p.miss_pico
                                                 + c.output::numeric * p.output_pico)
@@ -287,7 +287,8 @@ CLAIMS: Mapping[str, Claim] = {
                 FROM attempt_intent i
                 LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
                 LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-                LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
+                LEFT JOIN (SELECT * FROM cost_adjustment WHERE price_id IS NOT NULL) c
+                    USING (run_id, document_no, attempt_no)
                 WHERE i.run_id = :run_id
             ) s
             WHERE c.run_id = :run_id

@@ -33,7 +33,7 @@ from tasks.ledger.rows import create_incoming
 #: Class 08 is a broken connection, 57P0x a server going down or coming up, 40001/40P01 a lost race: try again.
 #: None means that the client saw the connection break before any code came.
 #: 25P03 is the server ending a transaction that we left idle.
-_PASSING = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "40001", "40P01")
+_PASSING = ("08", "57P01", "57P02", "57P03", "57P05", "25P03", "40001", "40P01", "55P03")
 #: A value that Postgres refuses: the row's fault, not the server's.
 _POISON = ("22", "23514", "54")
 

@@ -229,7 +229,8 @@ QUERIES = {
         FROM attempt_intent i
         LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
         LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-        LEFT JOIN cost_adjustment c USING (run_id, document_no, attempt_no)
+        LEFT JOIN (SELECT * FROM cost_adjustment WHERE price_id IS NOT NULL) c
+            USING (run_id, document_no, attempt_no)
         WHERE $only ORDER BY run_id, document_no, attempt_no
     """,
     "files": "SELECT * FROM input_file WHERE $only ORDER BY run_id, file_no",

@@ -130,19 +130,22 @@ def test_after_every_fault_an_export_leaves_nothing_unknown_and_nothing_off(
     killed = play(stage)
     assert killed > 0
     assert stage.violations() == [], stage.told()
-    lines, cost, known = audited(stage)
-    assert (lines, cost) == billed(stage, known_to=known)
+    lines, cost, attempts = audited(stage)
+    assert (lines, cost) == billed(stage, known_to=attempts)
     _, before = farthing("audit", str(stage.run_id))
     assert before["cost_pico"] == cost
     assert before["unknown_attempts"] > 3
     export = stage.root / "usage_data_2026-09.zip"
     export.write_bytes(export_month(bill_path(stage.root), "2026-09", by_request=by_request))
     rows = stage.snapshot()
+    known = ["--complete", *([] if by_request else ["--alone"])]  # the bill is at rest, and the sandbox ours
 
-    code, found = farthing("reconcile", str(stage.run_id), str(export))
+    code, found = farthing("reconcile", str(stage.run_id), str(export), *known)
     assert (code, found["closed"]["attempts"], found["closable"]["attempts"]) == (0, 0, before["unknown_attempts"])
     assert stage.snapshot() == rows
-    code, found = farthing("reconcile", "2026-09", str(export), "--close", "--yes")
+    code, found = farthing("reconcile", str(stage.run_id), str(export), "--complete")
+    assert (found["closable"]["attempts"] > 0) is by_request
+    code, found = farthing("reconcile", "2026-09", str(export), "--close", "--yes", *known)
     assert (code, found["closed"]["attempts"], found["off_pico"]) == (0, before["unknown_attempts"], 0)
     assert {line["status"] for line in found["lines"]} == {"matched"}
     assert found["by_user_id"] is by_request
@@ -156,7 +159,7 @@ def test_after_every_fault_an_export_leaves_nothing_unknown_and_nothing_off(
     assert [str(each) for each in check(stage.database_url, bill_path(stage.root)) if each.invariant != "I9"] == []
     assert stage.violations(rows) == []
     assert farthing("verify", str(stage.run_id))[1]["proved"]
-    code, again = farthing("reconcile", "2026-09", str(export), "--close", "--yes")
+    code, again = farthing("reconcile", "2026-09", str(export), "--close", "--yes", *known)
     assert (code, again["closed"]["attempts"], again["unknown_attempts"]) == (0, 0, 0)
     assert farthing("close", "2026-09")[1]["cost_pico"] == total[1]
     assert farthing("verify", "2026-09")[1]["proved"]

@@ -23,7 +23,7 @@ from schemas.attempts import RunId, Usage
 from schemas.errors import ConfigurationError
 from schemas.money import Currency
 from schemas.months import Month
-from schemas.reconciliation import Closing, Status, reconcile
+from schemas.reconciliation import Closing, Reconciliation, Status, reconcile
 from schemas.statements import Bucket, Statement
 from schemas.whatif import Scenario, reprice
 from tasks.failpoints import KILLED, VARIABLE
@@ -63,6 +63,14 @@ def export(path: Path, used: Sequence[tuple[tuple[str, tuple[int, int, int]], Us
     return load_statement([path])
 
 
+#: A reply to the lost attempt of document 4.
+LATE_REPLY = """
+    INSERT INTO attempt_outcome SELECT run_id, 4, 1, signal, verdict, http_status, finish_reason, sent_at, completed_at,
+                                       hit, miss, output, reasoning, price_id, cost
+    FROM attempt_outcome WHERE document_no = 0
+"""
+
+
 @pytest.fixture
 async def happened(ledger: Ledger) -> None:
     """The usual run, in September by the provider's clock, whatever this machine's says."""
@@ -70,12 +78,30 @@ async def happened(ledger: Ledger) -> None:
 
 
 def judge(statement: Statement, scope: Scope = RUN) -> Callable[[Ours], Sequence[Closing]]:
-    return lambda ours: reconcile(ours.booked, ours.unsettled, statement, BOOK, scope.currency, ours.days).closings
+    return lambda ours: compare(ours, statement, scope).closings
+
+
+def compare(ours: Ours, statement: Statement, scope: Scope = RUN) -> Reconciliation:
+    """With an export that is known to have all of its hour, of an account that nobody else uses."""
+    return reconcile(
+        ours.booked,
+        ours.unsettled,
+        statement,
+        BOOK,
+        scope.currency,
+        ours.days,
+        is_complete=True,
+        is_alone=True,
+        overridden=ours.overridden,
+    )
 
 
 async def close(url: str, statement: Statement, scope: Scope = RUN) -> tuple[Closing, ...]:
+    """Find what is proved, agree, and book it."""
     async with opened(SecretStr(url), Role.BOOKKEEPER) as ledger:
-        return await books.book_closings(ledger, scope, judge(statement, scope))
+        agreed = tuple(judge(statement, scope)(await books.find_ours(ledger, scope)))
+        await books.book_closings(ledger, scope, agreed, judge(statement, scope))
+        return agreed
 
 
 @dataclass(frozen=True)
@@ -125,8 +151,14 @@ async def test_what_the_export_has_beyond_the_known_closes_the_unknown_to_the_pi
 @pytest.mark.usefixtures("happened")
 async def test_who_reconciles_twice_or_at_once_books_once(ledger_url: str, tmp_path: Path) -> None:
     statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
-    booked = await asyncio.gather(*(close(ledger_url, statement) for _ in range(5)))
-    assert sorted(len(each) for each in booked) == [0, 0, 0, 0, 2]
+    async with opened(SecretStr(ledger_url), Role.BOOKKEEPER, pool_size=10) as ledger:
+        prove = judge(statement)
+        agreed = prove(await books.find_ours(ledger, RUN))
+        booking = [books.book_closings(ledger, RUN, agreed, prove) for _ in range(5)]
+        came = await asyncio.gather(*booking, return_exceptions=True)
+    refused = [str(each) for each in came if isinstance(each, ConfigurationError)]
+    assert (came.count(None), ["nothing was booked; run it again" in each for each in refused]) == (1, 4 * [True])
+    assert value(ledger_url, "SELECT count(*) FROM cost_adjustment") == 2
     assert await close(ledger_url, statement) == ()
     assert await look(ledger_url) == Seen(5 * COST + PRO_COST + LOST_COST, 0, 0, True)
 
@@ -167,16 +199,14 @@ async def test_killed_around_its_commit_it_is_done_once(step: str, ledger_url: s
 async def test_a_reply_that_comes_late_overrides_what_an_export_told(
     ledger: Ledger, ledger_url: str, tmp_path: Path
 ) -> None:
-    await close(ledger_url, export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)]))
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    await close(ledger_url, statement)
     shares = dict(sql(ledger_url, "SELECT document_no, amount FROM cost_adjustment"))
-    sql(
-        ledger_url,
-        "INSERT INTO attempt_outcome SELECT run_id, 4, 1, signal, verdict, http_status, finish_reason, sent_at,"
-        " completed_at, hit, miss, output, reasoning, price_id, cost FROM attempt_outcome"
-        " WHERE document_no = 0",
-    )
+    sql(ledger_url, LATE_REPLY)
     found = await audit(ledger, run=1)
     assert (found.cost_pico, found.unknown_pico) == (6 * COST + PRO_COST + shares[2], 0)
+    again = compare(await books.find_ours(ledger, RUN), statement)
+    assert (again.is_clean, again.doubtful) == (False, (date(2026, 9, 26),))
 
 
 @pytest.mark.usefixtures("happened")
@@ -203,7 +233,7 @@ async def test_a_changed_closing_is_named(
 async def test_only_the_bookkeeper_books_and_not_who_or_when(ledger: Ledger, ledger_url: str, tmp_path: Path) -> None:
     statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
     with pytest.raises(PermissionRefused):
-        await books.book_closings(ledger, RUN, judge(statement))
+        await books.book_closings(ledger, RUN, judge(statement)(await books.find_ours(ledger, RUN)), judge(statement))
     with psycopg.connect(ledger_url, autocommit=True, options="-c search_path=farthing") as connection:
         connection.execute("SET ROLE farthing_bookkeeper")
         for attack in (
@@ -299,13 +329,56 @@ async def test_a_month_that_is_not_over_or_under_work_is_not_closed(ledger: Ledg
 
 @pytest.mark.usefixtures("happened")
 async def test_an_attempt_under_way_is_left_alone(ledger: Ledger, ledger_url: str, tmp_path: Path) -> None:
-    sql(ledger_url, "DELETE FROM attempt_unknown WHERE document_no = 4")
     statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    sql(ledger_url, "UPDATE run SET state = 'paused'")  # replies may wait in a file, until it is resumed
+    assert judge(statement)(await books.find_ours(ledger, RUN)) == ()
+    sql(ledger_url, "UPDATE run SET state = 'done'")
+    assert len(judge(statement)(await books.find_ours(ledger, RUN))) == 2
+    sql(ledger_url, "DELETE FROM attempt_unknown WHERE document_no = 4")
     ours = await books.find_ours(ledger, RUN)
-    found = reconcile(ours.booked, ours.unsettled, statement, BOOK, Currency.USD, ours.days)
+    found = compare(ours, statement)
     assert found.closings == ()  # what the other one was billed, nobody can tell from what this one may be
     assert {why: left[0].document_no for why, left in found.left.items()} == {
-        "their run may still be at work on them: resume it, or let it end": 4,
+        "their run is not over, and replies may come yet: resume it, or let it end": 4,
         "others that stay unknown may have been billed on that day, too": 2,
     }
     assert {each.status for each in found.matches if each.key.model == PRO[0]} == {Status.MATCHED}
+
+
+@pytest.mark.usefixtures("happened")
+async def test_a_reply_that_is_being_recorded_is_waited_for_and_in_the_closed_month(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    """It is stamped before the close and committed after: it must not be in none of both."""
+    options = "-c search_path=farthing"
+    with psycopg.connect(ledger_url, options=options) as lane:
+        lane.execute(LATE_REPLY)
+        closing = asyncio.create_task(freeze(ledger_url, with_unknown=True))
+        waiting = (
+            "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'farthing.attempt_outcome'::regclass"
+        )
+        while not closing.done() and not value(ledger_url, waiting):
+            await asyncio.sleep(0.02)
+        lane.commit()
+    await closing
+    checked = await books.find_checked_month(ledger, SEPTEMBER)
+    assert (checked.differences, checked.late, checked.closed.books.rows) == ((), (), 7)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_of_a_ledger_in_two_currencies_a_month_is_named_with_one(ledger: Ledger, ledger_url: str) -> None:
+    kept = value(
+        ledger_url,
+        "SELECT string_agg(column_name, ', ') FROM information_schema.columns WHERE table_schema = 'farthing'"
+        " AND table_name = 'run' AND column_name NOT IN ('run_id', 'currency')",
+    )
+    sql(ledger_url, f"INSERT INTO run (currency, {kept}) SELECT 'CNY', {kept} FROM run")
+    month = SEPTEMBER.month
+
+    async def find(stated: Currency | None) -> Scope:
+        return await books.find_scope(ledger, None, month, stated, is_simulated=False, has_export=False)
+
+    with pytest.raises(ConfigurationError, match=r"real runs in CNY, USD: say --currency C"):
+        await find(None)
+    assert await find(Currency.USD) == SEPTEMBER
+    assert (await find(Currency.CNY)).currency is Currency.CNY

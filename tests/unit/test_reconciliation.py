@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
@@ -21,6 +22,7 @@ FLASH, PRO = "deepseek-flash", "deepseek-v4-pro"
 #: A Thursday: off-peak at six in the evening, peak from 01:00 to 04:00 UTC.
 NOON, PEAK = datetime(2026, 9, 24, 18, tzinfo=UTC), datetime(2026, 9, 24, 2, tzinfo=UTC)
 DAY = NOON.date()
+DAY_START = datetime(2026, 9, 24, tzinfo=UTC)
 WHOLE = (datetime(2026, 9, 1, tzinfo=UTC), datetime(2026, 9, 30, 23, tzinfo=UTC))
 
 
@@ -61,7 +63,7 @@ def compare(
 ) -> Reconciliation:
     days = {each.day for each in ours} | {each.placed_at.date() for each in open_ones}
     days -= {start.date() for start in WHOLE}
-    return reconcile(ours, open_ones, theirs, BOOK, Currency.USD, days, **options)
+    return reconcile(ours, open_ones, theirs, BOOK, Currency.USD, days, **{"is_alone": True} | options)
 
 
 def statuses(found: Reconciliation) -> set[Status]:
@@ -110,7 +112,13 @@ def test_an_attempt_at_the_edge_of_the_hours_or_the_day_is_closed_where_it_was_b
     midnight = datetime(2026, 9, 24, 23, 59, tzinfo=UTC)
     after = midnight + timedelta(minutes=2)
     found = reconcile(
-        [], [unsettled(1, midnight)], statement(used(after, Usage(0, 9, 1))), BOOK, Currency.USD, {DAY, after.date()}
+        [],
+        [unsettled(1, midnight)],
+        statement(used(after, Usage(0, 9, 1))),
+        BOOK,
+        Currency.USD,
+        {DAY, after.date()},
+        is_alone=True,
     )
     assert [each.billed_on for each in found.closings] == [after.date()]
 
@@ -147,21 +155,53 @@ def test_an_hour_that_the_export_does_not_reach_is_left_unless_its_user_knows_th
     ours, late = [booked(PEAK, KNOWN)], unsettled(1, NOON)
     assert ["may be of another hour" in why for why in compare(ours, [late], early).left] == [True]
     assert len(compare(ours, [late], early, is_complete=True).closings) == 1
+    begun = statement_of(PEAK, NOON + timedelta(hours=1))
+    assert len(compare(ours, [late], begun).closings) == 1
     under_way = replace(late, is_open=True)
     assert compare(ours, [under_way], early, is_complete=True).closings == ()
+
+
+def statement_of(*hours: datetime) -> Statement:
+    return Statement(tuple(each for hour in hours for each in used(hour, KNOWN)), (), ("e.zip",))
+
+
+@pytest.mark.parametrize(
+    ("rows", "crashed"),
+    [
+        ([PEAK, NOON], NOON + timedelta(minutes=20)),  # exported at 18:40, with the hour from 18:00 half full
+        ([PEAK, NOON], NOON - timedelta(minutes=5)),  # what it was billed may be of that hour
+        ([NOON, NOON + timedelta(hours=2)], PEAK),  # of a day in Beijing, which begins at 16:00 in UTC
+    ],
+)
+def test_a_row_that_was_not_over_when_it_was_exported_proves_nothing(rows: list[datetime], crashed: datetime) -> None:
+    ours, theirs = [booked(hour, KNOWN) for hour in rows], statement_of(*rows)
+    found = compare(ours, [unsettled(1, crashed)], theirs)
+    assert found.closings == ()
+    assert ["may be of another hour" in why for why in found.left] == [True]
+    assert [
+        each.amount_pico for each in compare(ours, [unsettled(1, crashed)], theirs, is_complete=True).closings
+    ] == [0]
+
+
+def test_a_day_in_one_row_may_not_have_been_over() -> None:
+    whole, second = (
+        replace(used(NOON, KNOWN)[0], period=Period(DAY_START, DAY_START + timedelta(days=1))),
+        used(PEAK, KNOWN),
+    )
+    assert Statement((whole, *second), ()).until == DAY_START
 
 
 def test_what_may_be_of_the_next_month_or_is_under_way_keeps_the_rest_of_its_day_unknown() -> None:
     late = datetime(2026, 9, 24, 23, 55, tzinfo=UTC)
     theirs = statement(used(NOON, Usage(0, 50, 5)), used(NOON, Usage(0, 50, 5), PRO))
     ones = [unsettled(1, NOON), unsettled(2, late), unsettled(3, NOON, model=PRO)]
-    found = reconcile([], ones, theirs, BOOK, Currency.USD, {DAY})
+    found = reconcile([], ones, theirs, BOOK, Currency.USD, {DAY}, is_alone=True)
     assert [each.of.document_no for each in found.closings] == [3]  # another model's day is another matter
     assert {why.partition(":")[0]: [each.document_no for each in left] for why, left in found.left.items()} == {
         "they may be of the next month": [2],
         "others that stay unknown may have been billed on that day, too": [1],
     }
-    both = reconcile([], ones, theirs, BOOK, Currency.USD, {DAY, DAY + timedelta(days=1)})
+    both = reconcile([], ones, theirs, BOOK, Currency.USD, {DAY, DAY + timedelta(days=1)}, is_alone=True)
     assert (len(both.closings), both.left) == (3, {})
 
 
@@ -181,3 +221,38 @@ def test_the_name_of_a_model_may_be_an_alias_and_an_unknown_one_is_theirs_only()
         Match(found.matches[-1].key, 0, 5, Status.THEIRS_ONLY)
     ]
     assert found.matches[-1].key.day == date(2026, 9, 24)
+
+
+def test_what_may_be_of_another_program_on_the_account_closes_nothing_unless_its_user_says_it_is_not() -> None:
+    """Within the bound of a lost attempt, a sum over the account proves nothing of it."""
+    ours, lost, theirs = [booked(NOON, KNOWN)], unsettled(1, NOON), statement(used(NOON, Usage(10, 520, 55)))
+    found = compare(ours, [lost], theirs, is_alone=False)
+    assert (found.closings, found.is_clean) == ((), True)
+    assert [("--key NAME" in why and "--alone" in why, left) for why, left in found.left.items()] == [(True, (lost,))]
+    for told, options, evidence in (
+        (theirs, {"is_alone": True}, "said to be of this ledger alone"),
+        (replace(theirs, key="mine"), {"is_alone": False}, "API key mine"),
+        (statement(used(NOON, Usage(10, 520, 55), user_id="job-a")), {"is_alone": False}, "of job-a"),
+    ):
+        (closing,) = compare(ours, [lost], told, **options).closings
+        assert (closing.tokens, evidence in closing.evidence) == (Usage(0, 500, 50), True)
+
+
+def test_where_a_late_reply_overrode_a_share_the_rest_closes_nothing_and_the_day_is_named() -> None:
+    ours, theirs = [booked(NOON, KNOWN)], statement(used(NOON, Usage(10, 30, 5)))
+    found = reconcile(
+        ours, [unsettled(1, NOON)], theirs, BOOK, Currency.USD, {DAY}, is_alone=True,
+        overridden={(DAY, price_at(NOON).name)},
+    )  # fmt: skip
+    assert (found.closings, found.is_clean, found.doubtful) == ((), False, (DAY,))
+    assert ["a late reply overrode" in why for why in found.left] == [True]
+
+
+def test_fifty_thousand_unknown_attempts_are_shared_in_a_time_that_grows_with_them() -> None:
+    """To add up all of them anew for each would take minutes."""
+    lost = [unsettled(number, NOON) for number in range(50_000)]
+    began = time.process_time()
+    found = compare([], lost, statement(used(NOON, Usage(0, 10**6, 10**5))))
+    assert (len(found.closings), found.is_clean) == (50_000, True)
+    assert len(compare([], [replace(each, is_open=True) for each in lost], statement()).left) == 1
+    assert time.process_time() - began < 20

@@ -60,7 +60,7 @@ def test_a_zip_of_amounts_and_costs_is_read(tmp_path: Path) -> None:
     assert (found.currency, sum(each.pico for each in found.charged)) == (Currency.CNY, 396_000_000)
     assert (found.since, found.until) == (
         datetime(2026, 11, 25, 2, tzinfo=UTC),
-        datetime(2026, 11, 25, 3, tzinfo=UTC),
+        datetime(2026, 11, 25, 2, tzinfo=UTC),
     )
     assert found.sources[0].startswith("usage_data_2026-11.zip (sha256:")
 
