@@ -65,8 +65,9 @@ def export(path: Path, used: Sequence[tuple[tuple[str, tuple[int, int, int]], Us
 
 #: A reply to the lost attempt of document 4.
 LATE_REPLY = """
-    INSERT INTO attempt_outcome SELECT run_id, 4, 1, signal, verdict, http_status, finish_reason, sent_at, completed_at,
-                                       hit, miss, output, reasoning, price_id, cost
+    INSERT INTO attempt_outcome
+    SELECT run_id, 4, 1, signal, verdict, http_status, finish_reason, sent_at, completed_at, hit, miss, output,
+           reasoning, price_id, cost
     FROM attempt_outcome WHERE document_no = 0
 """
 
