@@ -1244,7 +1244,7 @@ def reconcile(
 
     By UTC day, model, kind of token, price and user_id, over the days of a run or all of a month: an export is a sum
     over all runs of those days. No row is ever changed; running it twice books nothing twice. It closes attempts
-    where the export is split by requests' user_id, or is of one --key, or of an account that this ledger used --alone.
+    where the export is split by requests' user_id, is of one --key, or of an account that this ledger used --alone.
     Exit code 4: lines differ by more than unknown attempts explain.
     """
     from schemas.months import Month
