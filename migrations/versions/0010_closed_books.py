@@ -27,7 +27,7 @@ ALTER TABLE cost_adjustment
     ALTER COLUMN adjusted_by SET DEFAULT session_user,
     ADD FOREIGN KEY (run_id, document_no, attempt_no) REFERENCES attempt_intent NOT VALID,
     ADD CHECK (num_nulls(document_no, attempt_no, price_id, hit, miss, output, billed_on) = 0
-               OR num_nonnulls(attempt_no, price_id, hit, miss, output) = 0) NOT VALID;
+               OR num_nonnulls(attempt_no, price_id) = 0) NOT VALID;
 CREATE UNIQUE INDEX cost_adjustment_once ON cost_adjustment (run_id, document_no, attempt_no) WHERE price_id IS NOT NULL;
 COMMENT ON TABLE cost_adjustment IS 'Booked cost that no reply told, with its evidence: rows are never edited. With a price: what
 an unknown attempt was billed, tokens times a price row, once; a late reply overrides it. Without: a correction';

@@ -246,7 +246,8 @@ CLAIMS: Mapping[str, Claim] = {
             JOIN run r USING (run_id)
             LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
             LEFT JOIN price p USING (price_id)
-            WHERE c.run_id = :run_id AND num_nonnulls(c.price_id, c.hit, c.miss, c.output) > 0
+            WHERE c.run_id = :run_id AND c.attempt_no IS NOT NULL
+              AND num_nonnulls(c.price_id, c.hit, c.miss, c.output) > 0
               AND (u.bound IS NULL OR p.currency IS DISTINCT FROM r.currency OR c.evidence = '' OR c.amount > u.bound
                    OR c.amount IS DISTINCT FROM c.hit::numeric * p.hit_pico + c.miss::numeric * p.miss_pico
                                                 + c.output::numeric * p.output_pico)

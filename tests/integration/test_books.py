@@ -8,6 +8,7 @@ import io
 import os
 import subprocess
 import sys
+import uuid
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,13 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from alembic import command
+from alembic.config import Config
 from pydantic import SecretStr
+from sqlalchemy import create_engine, make_url
+from sqlalchemy.pool import NullPool
 
+from sandbox.postgres import Server, create_database, drop_database
 from schemas.attempts import RunId, Usage
 from schemas.errors import ConfigurationError
 from schemas.money import Currency
@@ -32,6 +38,7 @@ from tasks.ledger.books import Ours, Scope
 from tasks.ledger.connection import Ledger, PermissionRefused, Role, opened
 from tasks.ledger.proof import prove
 from tasks.ledger.spend import audit, list_runs, progress
+from tasks.ledger.upgrades import upgrade
 from tasks.ledger.whatif import find_past
 from tasks.statements import load_statement
 from tests.integration.test_spend import PRO_COST
@@ -63,6 +70,10 @@ def export(path: Path, used: Sequence[tuple[tuple[str, tuple[int, int, int]], Us
     return load_statement([path])
 
 
+#: As it could be written before attempts were closed by an export.
+OLD_CORRECTION = """
+    INSERT INTO cost_adjustment (run_id, document_no, attempt_no, amount, evidence) VALUES (1, 4, 1, 5, 'by hand')
+"""
 #: A reply to the lost attempt of document 4.
 LATE_REPLY = """
     INSERT INTO attempt_outcome
@@ -383,3 +394,40 @@ async def test_of_a_ledger_in_two_currencies_a_month_is_named_with_one(ledger: L
         await find(None)
     assert await find(Currency.USD) == SEPTEMBER
     assert (await find(Currency.CNY)).currency is Currency.CNY
+
+
+def at_version(url: str, version: str) -> None:
+    """An empty database with the tables of that migration."""
+    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    with engine.begin() as connection:
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(ROOT / "migrations"))
+        command.upgrade(config, version)
+
+
+def test_a_correction_that_names_an_attempt_from_before_is_no_obstacle_to_an_upgrade(postgres: Server) -> None:
+    name = f"before_{uuid.uuid4().hex}"
+    url = create_database(postgres, name)
+    at_version(url, "0009")
+    sql(url, OLD_CORRECTION)
+    sql(url, OLD_CORRECTION)
+    upgrade(SecretStr(url))
+    assert value(url, "SELECT sum(amount) FROM cost_adjustment") == 10
+    with pytest.raises(psycopg.errors.CheckViolation):
+        sql(url, OLD_CORRECTION)
+    drop_database(postgres, name)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_such_a_correction_stays_one_beside_the_cost(ledger: Ledger, ledger_url: str, tmp_path: Path) -> None:
+    sql(ledger_url, "ALTER TABLE cost_adjustment DROP CONSTRAINT cost_adjustment_check")
+    sql(ledger_url, OLD_CORRECTION)
+    sql(ledger_url, OLD_CORRECTION)
+    known = 5 * COST + PRO_COST
+    assert await look(ledger_url) == Seen(known, 2 * RESERVED, 2, True)
+    await close(ledger_url, export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)]))
+    assert await look(ledger_url) == Seen(known + LOST_COST, 0, 0, True)
+    assert value(ledger_url, "SELECT adjusted_pico FROM run_cost") == 10
+    sources = "SELECT source, count(*)::int FROM booked GROUP BY source ORDER BY source"
+    assert sql(ledger_url, sources) == [("correction", 2), ("export", 2), ("reply", 6)]
+    assert (await audit(ledger, run=1)).cost_pico == known + LOST_COST

@@ -41,7 +41,7 @@ NOT_PROMISED = {
     ),
     "grant_close": dict.fromkeys(("close_no", "closed_at"), "what counts is the sum of the last close (G9)"),
     "cost_adjustment": dict.fromkeys(
-        set(TABLES["cost_adjustment"].columns.keys()) - {"attempt_no"},
+        set(TABLES["cost_adjustment"].columns.keys()) - {"attempt_no", "price_id"},
         "a correction, written by people after the run; one of an attempt is checked (G7)",
     ),
     "month_close": {ALL: "about many runs: `farthing verify MONTH` computes it anew"},
@@ -54,6 +54,8 @@ NOT_PROMISED = {
         ALL: "what was asked for and is left to do; its runs are proved by themselves, its cap is their budget's"
     },
 }
+_OF_AN_ATTEMPT = "document_no = 2, hit = 0, miss = 0, output = 0, amount = 0, billed_on = now()"
+_SOME_PRICE = "(SELECT min(price_id) FROM price WHERE currency = 'USD')"
 #: Where another value has to be one that the table's checks let pass.
 SPELT = {
     ("price", "band"): "CASE band WHEN 'flat' THEN 'peak' ELSE 'flat' END",
@@ -63,11 +65,8 @@ SPELT = {
     ("backfill", "state"): "'done'",
     ("shard", "state"): "'open'",
     ("document", "state"): "'dead_letter', reason = 'x'",
-    (
-        "cost_adjustment",
-        "attempt_no",
-    ): "1, document_no = 2, hit = 0, miss = 0, output = 0, amount = 0, billed_on = now(), "
-    "price_id = (SELECT min(price_id) FROM price WHERE currency = 'USD')",
+    ("cost_adjustment", "attempt_no"): f"1, {_OF_AN_ATTEMPT}, price_id = {_SOME_PRICE}",
+    ("cost_adjustment", "price_id"): f"{_SOME_PRICE}, {_OF_AN_ATTEMPT}, attempt_no = 1",
     ("month_close", "month"): "month + interval '1 month'",
     ("month_close", "cost"): "cost + 1",
     ("month_close", "unknown"): "unknown + 1",
