@@ -21,7 +21,7 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from pydantic import SecretStr
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine, event, make_url
 from sqlalchemy.pool import NullPool
 
 from sandbox.postgres import Server, create_database, drop_database
@@ -173,6 +173,23 @@ async def test_who_reconciles_twice_or_at_once_books_once(ledger_url: str, tmp_p
     assert value(ledger_url, "SELECT count(*) FROM cost_adjustment") == 2
     assert await close(ledger_url, statement) == ()
     assert await look(ledger_url) == Seen(5 * COST + PRO_COST + LOST_COST, 0, 0, True)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_what_is_booked_is_judged_by_one_snapshot(ledger_url: str, tmp_path: Path) -> None:
+    """A reply that comes while we read is not taken for what the export has of another attempt."""
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    came = []
+
+    def reply(_: object, __: object, statement: str, *___: object) -> None:
+        if "FROM unsettled" in statement and not came:
+            came.append(sql(ledger_url, LATE_REPLY))
+
+    async with opened(SecretStr(ledger_url), Role.BOOKKEEPER) as ledger:
+        agreed = judge(statement)(await books.find_ours(ledger, RUN))
+        event.listen(ledger.engine.sync_engine, "after_cursor_execute", reply)
+        await books.book_closings(ledger, RUN, agreed, judge(statement))
+    assert (len(came), value(ledger_url, "SELECT count(*) FROM cost_adjustment")) == (1, 2)
 
 
 BOOKS = """
