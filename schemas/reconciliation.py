@@ -27,7 +27,7 @@ EARLY, LATE = timedelta(minutes=1), timedelta(minutes=15)
 
 
 class Status(StrEnum):
-    """How a line of the ledger and one of the statement compare. `unknown`: unknown attempts explain it."""
+    """How a line of the ledger and one of the statement compare. `unknown`: unknown attempts can explain it."""
 
     MATCHED = "matched"
     OURS_ONLY = "ours only"

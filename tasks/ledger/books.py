@@ -26,6 +26,8 @@ from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import SUM_UP, register_prices
 
 _ALONE = text("SELECT pg_advisory_xact_lock(hashtext('farthing books'))")
+#: However long another transaction takes: who was stopped in here keeps only others from booking.
+_PATIENT = text("SET LOCAL idle_in_transaction_session_timeout TO 0")
 _SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _WRITING_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
@@ -133,7 +135,10 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """What the ledger has of the days in question: booked tokens, and the attempts of unknown cost."""
+    """What the ledger has of the days in question: booked tokens, and the attempts of unknown cost.
+
+    `overridden`: days and price rows of which a late reply overrode what an export had told of an attempt.
+    """
 
     days: frozenset[date]
     booked: tuple[BookedTokens, ...]
@@ -230,6 +235,7 @@ def _days_of(attempt: Unsettled) -> set[date]:
 async def _alone(ledger: Ledger) -> AsyncIterator[None]:
     """Nobody else keeps books meanwhile. A transaction that begins in the block sees all that the last one wrote."""
     async with ledger.transaction() as guard:
+        await guard.execute(_PATIENT)
         await guard.execute(_ALONE)
         yield
 

@@ -145,7 +145,7 @@ def test_after_every_fault_an_export_leaves_nothing_unknown_and_nothing_off(
     assert stage.snapshot() == rows
     code, found = farthing("reconcile", str(stage.run_id), str(export), "--complete")
     assert (found["closable"]["attempts"] > 0) is by_request
-    code, found = farthing("reconcile", "2026-09", str(export), "--close", "--yes", *known)
+    code, found = farthing("reconcile", "colours", str(export), "--close", "--yes", *known)
     assert (code, found["closed"]["attempts"], found["off_pico"]) == (0, before["unknown_attempts"], 0)
     assert {line["status"] for line in found["lines"]} == {"matched"}
     assert found["by_user_id"] is by_request
@@ -161,6 +161,6 @@ def test_after_every_fault_an_export_leaves_nothing_unknown_and_nothing_off(
     assert farthing("verify", str(stage.run_id))[1]["proved"]
     code, again = farthing("reconcile", "2026-09", str(export), "--close", "--yes", *known)
     assert (code, again["closed"]["attempts"], again["unknown_attempts"]) == (0, 0, 0)
-    assert farthing("close", "2026-09")[1]["cost_pico"] == total[1]
-    assert farthing("verify", "2026-09")[1]["proved"]
+    assert farthing("close", "2026-09", "--currency", "usd")[1]["cost_pico"] == total[1]
+    assert farthing("verify", "2026-09", "--currency", "USD")[1]["proved"]
     tally.count("killed at a failpoint", killed)

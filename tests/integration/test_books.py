@@ -21,7 +21,7 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from pydantic import SecretStr
-from sqlalchemy import create_engine, event, make_url
+from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.pool import NullPool
 
 from sandbox.postgres import Server, create_database, drop_database
@@ -33,7 +33,7 @@ from schemas.reconciliation import Closing, Reconciliation, Status, reconcile
 from schemas.statements import Bucket, Statement
 from schemas.whatif import Scenario, reprice
 from tasks.failpoints import KILLED, VARIABLE
-from tasks.ledger import books
+from tasks.ledger import books, connection
 from tasks.ledger.books import Ours, Scope
 from tasks.ledger.connection import Ledger, PermissionRefused, Role, opened
 from tasks.ledger.proof import prove
@@ -176,14 +176,18 @@ async def test_who_reconciles_twice_or_at_once_books_once(ledger_url: str, tmp_p
 
 
 @pytest.mark.usefixtures("happened")
-async def test_what_is_booked_is_judged_by_one_snapshot(ledger_url: str, tmp_path: Path) -> None:
+async def test_what_is_booked_is_judged_by_one_snapshot_however_long_that_takes(
+    ledger_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A reply that comes while we read is not taken for what the export has of another attempt."""
+    monkeypatch.setattr(connection, "_SESSION", ("idle_in_transaction_session_timeout TO '500ms'",))
     statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
     came = []
 
-    def reply(_: object, __: object, statement: str, *___: object) -> None:
+    def reply(reading: Connection, _: object, statement: str, *__: object) -> None:
         if "FROM unsettled" in statement and not came:
             came.append(sql(ledger_url, LATE_REPLY))
+            reading.exec_driver_sql("SELECT pg_sleep(1)")
 
     async with opened(SecretStr(ledger_url), Role.BOOKKEEPER) as ledger:
         agreed = judge(statement)(await books.find_ours(ledger, RUN))
