@@ -26,7 +26,7 @@ from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import SUM_UP, register_prices
 
 _ALONE = text("SELECT pg_advisory_xact_lock(hashtext('farthing books'))")
-#: However long another transaction takes: who was stopped in here keeps only others from booking.
+#: However long another transaction, or judging, takes: who was stopped in here keeps only others from booking.
 _PATIENT = text("SET LOCAL idle_in_transaction_session_timeout TO 0")
 _SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _WRITING_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
@@ -253,6 +253,7 @@ async def book_closings(
     prices = await register_prices(ledger, _prices(agreed))
     async with _alone(ledger), ledger.transaction("book_closings") as connection:
         await connection.execute(_WRITING_SNAPSHOT)
+        await connection.execute(_PATIENT)  # while we judge
         if set(prove(await _find_ours(connection, scope))) != set(agreed):
             raise ConfigurationError(
                 "what the export proves is not what it was a moment ago, for the ledger has changed: nothing was "
