@@ -10,13 +10,15 @@ from schemas.tables import metadata
 
 connection = context.config.attributes["connection"]
 connection.execute(text(roles.CREATE))
-connection.execute(text(f"SET LOCAL ROLE {roles.OWNER}"))
+connection.execute(text(f"SET ROLE {roles.OWNER}"))
+connection.commit()
 context.configure(
     connection=connection,
     target_metadata=metadata,
     include_schemas=True,
     version_table="ledger_version",
     version_table_schema=metadata.schema,
+    transaction_per_migration=True,  # a lock that one takes holds nobody up while the next are at work
 )
 with context.begin_transaction():
     context.run_migrations()

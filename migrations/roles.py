@@ -16,9 +16,10 @@ OWNER, LANE, AUDITOR, BOOKKEEPER, RETENTION = ROLES = (
     "farthing_retention",
 )
 
-#: Idempotent; run by the login that migrates. It needs CREATEROLE only where the roles do not exist yet.
+#: Idempotent; run by the login that migrates. Its session keeps the lock, for two upgrades of one ledger would meet
+#: between two migrations. It needs CREATEROLE only where the roles do not exist yet.
 CREATE = f"""
-SELECT pg_advisory_xact_lock(hashtext('farthing'));
+SELECT pg_advisory_lock(hashtext('farthing'));
 DO $$
 DECLARE name text;
 BEGIN

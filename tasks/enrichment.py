@@ -259,7 +259,7 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
                 await runs.change_state(ledger, run.run_id, "paused", reason)
             settled = await runs.find_run(ledger, run.run_id)
             with suppress(LedgerUnavailable):  # only the reading that follows would be slower
-                await runs.refresh_statistics(ledger, run)
+                await (runs.refresh_sums(ledger, run.job) if is_over else runs.refresh_statistics(ledger, run))
             return settled
     except LedgerUnavailable as error:
         advice = next((end.advice for end in reasons if end.advice), INTERRUPTED)

@@ -5,8 +5,8 @@ keep their names and columns; what they were is called `…_by_rows`. They now r
 stored and whose facts are still those, and its rows for any other: one at work, one of before this migration that was
 not summed, one that a late reply or a correction came to. `late` counts those, and only ever grows, so that sums are
 never changed but followed by newer ones. Only `sum_up` writes them, from the rows, in the owner's name; verify adds the
-rows up again. Runs that are done are summed here: some minutes for ten million attempts. Nothing of another table
-changes: code from before this migration runs on, and what it settles is read by its rows.
+rows up again. Runs that are done already are summed after this migration (`tasks.ledger.upgrades`). Nothing of another
+table changes: code from before this migration runs on, and what it settles is read by its rows.
 """
 
 from __future__ import annotations
@@ -137,8 +137,10 @@ CROSS JOIN LATERAL (
 ) c;
 """
 
+# Of a run that Postgres has not counted it believes that it has no rows, and would compare all pairs of them.
 FUNCTION = """
-CREATE FUNCTION sum_up(bigint) RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+CREATE FUNCTION sum_up(bigint) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_nestloop = off AS $$
 BEGIN
     IF EXISTS (SELECT FROM farthing.run r JOIN farthing.unsummed u USING (run_id) WHERE r.run_id = $1 AND r.state = 'done') THEN
         INSERT INTO farthing.run_sums SELECT * FROM farthing.run_sums_by_rows b WHERE b.run_id = $1 ON CONFLICT DO NOTHING;
@@ -177,7 +179,6 @@ def upgrade() -> None:
     views = ("lateness", "summed", "unsummed", "run_sums_by_rows", "document_costs", "document_costs_by_rows")
     granted = ", ".join((*STORED, *views, "dearest_document"))
     op.execute(f"GRANT SELECT ON {granted} TO farthing_lane, farthing_auditor")
-    op.execute("SELECT sum_up(run_id) FROM run WHERE state = 'done'")
     op.execute(COMMENTS)
 
 

@@ -83,8 +83,6 @@ _COSTS = text("""
     GROUP BY about_pico ORDER BY 1
 """)
 
-_SPENT = text("SELECT coalesce(sum(cost_pico), 0) FROM spend WHERE run_id = ANY(:runs)")
-
 #: OFFSET 0 has Postgres add up one run after the other, each by its index, however many others there are.
 _FEW = "SELECT * FROM dearest_document WHERE run_id = ANY(:runs)"
 _MANY = """
@@ -130,14 +128,15 @@ async def read_lines(connection: AsyncConnection, runs: Sequence[int], by: Seque
     return tuple(Line(tuple(map(str, row[: len(by)])), Sums(*map(int, row[len(by) :]))) for row in rows)
 
 
-async def read_document_costs(connection: AsyncConnection, runs: Sequence[int], top: int) -> DocumentCosts:
-    """What documents of these runs cost, with the `top` dearest of them."""
+async def read_document_costs(
+    connection: AsyncConnection, runs: Sequence[int], top: int, spent_pico: int
+) -> DocumentCosts:
+    """What documents of these runs cost, with the `top` dearest of them. All runs cost `spent_pico` that is known."""
     costs = [Cost(pico, int(documents)) for pico, documents in await connection.execute(_COSTS, {"runs": runs})]
-    spent = int((await connection.execute(_SPENT, {"runs": runs})).scalar_one())
     documents = sum(cost.documents for cost in costs)
     return DocumentCosts(
         documents=documents,
-        mean_pico=(2 * spent + documents) // (2 * documents) if documents else 0,
+        mean_pico=(2 * spent_pico + documents) // (2 * documents) if documents else 0,
         p50_pico=at_most(costs, 50),
         p95_pico=at_most(costs, 95),
         max_pico=at_most(costs, 100),

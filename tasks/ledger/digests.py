@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.attempts import RunId
 
-_HASHED = """
+_BUCKETS = """
     , bucket AS (
         SELECT kind, document_no / 10000 AS bucket,
                sha256(convert_to(string_agg(line, chr(10) ORDER BY document_no, attempt_no), 'UTF8')) AS digest
@@ -73,7 +73,7 @@ _ROWS = text(
         SELECT 9, 0, 0, ROW(backfill_id, reuses)::text
         FROM run WHERE run_id = :run_id AND num_nonnulls(backfill_id, reuses) > 0
     )"""  # noqa: S608 (made of our own constants)
-    + _HASHED
+    + _BUCKETS
 )
 
 _ANSWERS = text(
@@ -86,7 +86,7 @@ _ANSWERS = text(
         FROM answer JOIN attempt_outcome USING (run_id, document_no, attempt_no)
         WHERE run_id = :run_id AND recorded_at <= :until
     )"""  # noqa: S608 (made of our own constants)
-    + _HASHED
+    + _BUCKETS
 )
 
 #: A result always had an answer; a stored answer that was never valid has only its content.

@@ -28,6 +28,7 @@ from schemas.pricing import PriceBook
 from tasks.ledger.claims import CLAIMS, COMMIT_SLACK_S, Claim
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_answers_digest, compute_digest, count_purged
+from tasks.ledger.spend import SNAPSHOT
 
 #: Offending rows that each query shows at most.
 SHOWN = 20
@@ -128,7 +129,7 @@ _STAMPED_LATER = text("""
 async def prove(ledger: Ledger, run_id: int, book: PriceBook) -> Proof:
     """Recompute the guarantees of a run from its rows. Raises ConfigurationError where there is no such run."""
     async with ledger.transaction() as connection:
-        await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        await connection.execute(SNAPSHOT)
         run = (await connection.execute(_RUN, {"run_id": run_id})).one_or_none()
         if run is None:
             raise ConfigurationError(f"there is no run {run_id}: `farthing audit` lists the runs of this ledger")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -16,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas import tables
 from schemas.attempts import LaneId, RunId
 from schemas.documents import Manifest
-from schemas.errors import ConfigurationError
+from schemas.errors import ConfigurationError, LedgerUnavailable
 from schemas.jobs import Job
 from schemas.money import Currency
 from schemas.pricing import Price
@@ -141,6 +142,11 @@ OPERATOR, INTERRUPTED = "operator", "interrupted"
 
 SUM_UP = text("SELECT sum_up(:run_id)")
 
+_UNSUMMED = text("""
+    SELECT r.run_id, r.documents FROM run r JOIN unsummed u USING (run_id)
+    WHERE r.job = :job AND r.state = 'done' ORDER BY r.run_id
+""")
+
 _LOCK_JOB = text("SELECT pg_advisory_xact_lock(hashtext('farthing job ' || :job))")
 
 
@@ -261,6 +267,18 @@ async def refresh_statistics(ledger: Ledger, run: Run) -> None:
             await connection.execute(text("SELECT analyze_ledger()"))
 
 
+async def refresh_sums(ledger: Ledger, job: str) -> None:
+    """Add up the job's done runs again that a late reply came to, or a correction: audits read their rows since.
+
+    Each in a transaction of its own. Safe to repeat.
+    """
+    async with ledger.transaction() as connection:
+        unsummed = (await connection.execute(_UNSUMMED, {"job": job})).all()
+    for run_id, documents in unsummed:
+        async with ledger.transaction(rows=documents) as connection:
+            await connection.execute(SUM_UP, {"run_id": run_id})
+
+
 async def settle(ledger: Ledger, run_id: RunId) -> str | None:
     """Finish a run whose shards have all ended: `done`, with a digest and sums of its rows. None if some have not.
 
@@ -275,6 +293,9 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
             return None
         if run.state in UNDER_WAY:
             await end_lanes(connection, run_id, lanes, "run done")
+    if run.state in UNDER_WAY:
+        with suppress(LedgerUnavailable):  # only what follows would be slower
+            await refresh_statistics(ledger, run)
     async with ledger.transaction("settle", rows=run.documents) as connection:
         await _lock_all_lanes(connection, run_id)
         state, digest = (await connection.execute(_STATE, {"run_id": run_id})).one()

@@ -133,7 +133,7 @@ class SharedBudget:
     """A budget that several runs draw on, in pico units: used, others, held and left add up to the cap.
 
     `used_pico` is what the runs in view cost, bounds of unknowns included, `others_pico` what the rest that name it
-    did; `held_pico` is set aside by lanes at work.
+    did; `held_pico` is set aside: by lanes at work, and of bounds that an export has closed for less.
     """
 
     name: str
@@ -422,9 +422,12 @@ _SHARED = text("""
            cap_pico - granted AS left_pico
     FROM (
         SELECT o.budget_name AS name, o.budget_pico AS cap_pico, o.granted_pico AS granted,
-               coalesce(sum(l.cost_pico + l.unknown_pico) FILTER (WHERE o.run_id = ANY(:runs)), 0) AS used_pico,
-               coalesce(sum(l.cost_pico + l.unknown_pico) FILTER (WHERE o.run_id <> ALL(:runs)), 0) AS others_pico
-        FROM run_overview o LEFT JOIN lane_progress l USING (run_id)
+               coalesce(sum(l.pico) FILTER (WHERE o.run_id = ANY(:runs)), 0) AS used_pico,
+               coalesce(sum(l.pico) FILTER (WHERE o.run_id <> ALL(:runs)), 0) AS others_pico
+        FROM run_overview o
+        CROSS JOIN LATERAL (
+            SELECT coalesce(sum(p.cost_pico + p.unknown_pico), 0) + o.closed_pico - o.closed_bound_pico AS pico
+            FROM lane_progress p WHERE p.run_id = o.run_id) l
         WHERE o.budget_name = :name AND o.is_simulated = :is_simulated
         GROUP BY o.budget_id, o.budget_name, o.budget_pico, o.granted_pico
     ) budget
@@ -520,8 +523,12 @@ _BACKFILL = text(f"""
            b.opened_at, b.finished_at, cardinality(b.partitions) AS all_partitions,
            (SELECT count(DISTINCT o.selection -> 'partitions' ->> 0) FROM run_overview o
             WHERE o.backfill_id = b.backfill_id AND o.state = 'done') AS done_partitions,
-           (SELECT coalesce(max(o.run_id), 0) FROM run_overview o WHERE o.backfill_id = b.backfill_id) AS run, s.*
+           r.*, s.*
     FROM backfill_overview b CROSS JOIN LATERAL ({_SUMS_OF_BACKFILL}) s
+    CROSS JOIN LATERAL (
+        SELECT coalesce(max(o.run_id), 0) AS run, coalesce(sum(o.closed_pico), 0) AS closed_pico,
+               coalesce(sum(o.closed_bound_pico), 0) AS closed_bound_pico
+        FROM run_overview o WHERE o.backfill_id = b.backfill_id) r
     WHERE b.job = :job AND b.state = 'running' ORDER BY b.backfill_id DESC LIMIT 1
 """)  # noqa: S608 (made of our own constants)
 
@@ -563,6 +570,7 @@ async def read_audit(
     _require_one({row.currency for row in scope}, "currencies")
     _require_one({"simulated" if row.is_simulated else "real" for row in scope}, "kinds of money")
     runs = [row.run_id for row in scope]
+    spent = await _read_spend(connection, runs)
     return Audit(
         run=_only(runs),
         job=_only([row.job for row in scope]),
@@ -570,9 +578,9 @@ async def read_audit(
         runs=tuple(runs),
         by=tuple(by),
         lines=await read_lines(connection, runs, by) if by else (),
-        document_costs=await read_document_costs(connection, runs, top),
+        document_costs=await read_document_costs(connection, runs, top, spent["cost_pico"]),
         **await _read_totals(connection, runs),
-        **await _read_spend(connection, runs),
+        **spent,
         distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
     )
 
@@ -587,9 +595,7 @@ async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) ->
         found = (await connection.execute(_PROGRESS, key)).mappings().one_or_none()
         if found is None:
             raise ConfigurationError(await _explain_nothing(connection, run_id, None))
-        row = _plain(found)
-        row["cost_pico"] += row.pop("closed_pico")  # a lane counts what it told itself, not what an export told later
-        row["unknown_pico"] -= row.pop("closed_bound_pico")
+        row = _with_closed(_plain(found))
         if counts_open and not row["lanes"]:
             left = _plain((await connection.execute(_LEFT_OPEN, {"run": run_id})).mappings().one())
             row["attempts"] += left["attempts"]
@@ -636,11 +642,18 @@ async def progress_of_backfill(ledger: Ledger, job: str) -> Progress | None:
         found = (await connection.execute(_BACKFILL, key)).mappings().one_or_none()
         if found is None:
             return None
-        row = _plain(found)
+        row = _with_closed(_plain(found))
         partitions = Partitions(*(row.pop(name) for name in ("backfill_id", "done_partitions", "all_partitions")))
         waits = row.pop("lanes_wait")
         row["waiting_because"] = waits if row["lanes"] else "no lane is at work yet"
         return Progress(events=(), partitions=partitions, **row)
+
+
+def _with_closed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of lanes' sums with what exports told: a lane counts what it told itself, not what came later."""
+    row["cost_pico"] += row.pop("closed_pico")
+    row["unknown_pico"] -= row.pop("closed_bound_pico")
+    return row
 
 
 async def list_backfill(ledger: Ledger, backfill_id: int) -> list[BackfillRun]:

@@ -14,6 +14,7 @@ from schemas.money import Currency
 from schemas.pricing import PriceBook
 from schemas.whatif import Group, Past, RunTier
 from tasks.ledger.connection import Ledger
+from tasks.ledger.spend import SNAPSHOT
 
 #: Of a run that Postgres has not counted yet it believes that it has no rows, and would compare all pairs of them; a
 #: hash join is linear.
@@ -68,7 +69,7 @@ _AS_IT_WAS = text(_GROUPS.format(standing=_STOOD))
 async def find_past(ledger: Ledger, run_id: int, book: PriceBook, below: Decimal | None = None) -> Past:
     """What a run did, as a threshold of `below` would have let it. Raises ConfigurationError for a run not there."""
     async with ledger.transaction() as connection:
-        await connection.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
+        await connection.execute(SNAPSHOT)
         run = (await connection.execute(_RUN, {"run": run_id})).one_or_none()
         if run is None:
             raise ConfigurationError(f"there is no run {run_id}: `farthing audit` lists the runs of this ledger")

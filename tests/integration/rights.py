@@ -144,7 +144,8 @@ def _objects(kind: str, objects: Mapping[str, Mapping[str, Any]]) -> Iterator[st
             yield from (f"table {name}: {_spell_check(event, _TRIGGERS[key])}" for event in says[key])
         if kind == "function":
             whose = "owner" if says.get("is_owners") else "caller"
-            yield f"function {name}: runs as its {whose}, with search_path={says['search_path']}"
+            settings = "; ".join([f"search_path={says['search_path']}", *filter(None, [says.get("also")])])
+            yield f"function {name}: runs as its {whose}, with {settings}"
         if says.get("is_barrier"):
             yield f"view {name}: security_barrier=true"
 
