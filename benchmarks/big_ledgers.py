@@ -177,8 +177,9 @@ async def fill(url: str, sizes: dict[str, list[int]]) -> list[Made]:
                 for number, size in enumerate(attempts)
             ]
             superuser.execute(_INDEX)
-            superuser.execute("VACUUM (ANALYZE)")
-            return [replace(each, settle_s=await _settle(ledger, each.run_id)) for each in made]
+            settled = [replace(each, settle_s=await _settle(ledger, each.run_id)) for each in made]
+            superuser.execute("VACUUM (ANALYZE)")  # as autovacuum would before long
+            return settled
 
 
 def _write_prices(superuser: psycopg.Connection, prices: dict[str, int]) -> None:

@@ -151,6 +151,21 @@ GRANT EXECUTE ON FUNCTION sum_up(bigint) TO farthing_lane, farthing_bookkeeper;
 """
 
 
+# A reused answer is looked up where it was given: a hash would be made of every document of the ledger.
+ACCURACY = """
+CREATE OR REPLACE VIEW accuracy_by_rows AS
+SELECT d.run_id, r.job, coalesce(d.tier, s.tier) AS tier, count(*) AS labelled,
+       count(*) FILTER (WHERE coalesce(d.answer, s.answer) ->> (r.policy ->> 'measure') = t.label) AS correct
+FROM document d
+JOIN run r USING (run_id)
+JOIN label t USING (run_id, document_no)
+LEFT JOIN LATERAL (SELECT x.tier, x.answer FROM document x WHERE d.state = 'reused' AND x.run_id = d.of_run_id
+                   AND x.document_no = d.of_document_no OFFSET 0) s ON true
+WHERE d.state IN ('result', 'reused') AND r.policy ->> 'measure' IS NOT NULL
+GROUP BY d.run_id, r.job, coalesce(d.tier, s.tier);
+"""
+
+
 def _view(name: str) -> str:
     """The view of that name: what is stored for runs that are summed, what the rows say for the others."""
     of_run, typed = STORED[name]
@@ -174,7 +189,7 @@ def upgrade() -> None:
     for name in STORED:
         op.execute(f"ALTER VIEW {name} RENAME TO {name}_by_rows")
         op.execute(_view(name))
-    for part in (DOCUMENTS, FROM_ROWS, FUNCTION):
+    for part in (ACCURACY, DOCUMENTS, FROM_ROWS, FUNCTION):
         op.execute(part)
     views = ("lateness", "summed", "unsummed", "run_sums_by_rows", "document_costs", "document_costs_by_rows")
     granted = ", ".join((*STORED, *views, "dearest_document"))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.spending import Cell, Cost, Line, Side, Sums, at_most
@@ -89,8 +89,15 @@ _MANY = """
     SELECT s.* FROM unnest(CAST(:runs AS bigint[])) AS one (run_id)
     CROSS JOIN LATERAL (SELECT * FROM document_spend d WHERE d.run_id = one.run_id OFFSET 0) s
 """
-#: What became of each document of `s`.
-FATE = """
+#: Of a run that Postgres has not counted yet it believes that it has no rows, and would compare all pairs of them; a
+#: hash join is linear.
+HASHED = text("SET LOCAL enable_nestloop = off")
+_LOOKED_UP = text("SET LOCAL enable_nestloop = on")
+
+#: What became of a few documents, looked up one by one.
+_FATES = text("""
+    SELECT s.run_id, s.document_no, d.document_id, d.state, d.tier, d.reason
+    FROM unnest(CAST(:runs AS bigint[]), CAST(:numbers AS bigint[])) AS s (run_id, document_no)
     LEFT JOIN LATERAL (
         SELECT document_id, state, tier, NULL AS reason FROM result r
         WHERE r.run_id = s.run_id AND r.document_no = s.document_no
@@ -98,15 +105,10 @@ FATE = """
         SELECT document_id, 'dead_letter', tier, reason FROM dead_letter x
         WHERE x.run_id = s.run_id AND x.document_no = s.document_no
     ) d ON true
-"""
+""")
 _DEAREST = """
-    SELECT s.run_id AS run, s.document_no, d.document_id, d.state, d.tier, d.reason, s.attempts, s.cost_pico,
-           s.unknown_pico
-    FROM (
-        SELECT * FROM ({spent}) spent ORDER BY cost_pico + unknown_pico DESC, run_id, document_no LIMIT :top
-    ) s
-    {fate}
-    ORDER BY s.cost_pico + s.unknown_pico DESC, s.run_id, s.document_no
+    SELECT run_id AS run, document_no, attempts, cost_pico, unknown_pico FROM ({spent}) spent
+    ORDER BY cost_pico + unknown_pico DESC, run_id, document_no LIMIT :top
 """
 
 
@@ -145,9 +147,19 @@ async def read_document_costs(
 
 
 async def _read_dearest(connection: AsyncConnection, runs: Sequence[int], top: int) -> tuple[DearDocument, ...]:
-    query = _DEAREST.format(spent=_FEW if top <= STORED_DEAREST else _MANY, fate=FATE)
-    rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings()
-    return tuple(DearDocument(**row) for row in rows)
+    query = _DEAREST.format(spent=_FEW if top <= STORED_DEAREST else _MANY)
+    rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings().all()
+    return tuple(DearDocument(**row) for row in await with_fates(connection, rows))
+
+
+async def with_fates(connection: AsyncConnection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
+    """These few documents, each a `run` and `document_no`, with what became of them. Joins are HASHED after it."""
+    key = {"runs": [row["run"] for row in rows], "numbers": [row["document_no"] for row in rows]}
+    await connection.execute(_LOOKED_UP)
+    fates = {(run, number): fate for run, number, *fate in await connection.execute(_FATES, key)}
+    await connection.execute(HASHED)
+    names = ("document_id", "state", "tier", "reason")
+    return [{**row, **dict(zip(names, fates[row["run"], row["document_no"]], strict=True))} for row in rows]
 
 
 def _sums(row: Any) -> Sums:

@@ -16,7 +16,7 @@ from sqlalchemy import CursorResult, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.buckets import CONFIDENCES, COST_EDGES, ORIGIN, pick_stride
-from tasks.ledger.breakdowns import FATE
+from tasks.ledger.breakdowns import HASHED, with_fates
 
 #: The slowest documents that a page names.
 SLOWEST = 10
@@ -108,15 +108,11 @@ _CONFIDENCES = text("""
 """)
 
 #: Both ends of each wait are on one clock.
-_SLOWEST = text(f"""
-    SELECT s.run_id AS run, s.document_no, d.document_id, d.state, d.tier, d.reason, s.attempts, s.waited
-    FROM (
-        SELECT run_id, document_no, count(*) AS attempts, sum(completed_at - sent_at) AS waited
-        FROM attempt WHERE run_id = ANY(:runs) GROUP BY run_id, document_no
-        HAVING sum(completed_at - sent_at) IS NOT NULL ORDER BY waited DESC, run_id, document_no LIMIT :top
-    ) s {FATE}
-    ORDER BY s.waited DESC, s.run_id, s.document_no
-""")  # noqa: S608 (made of our own constants)
+_SLOWEST = text("""
+    SELECT run_id AS run, document_no, count(*) AS attempts, sum(completed_at - sent_at) AS waited
+    FROM attempt WHERE run_id = ANY(:runs) GROUP BY run_id, document_no
+    HAVING sum(completed_at - sent_at) IS NOT NULL ORDER BY waited DESC, run_id, document_no LIMIT :top
+""")
 
 
 #: Postgres adds bigints up to numerics, which are whole.
@@ -138,13 +134,14 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: 
     """How the spend of these runs lies, with so many of the slowest documents. None where there are no runs."""
     if not runs:
         return None
+    await connection.execute(HASHED)
     span = (await _ask(connection, _SPAN, runs)).one()
     stride = pick_stride(span.first, span.last)
     time = {"stride": stride, "first": span.first, "last": span.last, "origin": ORIGIN}
     slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
     costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
     confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
-    waited = (await _ask(connection, _SLOWEST, runs, top=slowest)).mappings()
+    waited = (await _ask(connection, _SLOWEST, runs, top=slowest)).mappings().all()
     return Shape(
         first=span.first,
         last=span.last,
@@ -153,5 +150,5 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: 
         costs={row.bucket: row.documents for row in costs},
         confidences=tuple(Sureness(**row) for row in confidences),
         threshold=span.threshold,
-        slowest=tuple(SlowDocument(**row) for row in waited),
+        slowest=tuple(SlowDocument(**row) for row in await with_fates(connection, waited)),
     )

@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.announcements import RunEvent
 from schemas.errors import ConfigurationError
 from schemas.spending import Cell, Line, Side, add_up, per_million, split
-from tasks.ledger.breakdowns import DocumentCosts, read_cells, read_document_costs, read_lines
+from tasks.ledger.breakdowns import HASHED, DocumentCosts, read_cells, read_document_costs, read_lines
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
 
@@ -564,6 +564,7 @@ async def read_audit(
     connection: AsyncConnection, *, run: int | None, job: str | None, by: Sequence[Side], top: int
 ) -> Audit:
     """The same inside of a transaction that reads more from its SNAPSHOT."""
+    await connection.execute(HASHED)
     scope = (await connection.execute(_SCOPE, {"run": run, "job": job})).all()
     if not scope and (run is not None or job is not None):
         raise ConfigurationError(await _explain_nothing(connection, run, job))

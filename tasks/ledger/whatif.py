@@ -13,12 +13,9 @@ from schemas.errors import ConfigurationError
 from schemas.money import Currency
 from schemas.pricing import PriceBook
 from schemas.whatif import Group, Past, RunTier
+from tasks.ledger.breakdowns import HASHED
 from tasks.ledger.connection import Ledger
 from tasks.ledger.spend import SNAPSHOT
-
-#: Of a run that Postgres has not counted yet it believes that it has no rows, and would compare all pairs of them; a
-#: hash join is linear.
-_HASHED = text("SET LOCAL enable_nestloop = off")
 
 _RUN = text("""
     SELECT job, currency, is_simulated, ladder, models, escalates_below FROM run_overview WHERE run_id = :run
@@ -77,7 +74,7 @@ async def find_past(ledger: Ledger, run_id: int, book: PriceBook, below: Decimal
         wanted = None if below is None or below == run.escalates_below else below
         steps = sorted({price.above_tokens + 1 for price in book.rows() if price.above_tokens})
         key = {"run": run_id, "ladder": run.ladder, "steps": steps}
-        await connection.execute(_HASHED)
+        await connection.execute(HASHED)
         rows = await _read_groups(connection, key, wanted)
     return Past(
         run=run_id,

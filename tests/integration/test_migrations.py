@@ -23,7 +23,7 @@ from schemas.errors import LedgerUnavailable
 from schemas.tables import SCHEMA, metadata
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.upgrades import upgrade
-from tests.ledgers import sql, value
+from tests.ledgers import lane_ledger, run_everything, sql, value
 
 ROOT = Path(__file__).parents[2]
 MIGRATE = """
@@ -76,6 +76,30 @@ def test_upgrading_twice_changes_nothing(ledger_url: str) -> None:
     before = catalogue(ledger_url)
     assert upgrade(SecretStr(ledger_url)) == value(ledger_url, "SELECT version_num FROM ledger_version")
     assert catalogue(ledger_url) == before
+
+
+def test_each_migration_is_a_transaction_and_one_that_failed_is_done_by_the_next_upgrade(database_url: str) -> None:
+    sql(
+        database_url,
+        "CREATE SCHEMA farthing AUTHORIZATION farthing_owner; SET ROLE farthing_owner;"
+        "CREATE TABLE farthing.run_sums (n int)",
+    )
+    with pytest.raises(LedgerUnavailable):
+        upgrade(SecretStr(database_url))
+    assert value(database_url, "SELECT version_num FROM farthing.ledger_version") == "0010"
+    sql(database_url, "DROP TABLE farthing.run_sums")
+    assert upgrade(SecretStr(database_url)) > "0010"
+
+
+async def test_runs_of_before_their_sums_were_stored_are_summed_by_an_upgrade(ledger_url: str) -> None:
+    async with lane_ledger(ledger_url) as ledger:
+        await run_everything(ledger)
+    sums = "SELECT to_jsonb(s) - 'summed_at' FROM run_sums s"
+    made = sql(ledger_url, sums)
+    sql(ledger_url, "DELETE FROM run_sums")
+    for _ in range(2):
+        upgrade(SecretStr(ledger_url))
+        assert sql(ledger_url, sums) == made
 
 
 def catalogue(url: str) -> list[tuple[Any, ...]]:

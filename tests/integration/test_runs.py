@@ -274,6 +274,17 @@ async def test_at_the_end_of_a_large_run_postgres_counts_again(
     assert value(ledger_url, counted) is is_counted
 
 
+async def test_a_large_run_is_counted_before_its_sums_are_made(ledger: Ledger, ledger_url: str) -> None:
+    run = await runs.open_run(ledger, opening())
+    hand = await Hand.join(ledger, run)
+    for _ in range(2):
+        await hand.answer_shard()
+    sql(ledger_url, "UPDATE run SET documents = 1000")
+    assert await runs.settle(ledger, run.run_id)
+    counted = "SELECT max(last_analyze) < (SELECT summed_at FROM run_sums) FROM pg_stat_user_tables"
+    assert value(ledger_url, counted) is True
+
+
 async def test_who_would_wait_for_a_vacuum_does_not_have_postgres_count(ledger: Ledger, ledger_url: str) -> None:
     run = await runs.open_run(ledger, opening())
     with psycopg.connect(ledger_url) as other:

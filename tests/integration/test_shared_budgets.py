@@ -20,7 +20,7 @@ from tasks.ledger import budgets, leases, runs, spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.proof import prove
 from tasks.ledger.runs import Opening, Run
-from tests.ledgers import BOOK, CAP, COST, JOB, RESERVED, Hand, lane_ledger, opening, sql, value
+from tests.ledgers import BACKFILL, BOOK, CAP, COST, JOB, RESERVED, Hand, lane_ledger, opening, sql, value
 
 NAME = "tickets-2026-11"
 
@@ -188,6 +188,32 @@ async def test_both_runs_are_shown_and_proven_over_the_sum_of_both(ledger: Ledge
     sql(ledger_url, "UPDATE budget SET granted = granted - 1")
     for each in (run, other):
         assert (await prove(ledger, each.run_id, BOOK)).guarantees["G9"] is False
+
+
+async def test_what_an_export_closed_is_in_a_shared_budget_and_in_a_backfill_as_in_an_audit(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    run, _ = await two_runs(ledger)
+    hand = await Hand.join(ledger, run, amount=5 * RESERVED)
+    lease = (await hand.claim()).lease
+    await hand.intend(hand.intent(lease, 1))
+    await hand.record(Record(hand.outcome(1, signal=Signal.LOST, verdict=None, usage=None)))
+    await hand.leave()
+    sql(
+        ledger_url,
+        f"""
+        INSERT INTO cost_adjustment (run_id, document_no, attempt_no, amount, evidence, billed_on, price_id, hit,
+                                     miss, output)
+        VALUES (1, 1, 1, {COST}, 'an export', '2026-09-26', 1, 640, 100, 5);
+        {BACKFILL}; UPDATE backfill SET state = 'running'; UPDATE run SET backfill_id = 1""",
+    )
+    async with opened(SecretStr(ledger_url), Role.AUDITOR) as auditor:
+        found = await spend.audit(auditor, run=run.run_id)
+        backfill = await spend.progress_of_backfill(auditor, JOB.name)
+    assert (found.cost_pico, found.unknown_pico) == (COST, 0)
+    assert found.shared_budget == spend.SharedBudget(NAME, CAP, COST, 0, RESERVED - COST, CAP - RESERVED)
+    assert backfill is not None
+    assert (backfill.cost_pico, backfill.unknown_pico) == (COST, 0)
 
 
 async def test_a_run_that_is_being_settled_keeps_nobody_from_the_shared_budget(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ from pydantic import SecretStr
 
 from schemas.attempts import RunId
 from schemas.records import Record
+from schemas.settings import Settings
 from schemas.spending import Side
+from tasks import enrichment
 from tasks.ledger import leases, runs, spend
 from tasks.ledger.breakdowns import STORED_DEAREST
 from tasks.ledger.connection import Ledger, Role, opened
+from tasks.ledger.shapes import read_shape
 from tests.ledgers import COST, RESERVED, Hand, opening, run_everything, sql, value
 
 #: Rows as nobody would make them: any tier, purpose, signal, price and cost with any other, known, lost or open.
@@ -84,6 +88,7 @@ async def test_an_audit_from_sums_is_the_audit_from_rows(ledger: Ledger, ledger_
     wanted = [scope | {"top": top} for scope in scopes for top in (7, STORED_DEAREST + 20)]
     stored = [await audit(ledger_url, **scope) for scope in wanted]
     assert value(ledger_url, "SELECT count(*) FROM summed") == len(seeds)
+    assert value(ledger_url, "SELECT max(jsonb_array_length(dearest)) FROM run_sums") == STORED_DEAREST
     assert all(stored[4][name] for name in ("attempts", "unknown_pico", "escalations", "accuracy", "waste"))
     for gone in (1, len(seeds)):
         sql(ledger_url, f"DELETE FROM run_sums WHERE run_id <= {gone}")
@@ -140,6 +145,28 @@ async def test_after_a_correction_rows_are_read_until_they_are_summed_again(ledg
     for _ in range(2):
         assert await runs.settle(ledger, run.run_id)
     assert sql(ledger_url, "SELECT run_id, late FROM run_sums ORDER BY late") == [(1, 0), (1, 1)]
+
+
+async def test_what_came_late_is_summed_when_the_next_run_of_the_job_is_done(ledger: Ledger, ledger_url: str) -> None:
+    await run_anything(ledger, ledger_url, 0.1, 9)
+    again = await run_everything(ledger)
+    sql(ledger_url, "INSERT INTO cost_adjustment (run_id, amount, evidence) VALUES (1, -7, 'the export of May')")
+    assert sql(ledger_url, "SELECT run_id FROM unsummed") == [(1,)]
+    await enrichment.settle_run(Settings(database_url=SecretStr(ledger_url)), again, [])
+    assert sql(ledger_url, "SELECT run_id FROM unsummed") == []
+
+
+async def test_a_run_that_postgres_has_not_counted_is_audited_without_comparing_all_pairs(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    await run_everything(ledger)
+    sql(ledger_url, "ANALYZE")
+    run = await run_anything(ledger, ledger_url, 0.4, 6000)
+    sql(ledger_url, "DELETE FROM run_sums WHERE run_id = 2")
+    async with asyncio.timeout(20):  # a second; pair by pair, minutes
+        await audit(ledger_url, run=run)
+        async with opened(SecretStr(ledger_url), Role.AUDITOR) as auditor, auditor.transaction() as connection:
+            assert await read_shape(connection, [run])
 
 
 async def test_a_run_that_is_not_done_is_not_summed(ledger: Ledger, ledger_url: str) -> None:
