@@ -6,7 +6,8 @@ have stored sums. Of any other they read the rows, once for each view.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -89,11 +90,6 @@ _MANY = """
     SELECT s.* FROM unnest(CAST(:runs AS bigint[])) AS one (run_id)
     CROSS JOIN LATERAL (SELECT * FROM document_spend d WHERE d.run_id = one.run_id OFFSET 0) s
 """
-#: Of a run that Postgres has not counted yet it believes that it has no rows, and would compare all pairs of them; a
-#: hash join is linear.
-HASHED = text("SET LOCAL enable_nestloop = off")
-_LOOKED_UP = text("SET LOCAL enable_nestloop = on")
-
 #: What became of a few documents, looked up one by one.
 _FATES = text("""
     SELECT s.run_id, s.document_no, d.document_id, d.state, d.tier, d.reason
@@ -112,9 +108,22 @@ _DEAREST = """
 """
 
 
+@asynccontextmanager
+async def hashed(connection: AsyncConnection) -> AsyncIterator[None]:
+    """For queries that read all rows of a run, and nothing else: what they join is hashed.
+
+    Of a run that Postgres has not counted yet it believes that it has no rows, and would compare all pairs of them.
+    Where few rows are looked up in many, this would read the many.
+    """
+    await connection.execute(text("SET LOCAL enable_nestloop = off"))
+    yield
+    await connection.execute(text("SET LOCAL enable_nestloop = on"))
+
+
 async def read_cells(connection: AsyncConnection, runs: Sequence[int]) -> list[Cell]:
     """The spend of these runs, split as far as a summary needs it."""
-    rows = (await connection.execute(_CELLS, {"runs": runs})).mappings()
+    async with hashed(connection):
+        rows = (await connection.execute(_CELLS, {"runs": runs})).mappings()
     return [
         Cell(row["tier"], row["purpose"], row["band"], row["signal"], row["verdict"], row["billing"], _sums(row))
         for row in rows
@@ -126,7 +135,8 @@ async def read_lines(connection: AsyncConnection, runs: Sequence[int], by: Seque
     names = ", ".join(_NAMED_BY[side] for side in by)
     numbers = ", ".join(str(number + 1) for number in range(len(by)))
     query = f"SELECT {names}, {_SUMS} FROM spend WHERE run_id = ANY(:runs) GROUP BY {numbers} ORDER BY {numbers}"  # noqa: S608 (ours)
-    rows = (await connection.execute(text(query), {"runs": runs})).all()
+    async with hashed(connection):
+        rows = (await connection.execute(text(query), {"runs": runs})).all()
     return tuple(Line(tuple(map(str, row[: len(by)])), Sums(*map(int, row[len(by) :]))) for row in rows)
 
 
@@ -134,7 +144,8 @@ async def read_document_costs(
     connection: AsyncConnection, runs: Sequence[int], top: int, spent_pico: int
 ) -> DocumentCosts:
     """What documents of these runs cost, with the `top` dearest of them. All runs cost `spent_pico` that is known."""
-    costs = [Cost(pico, int(documents)) for pico, documents in await connection.execute(_COSTS, {"runs": runs})]
+    async with hashed(connection):
+        costs = [Cost(pico, int(documents)) for pico, documents in await connection.execute(_COSTS, {"runs": runs})]
     documents = sum(cost.documents for cost in costs)
     return DocumentCosts(
         documents=documents,
@@ -148,16 +159,15 @@ async def read_document_costs(
 
 async def _read_dearest(connection: AsyncConnection, runs: Sequence[int], top: int) -> tuple[DearDocument, ...]:
     query = _DEAREST.format(spent=_FEW if top <= STORED_DEAREST else _MANY)
-    rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings().all()
+    async with hashed(connection):
+        rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings().all()
     return tuple(DearDocument(**row) for row in await with_fates(connection, rows))
 
 
 async def with_fates(connection: AsyncConnection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:
-    """These few documents, each a `run` and `document_no`, with what became of them. Joins are HASHED after it."""
+    """These few documents, each a `run` and `document_no`, with what became of them."""
     key = {"runs": [row["run"] for row in rows], "numbers": [row["document_no"] for row in rows]}
-    await connection.execute(_LOOKED_UP)
     fates = {(run, number): fate for run, number, *fate in await connection.execute(_FATES, key)}
-    await connection.execute(HASHED)
     names = ("document_id", "state", "tier", "reason")
     return [{**row, **dict(zip(names, fates[row["run"], row["document_no"]], strict=True))} for row in rows]
 

@@ -16,7 +16,7 @@ from sqlalchemy import CursorResult, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.buckets import CONFIDENCES, COST_EDGES, ORIGIN, pick_stride
-from tasks.ledger.breakdowns import HASHED, with_fates
+from tasks.ledger.breakdowns import hashed, with_fates
 
 #: The slowest documents that a page names.
 SLOWEST = 10
@@ -134,14 +134,14 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: 
     """How the spend of these runs lies, with so many of the slowest documents. None where there are no runs."""
     if not runs:
         return None
-    await connection.execute(HASHED)
     span = (await _ask(connection, _SPAN, runs)).one()
     stride = pick_stride(span.first, span.last)
     time = {"stride": stride, "first": span.first, "last": span.last, "origin": ORIGIN}
-    slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
-    costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
-    confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
-    waited = (await _ask(connection, _SLOWEST, runs, top=slowest)).mappings().all()
+    async with hashed(connection):
+        slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
+        costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
+        confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
+        waited = (await _ask(connection, _SLOWEST, runs, top=slowest)).mappings().all()
     return Shape(
         first=span.first,
         last=span.last,

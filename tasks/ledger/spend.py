@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas.announcements import RunEvent
 from schemas.errors import ConfigurationError
 from schemas.spending import Cell, Line, Side, add_up, per_million, split
-from tasks.ledger.breakdowns import HASHED, DocumentCosts, read_cells, read_document_costs, read_lines
+from tasks.ledger.breakdowns import DocumentCosts, hashed, read_cells, read_document_costs, read_lines
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
 
@@ -564,7 +564,6 @@ async def read_audit(
     connection: AsyncConnection, *, run: int | None, job: str | None, by: Sequence[Side], top: int
 ) -> Audit:
     """The same inside of a transaction that reads more from its SNAPSHOT."""
-    await connection.execute(HASHED)
     scope = (await connection.execute(_SCOPE, {"run": run, "job": job})).all()
     if not scope and (run is not None or job is not None):
         raise ConfigurationError(await _explain_nothing(connection, run, job))
@@ -693,10 +692,12 @@ async def _read_totals(connection: AsyncConnection, runs: list[int]) -> dict[str
     overview = (await connection.execute(_OVERVIEW, {"runs": runs})).mappings().all()
     names = ("state", "reason", "is_simulated", "prompt_version", "opened_at", "finished_at", "budget_pico")
     name, is_simulated = (_only([row[name] for row in overview]) for name in ("budget_name", "is_simulated"))
-    cache = _plain((await connection.execute(_CACHE, {"runs": runs})).mappings().one())
+    async with hashed(connection):
+        cache = _plain((await connection.execute(_CACHE, {"runs": runs})).mappings().one())
+        off_peak = _plain((await connection.execute(_OFF_PEAK, {"runs": runs})).mappings().one())
     return {
         **_plain((await connection.execute(_RUNS_TOGETHER, {"runs": runs})).mappings().one()),
-        **_plain((await connection.execute(_OFF_PEAK, {"runs": runs})).mappings().one()),
+        **off_peak,
         "shared_budget": await _read_shared(connection, name, is_simulated, runs),
         "prefix_hit_rate": cache.pop("hit_rate"),
         **cache,
@@ -717,7 +718,10 @@ async def _read_shared(
 async def _read_spend(connection: AsyncConnection, runs: list[int]) -> dict[str, Any]:
     """The fields of `Audit` that count attempts and documents, and those that split them."""
     cells = await read_cells(connection, runs)
-    ended = [_plain(row) for row in (await connection.execute(_ENDED, {"runs": runs})).mappings()]
+    async with hashed(connection):
+        ended = [_plain(row) for row in (await connection.execute(_ENDED, {"runs": runs})).mappings()]
+        escalations = _rows(await connection.execute(_ESCALATIONS, {"runs": runs}), Escalation)
+        accuracy = _rows(await connection.execute(_ACCURACY, {"runs": runs}), Accuracy)
     return {
         **_count_documents(ended),
         **_total(cells),
@@ -730,8 +734,8 @@ async def _read_spend(connection: AsyncConnection, runs: list[int]) -> dict[str,
             name: HoursSpend(sums.attempts, sums.cost_pico) for name, sums in split(cells, lambda c: c.band).items()
         },
         "waste": _waste(cells),
-        "escalations": _rows(await connection.execute(_ESCALATIONS, {"runs": runs}), Escalation),
-        "accuracy": _rows(await connection.execute(_ACCURACY, {"runs": runs}), Accuracy),
+        "escalations": escalations,
+        "accuracy": accuracy,
     }
 
 

@@ -13,7 +13,7 @@ from schemas.errors import ConfigurationError
 from schemas.money import Currency
 from schemas.pricing import PriceBook
 from schemas.whatif import Group, Past, RunTier
-from tasks.ledger.breakdowns import HASHED
+from tasks.ledger.breakdowns import hashed
 from tasks.ledger.connection import Ledger
 from tasks.ledger.spend import SNAPSHOT
 
@@ -74,8 +74,8 @@ async def find_past(ledger: Ledger, run_id: int, book: PriceBook, below: Decimal
         wanted = None if below is None or below == run.escalates_below else below
         steps = sorted({price.above_tokens + 1 for price in book.rows() if price.above_tokens})
         key = {"run": run_id, "ladder": run.ladder, "steps": steps}
-        await connection.execute(HASHED)
-        rows = await _read_groups(connection, key, wanted)
+        async with hashed(connection):
+            rows = await _read_groups(connection, key, wanted)
     return Past(
         run=run_id,
         job=run.job,
