@@ -18,12 +18,12 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar, cast
 
 import typer
 
 from schemas.engines import Engine
-from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable, Unforeseen
+from schemas.errors import ConfigurationError, FarthingError, LedgerMismatch, LedgerUnavailable, RunPaused, Unforeseen
 from schemas.inert import plain_lines
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
     from tasks.live import View
     from tasks.pages import Page
+    from tasks.samples import DrawnSample
     from tasks.steering import Capped, Limited, Steered
     from tasks.whatif import Comparison
 
@@ -320,15 +321,26 @@ def _run(request: RunRequest, *, is_in_sandbox: bool, is_quiet: bool, as_json: b
 @contextmanager
 def _stdout_kept() -> Iterator[None]:
     """What else is printed meanwhile goes to stderr, also by processes that are started now: engines tell there."""
-    sys.stdout.flush()
+    if sys.stdout is None:  # it was closed before we began, and its number may be a socket's by now
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    _flush(sys.stdout)
     kept = os.dup(1)
     try:
         os.dup2(2, 1)
         with redirect_stdout(sys.stderr):
             yield
     finally:
+        _flush(sys.stdout)  # what somebody who had kept it has written
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def _flush(stream: TextIO) -> None:
+    """Whoever read it may be gone, which the first line of the outcome will tell."""
+    with suppress(OSError, ValueError):
+        stream.flush()
 
 
 @app.command()
@@ -520,7 +532,7 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
     except (TransportError, UnfinishedRun):
         found = wait_for(settle_unseen(request.job, settings, PREFECT_GONE))
         if found is None:
-            _fail(PREFECT_GONE, PAUSED)
+            raise RunPaused(PREFECT_GONE) from None
         tell(UNSEEN)
         return found
 
@@ -629,7 +641,7 @@ def _despite_prefect(
         return wait_for(flow())
     except (TransportError, UnfinishedRun):
         if view.run_id is None:
-            _fail(PREFECT_GONE, PAUSED)
+            raise RunPaused(PREFECT_GONE) from None
         tell(UNSEEN)
         return wait_for(settle_unseen(view.run_id, settings))
 
@@ -696,7 +708,7 @@ def _resumably(work: Callable[[], T], is_begun: Callable[[], bool]) -> T:
     except LedgerUnavailable as error:
         if not is_begun():
             raise
-        _fail(str(error), PAUSED)  # not 2, which promises that nothing was spent
+        raise RunPaused(str(error)) from None  # not 2, which promises that nothing was spent
 
 
 def _report(outcome: dict[str, Any], audit: Audit, proof: Proof, *, as_json: bool, is_demo: bool) -> None:
@@ -740,7 +752,12 @@ def estimate(
         ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option("--budget", metavar="SUM", help="A hard cap on the sample. Default: the job's.")
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SUM",
+            help="A hard cap on the sample. Default: the most that you are told, or the job's if that is less.",
+        ),
     ] = None,
     off_peak: OffPeak = None,
     finish_by: FinishByTime = None,
@@ -804,44 +821,86 @@ def _find_history(job: Job, in_sandbox: bool) -> History | None:
 def _poll(
     request: RunRequest, job: Job, is_in_sandbox: bool, *, is_agreed: bool, is_quiet: bool
 ) -> tuple[Settings, Size, Polled]:
-    """Ask the documents of a sample, in a run of its own, unless that was done before. Leaves where it pauses."""
+    """Ask the documents of a sample, in a run of its own, unless that was done before. Raises RunPaused."""
     from tasks import samples
     from tasks.ledger.history import find_polled, find_sample
 
+    _check_cap(request, job)
     with ExitStack() as stack:
-        stack.enter_context(redirect_stdout(sys.stderr))
+        stack.enter_context(_stdout_kept())
         settings = _settings()
         if is_in_sandbox:
             settings = stack.enter_context(_sandbox(settings, tell))
         url, now = _database(settings), _now(settings, is_in_sandbox)
         drawn = wait_for(samples.draw(job, request, settings))
-        run_id = wait_for(_ask_at(url, partial(find_sample, opening=drawn.opening), as_lane=True))
+        find = partial(find_sample, opening=drawn.opening)
+        run_id = wait_for(_ask_at(url, find, as_lane=True))
         if run_id is None:
-            expected = _compute(job, request, drawn.asks, None, settings, now)
-            _agree_to_sample(expected, is_agreed or settings.sandbox)
-            run_id = _ask_sample(request, job, settings, is_quiet)
+            capped = _agree_to_sample(request, job, drawn, settings, now, is_agreed=is_agreed or settings.sandbox)
+            run_id = _ask_sample(capped, job, settings, is_quiet)
+            _require_same(run_id, wait_for(_ask_at(url, find, as_lane=True)))
         polled = wait_for(_ask_at(url, partial(find_polled, run_id=run_id, sample=drawn.sample), as_lane=True))
     return settings, drawn.size, polled
 
 
-def _agree_to_sample(expected: Estimate, is_agreed: bool) -> None:
-    """Ask whether to spend. Raises ConfigurationError where nobody is there to ask."""
-    if is_agreed:
+def _check_cap(request: RunRequest, job: Job) -> None:
+    """Raises ConfigurationError where --budget is no cap that this job's sample can have."""
+    if request.budget is None:
         return
-    what = f"{expected.to_send} documents will be asked, {expected.cost} expected, {expected.high} at most"
-    if not sys.stdin.isatty():
+    if job.budget_name is not None:
+        raise ConfigurationError(
+            f"--budget would change {job.budget_name} for every job that shares it: leave it out, and the sample "
+            f"draws on {job.budget_name} as a run does; `farthing run {job.name} --budget SUM` changes it for all"
+        )
+    if request.cap(job).currency is not job.budget.currency:
+        raise ConfigurationError(
+            f"--budget is in {request.cap(job).currency} and the job in {job.budget.currency}; "
+            "sums are never converted"
+        )
+
+
+def _agree_to_sample(
+    request: RunRequest, job: Job, drawn: DrawnSample, settings: Settings, now: datetime, *, is_agreed: bool
+) -> RunRequest:
+    """Ask whether to spend; the request with what was agreed to as its cap.
+
+    Raises ConfigurationError where nobody is there to ask.
+    """
+    from schemas.estimates import bound_sample
+    from schemas.pricing import load_price_book
+
+    expected = _compute(job, request, drawn.asks, None, settings, now)
+    capped = request.capped(job, bound_sample(job, expected, max(drawn.lengths), load_price_book(settings.prices)))
+    most = f"{capped.cap(job)} at most"
+    if job.budget_name is not None:
+        most = f"and no more than {job.budget_name}, the budget that this job shares, has left"
+    what = f"{expected.to_send} documents will be asked, {expected.cost} expected, {most}"
+    if is_agreed:
+        tell(what)
+    elif sys.stdin.isatty():
+        typer.confirm(f"{what}: ask them?", abort=True, err=True)
+    else:
         raise ConfigurationError(
             f"{what}, and nobody is here to ask whether to: nothing was sent; say --yes if you do"
         )
-    typer.confirm(f"{what}: ask them?", abort=True, err=True)
+    return capped
+
+
+def _require_same(asked: RunId, drawn: RunId | None) -> None:
+    """Raises RunPaused where the run that was opened is not of the sample that was drawn."""
+    if asked != drawn:
+        raise RunPaused(
+            f"the input or the job changed meanwhile: run {asked} asked other documents than were drawn, so nothing "
+            "follows from it; its answers stay on the ledger: run the same command again"
+        )
 
 
 def _ask_sample(request: RunRequest, job: Job, settings: Settings, is_quiet: bool) -> RunId:
-    """The number of the sample's run, once it is done."""
+    """The number of the sample's run, once it is done. Raises RunPaused."""
     with _view(job.name, is_quiet) as view:
         outcome = _resumably(lambda: _enrich(request, job, settings, view), lambda: view.has_seen_run)
     if outcome["state"] != "done":
-        _fail(f"the sample's run {outcome['run_id']} paused: {outcome['advice']}", PAUSED)
+        raise RunPaused(f"the sample's run {outcome['run_id']} paused: {outcome['advice']}")
     return cast("RunId", outcome["run_id"])
 
 

@@ -8,6 +8,7 @@
     ├── BudgetExhausted      the next reservation does not fit          exit 3, resumable
     ├── ProviderStopped      balance or breaker stopped the run         exit 3, resumable
     │   └── KeyRefused       … or the key; exit 2 if nothing was spent  exit 3, resumable
+    ├── RunPaused            a command ends before it has its outcome   exit 3, resumable
     ├── InputUnavailable     the store of the documents does not reply  exit 3, resumable
     ├── InputChanged         a file is not what the run was planned on  (inside a lane: the shard fails)
     │   └── InputUnreadable  it is, and its rows cannot be had          (inside a lane: the shard fails)
@@ -72,6 +73,12 @@ class RunUnsettled(LedgerUnavailable):
 
 class BudgetExhausted(FarthingError):
     """The next reservation does not fit under the run's cap."""
+
+    exit_code = 3
+
+
+class RunPaused(FarthingError):
+    """A command ends without what was asked for, after money may have been spent; it goes on when repeated."""
 
     exit_code = 3
 

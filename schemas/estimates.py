@@ -15,12 +15,13 @@ from fractions import Fraction
 from random import Random
 from typing import Any
 
+from schemas.calls import MORE_TOKENS, TEMPLATE_TOKENS, TEMPLATE_TOKENS_PER_MESSAGE
 from schemas.errors import UnknownPrice
 from schemas.intervals import LEVEL, Interval, PastCost, predict_mean, weigh
 from schemas.jobs import Job, Tier
 from schemas.money import Currency, Money
 from schemas.off_peak import tariff_of
-from schemas.pricing import Price, PriceBook
+from schemas.pricing import Price, PriceBook, reservation
 from schemas.projections import MILLION, Polled, TierTokens, project
 from schemas.samples import Design
 from schemas.work_hours import Asked, Rows, Stretch, bands_of, begins, rows_at, share_out
@@ -179,6 +180,25 @@ def estimate(
         sampled=len(known.sample.drawn) if isinstance(known, Polled) else None,
         lasts=lasts or None,
     )
+
+
+def bound_sample(job: Job, expected: Estimate, longest: int, book: PriceBook) -> Money:
+    """What a sample may cost at most, to be its cap: the dearest way it may go, and one attempt's worst case more.
+
+    That is reserved before an attempt of a document of `longest` bytes is sent, and given back. Without it a cap as
+    low as a small sample's would let none be.
+    """
+    rows = rows_at(job, book, expected.at)
+    worst = max(
+        _reserve(job, tier, price, longest) for tier in job.ladder for price in bands_of(rows[tier.name], book.rows())
+    )
+    return Money(expected.high.pico + worst, job.budget.currency)
+
+
+def _reserve(job: Job, tier: Tier, price: Price, length: int) -> int:
+    """Of the system message, the document and an answer that was cut off once."""
+    tokens = len(job.prefix.encode()) + length + TEMPLATE_TOKENS + 2 * TEMPLATE_TOKENS_PER_MESSAGE
+    return reservation(price, tokens, MORE_TOKENS * tier.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

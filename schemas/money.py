@@ -54,6 +54,11 @@ class Money:
         """The sum in whole units, exact."""
         return Decimal(self.pico).scaleb(-12)
 
+    @property
+    def exact(self) -> str:
+        """As a job file or an option says it, to the last digit."""
+        return f"{self.decimal.normalize():f} {self.currency}"
+
     def __str__(self) -> str:
         """For people: two decimals from one unit up, else enough to show three digits."""
         value = self.decimal

@@ -77,6 +77,15 @@ class RunRequest(BaseModel):
         """The budget of a new run: what was asked for, else the job's own."""
         return Money.parse(self.budget) if self.budget else job.budget
 
+    def capped(self, job: Job, most: Money) -> RunRequest:
+        """The same with a cap of `most`, where nobody asked for another and the job's own is not lower.
+
+        A shared budget is not this run's to change.
+        """
+        if self.budget is not None or job.budget_name is not None or not 0 < most.pico < job.budget.pico:
+            return self
+        return self.model_copy(update={"budget": most.exact})
+
     @model_validator(mode="after")
     def _waits_if_it_has_time(self) -> Self:
         if self.finish_by and self.when is When.NOW:

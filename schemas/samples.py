@@ -37,6 +37,10 @@ class Design:
     def weigh(self, text: str) -> int:
         return self.fixed + len(text.encode("utf-8", "replace"))
 
+    def bytes_of(self, weight: int) -> int:
+        """Of a document that weighs so much."""
+        return weight - self.fixed
+
 
 class Place(NamedTuple):
     """Where a document is: the row of a file of the manifest. Places have the order of the input."""

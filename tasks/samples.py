@@ -36,17 +36,18 @@ async def measure(job: Job, manifest: Manifest, bulkhead: Bulkhead, root: Path =
 
 @dataclass(frozen=True, slots=True)
 class DrawnSample:
-    """A sample as it was drawn: the run that asks it, how large the selection is, and what is asked."""
+    """A sample as it was drawn: the run that asks it, how large the selection is, and the bytes of what is asked."""
 
     opening: Opening
     sample: Sample
     size: Size
+    lengths: tuple[int, ...]
 
     @property
     def asks(self) -> Size:
-        """How large the sample itself is."""
-        asked = len(self.sample.drawn)
-        return replace(self.size, documents=asked, to_send=asked)
+        """How large the sample itself is, by its own documents: it has more long ones than there are."""
+        asked = len(self.lengths)
+        return Size(documents=asked, to_send=asked, sampled=asked, sampled_bytes=sum(self.lengths))
 
 
 async def draw(job: Job, request: RunRequest, settings: Settings) -> DrawnSample:
@@ -58,14 +59,16 @@ async def draw(job: Job, request: RunRequest, settings: Settings) -> DrawnSample
         raise AssertionError("a request without a sample draws none")
     async with Bulkhead() as bulkhead:
         whole = await enrichment.plan(bulkhead, job, request.model_copy(update={"sample": None}))
-        sample = await bulkhead.draw(job.input, whole, design_of(job, request.sample), root=request.root)
+        design = design_of(job, request.sample)
+        sample = await bulkhead.draw(job.input, whole, design, root=request.root)
         if not sample.drawn:
             raise ConfigurationError("no document of this selection can be sent: all are empty, or have no id")
         measured = await measure(job, whole, bulkhead, request.root)
     opening = Opening(
         job, pick(whole, sample), request.selection(job), job.budget.currency, 0, is_simulated=settings.sandbox
     )
-    return DrawnSample(opening, sample, replace(measured, to_send=sample.documents))
+    lengths = tuple(design.bytes_of(drawn.weight) for drawn in sample.drawn)
+    return DrawnSample(opening, sample, replace(measured, to_send=sample.documents), lengths)
 
 
 async def _sample(job: Job, manifest: Manifest, bulkhead: Bulkhead, root: Path) -> AsyncIterator[int]:

@@ -178,16 +178,13 @@ def _explain_currency(wanted: WantedBudget, currency: str) -> str:
 
 
 def _explain_cap(wanted: WantedBudget, declared: int) -> str:
-    here, there = (_exact(pico, wanted.currency) for pico in (wanted.declared, declared))
+    here, there = (
+        Money(pico, wanted.currency).exact for pico in (wanted.declared, declared)
+    )  # two that differ look it
     return (
         f"budget: this job caps {wanted.name} at {here}, and it was declared as {there} before: write that cap in "
         "every job that names it, or say once with --budget which one holds from now on, for all of them"
     )
-
-
-def _exact(pico: int, currency: Currency) -> str:
-    """As a job file says it, so that two caps that differ look it."""
-    return f"{Money(pico, currency).decimal.normalize():f} {currency}"
 
 
 async def open_grant(

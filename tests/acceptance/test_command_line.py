@@ -119,6 +119,25 @@ def test_what_engines_and_their_processes_print_while_a_run_lasts_is_not_on_stdo
     assert (told.out, sorted(told.err.split())) == ("the outcome\n", ["here", "there"])
 
 
+KEPT = """
+import sys
+from farthing import _stdout_kept, print_json
+early = sys.stdout
+with _stdout_kept():
+    if early is not None:
+        early.write("late\\n")
+    print("here")
+print_json({"said": 1})
+"""
+
+
+@pytest.mark.parametrize(("shell", "out", "err"), [("", '{"said": 1}\n', "here late"), (" >&-", "", "here")])
+def test_stdout_is_kept_from_those_who_hold_it_and_may_be_closed(shell: str, out: str, err: str) -> None:
+    command = ["sh", "-c", f'exec "$0" -c "$1"{shell}', sys.executable, KEPT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, " ".join(sorted(done.stderr.split()))) == (0, out, err)
+
+
 def test_help_says_what_a_budget_without_a_currency_means(farthing: Terminal) -> None:
     words = " ".join(farthing("run", "--help").stdout.split())
     assert "a bare number is USD" in words
@@ -244,6 +263,34 @@ def test_a_sample_is_not_sent_before_somebody_agreed_to_its_price(
         assert "3 documents will be asked, $0." in left.stderr
         assert "say --yes" in left.stderr
     assert "--sample: " in farthing("estimate", "tickets", "--sample", "5").stderr
+
+
+def test_a_sample_does_not_change_a_budget_that_others_share(
+    farthing: Terminal, tickets: Path, ledger_url: str
+) -> None:
+    job = tickets / "job.yaml"
+    job.write_text(re.sub("^budget: .*", "budget: {name: team, cap: 9 USD}", job.read_text(), flags=re.MULTILINE))
+    nowhere = {
+        "FARTHING_DATABASE_URL": ledger_url,
+        "DEEPSEEK_API_KEY": SECRET,
+        "DEEPSEEK_BASE_URL": "http://127.0.0.1:1",
+    }
+    left = farthing("estimate", "tickets", "--sample", "--budget", "1 USD", "--yes", **nowhere)
+    assert left.exit_code == 2
+    assert "--budget would change team for every job that shares it: leave it out" in left.stderr
+    left = farthing("estimate", "tickets", "--sample", **nowhere)
+    assert "no more than team, the budget that this job shares, has left" in left.stderr
+
+
+def test_a_sample_that_is_not_the_one_that_was_drawn_says_nothing(
+    steer: Callable[..., Left], tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run 1 is of other documents: as if those had changed while somebody was asked whether to."""
+    monkeypatch.setattr("farthing._ask_sample", lambda *_: 1)
+    monkeypatch.setenv("DEEPSEEK_API_KEY", SECRET)
+    left = steer("estimate", "tickets", "--sample", "--yes", "--json")
+    assert left.exit_code == 3
+    assert "changed meanwhile: run 1 asked other documents" in left.json["error"]
 
 
 def test_a_new_job_overwrites_nothing(farthing: Terminal, tickets: Path) -> None:

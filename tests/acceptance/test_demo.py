@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,10 @@ def test_an_estimate_asks_a_sample_once_and_says_between_which_sums_a_run_is(
     home: Home, demo: dict[str, Any]
 ) -> None:
     before = home.ask("sandbox", "bill")
-    found = home.ask("estimate", "obligations", "--sandbox", "--limit", "150", "--sample", "20")
+    asked = home.farthing("estimate", "obligations", "--sandbox", "--limit", "150", "--sample", "20", "--json")
+    found = json.loads(asked.stdout)
+    (most,) = re.findall(r"20 documents will be asked, .* expected, (.*) at most", asked.stderr)
+    assert home.ask("audit", "obligations")["budget_pico"] == pytest.approx(Decimal(most[1:]) * 10**12, rel=0.01)
     paid = home.ask("sandbox", "bill")["cost_pico"] - before["cost_pico"]
     assert (found["level"], found["sampled"], found["paid_pico"]) == (90, 20, paid)
     assert 0 < paid < found["low_pico"] < found["cost_pico"] < found["high_pico"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -18,8 +20,9 @@ import pytest
 
 from schemas.documents import Document
 from schemas.errors import ConfigurationError
-from schemas.estimates import estimate
+from schemas.estimates import bound_sample, estimate
 from schemas.jobs import Input
+from schemas.money import Money
 from schemas.pricing import load_price_book
 from schemas.samples import Design, Sample, pick
 from schemas.work_hours import Asked
@@ -120,6 +123,36 @@ async def test_the_run_after_an_estimate_costs_what_it_said_and_pays_no_sampled_
         ).cost
         == found.cost
     )
+
+
+async def test_a_sample_with_giants_costs_what_was_agreed_to(world: World) -> None:
+    """It is drawn by size, so that a few giants are all in it: the mean document says nothing of what they cost."""
+    texts = [f"document {number} is about a colour" for number in range(500)]
+    texts += [f"giant {number} is about a colour " + "and more of it " * 10_000 for number in range(10)]
+    write_documents(world.root, texts)
+    file = world.root / "jobs/colours/job.yaml"
+    file.write_text(re.sub("^budget: .*", "budget: 9 USD", file.read_text(), flags=re.MULTILINE))
+    drawn = await samples.draw(load_job("colours", world.root), world.request(sample=20), world.settings)
+    assert sum(length > 10**5 for length in drawn.lengths) == 10
+    assert drawn.asks.sampled_bytes == sum(drawn.lengths) > 10 * drawn.size.sampled_bytes // drawn.size.sampled * 20
+    job = load_job("colours", world.root)
+    agreed = estimate(job, drawn.asks, load_price_book(), Asked(NOW))
+    most = bound_sample(job, agreed, max(drawn.lengths), load_price_book())
+    run, _ = await world.run(sample=20, budget=world.request(sample=20).capped(job, most).budget)
+    assert (run.state, run.cap) == ("done", most.pico)
+    assert agreed.low.pico < sum(world.bill().values()) < agreed.high.pico < most.pico < job.budget.pico
+
+
+async def test_a_sample_s_cap_is_what_was_agreed_to_and_pauses_it(world: World) -> None:
+    job = load_job("colours", world.root)
+    asked = world.request(sample=50).capped(job, Money.parse("0.0004 USD"))
+    run, ended = await world.run(sample=50, budget=asked.budget)
+    assert (run.state, run.cap) == ("paused", 4 * 10**8)
+    assert 0 < sum(world.bill().values()) <= 4 * 10**8
+    assert "run the same command with a larger --budget" in ended.advice
+    assert world.request(sample=50, budget="2 USD").capped(job, Money.parse("1 USD")).budget == "2 USD"
+    assert world.request(sample=50).capped(job, Money.parse("3 USD")).budget is None
+    assert world.request(sample=50).capped(replace(job, budget_name="team"), Money.parse("0.1 USD")).budget is None
 
 
 async def test_a_selection_without_a_document_that_can_be_sent_has_no_sample(world: World) -> None:
