@@ -605,7 +605,7 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
 
     if server is not None:
         server.wait()
-    view.follow(_database(settings), budget=job.budget)
+    view.follow(_database(settings), budget=job.budget, selection=request.selection(job))
 
     async def flow() -> dict[str, Any]:
         return await outcome_of(
@@ -812,7 +812,8 @@ def _find_history(job: Job, in_sandbox: bool) -> History | None:
         return None
     is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
     try:
-        return _ask(lambda ledger: find_history(ledger, job, is_simulated=is_simulated), in_sandbox)
+        found = _ask(lambda ledger: find_history(ledger, job, is_simulated=is_simulated), in_sandbox)
+        return found and replace(found, is_stand_in=is_simulated and not (in_sandbox or settings.sandbox))
     except FarthingError as error:
         tell(f"without the job's history: {error}")
         return None
@@ -1495,7 +1496,11 @@ def check_prices(
 
     book, until = load_price_book(_settings().prices), _parse_instant(at)
     first = until - timedelta(days=30) if since is None else _parse_day(since)
+    if first > until:
+        raise ConfigurationError(f"--since {first:%Y-%m-%d} is after --at {until:%Y-%m-%d %H:%M} UTC")
     found = [compare(book, _read_map(file), first, until) for file in files]
+    if idle := [str(file) for file, each in zip(files, found, strict=True) if not each.compared]:
+        raise ConfigurationError(f"{', '.join(idle)}: no model of the price book is in there: nothing was compared")
     if as_json:
         print_json({"since": first.isoformat(), "at": until.isoformat(), **report.price_check_json(found)})
     else:

@@ -72,11 +72,12 @@ class PastTier:
 @dataclass(frozen=True, slots=True)
 class PastRun:
     """An earlier run of the job: over so many documents that were sent, tier by tier. `squared_spread` is how much
-    their costs differ (variance over squared mean)."""
+    their costs differ (variance over squared mean). With a `limit` it had the first so many documents only."""
 
     documents: int
     tiers: tuple[PastTier, ...]
     squared_spread: float = 0.0
+    limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +86,26 @@ class History:
 
     `is_partial`: none of them has ended, so that what climbs, and costs most, may still be to come.
     `is_of_other_prompt`: none of them had the prompt, the answer and the ladder that the job has now.
+    `is_stand_in`: they are the sandbox's, for want of others, and the run that is asked about is not.
     """
 
     runs: tuple[PastRun, ...]
     is_simulated: bool
     is_partial: bool = False
     is_of_other_prompt: bool = False
+    is_stand_in: bool = False
 
     @property
     def documents(self) -> int:
         return sum(run.documents for run in self.runs)
 
-    @property
-    def is_sound(self) -> bool:
+    def is_sound(self, size: Size) -> bool:
         """Whether it says how far off an estimate may be."""
-        return not self.is_partial and not self.is_of_other_prompt
+        return not (self.is_partial or self.is_of_other_prompt or self.is_stand_in or self.is_of_first(size))
+
+    def is_of_first(self, size: Size) -> bool:
+        """Whether all runs had only the first of the documents that are meant now, which need not be like all."""
+        return all(run.limit is not None and run.limit < size.documents for run in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +237,7 @@ def _from_history(job: Job, size: Size, rows: Rows, history: History, assumed: S
     past = [PastCost(_mean_cost(run, rows), run.documents, run.squared_spread) for run in history.runs]
     weights = [math.ceil(weight * MILLION) for weight in weigh(past)]
     tokens = tuple(_mean_tokens(history.runs, weights, each) for each in assumed)
-    return _Expected(tokens, predict_mean(past, size.to_send) if history.is_sound else None)
+    return _Expected(tokens, predict_mean(past, size.to_send) if history.is_sound(size) else None)
 
 
 def _mean_cost(run: PastRun, rows: Rows) -> float:
@@ -407,7 +413,7 @@ def _ends_line(expected: _Expected) -> str:
             "as the book has them, and work that takes from half to twice as long as expected"
         )
     return (
-        "no interval, since nothing is known yet: low is the first tier only, every prefix hits, cheapest hours; "
+        "no interval, since too little is known: low is the first tier only, every prefix hits, cheapest hours; "
         "high: every document climbs the whole ladder, no prefix hits, dearest hours; "
         "`farthing estimate` with --sample asks some documents, and then knows"
     )
@@ -419,7 +425,7 @@ def basis(size: Size, known: Polled | History | None) -> list[str]:
         case Polled():
             return [_sample_line(known)]
         case History(runs=runs) if runs:
-            return _history_lines(known)
+            return _history_lines(known, size)
         case _:
             return _assumed_lines(size)
 
@@ -432,7 +438,7 @@ def _sample_line(polled: Polled) -> str:
     )
 
 
-def _history_lines(history: History) -> list[str]:
+def _history_lines(history: History, size: Size) -> list[str]:
     simulated = ", answers simulated" if history.is_simulated else ""
     lines = [
         f"tokens and escalated share as in the job's last {len(history.runs)} run(s), "
@@ -442,6 +448,10 @@ def _history_lines(history: History) -> list[str]:
         lines.append("none of them has ended yet: what climbs comes last, so this may be too low")
     if history.is_of_other_prompt:
         lines.append("they had another prompt, answer or ladder than the job has now, so this may be far off")
+    if history.is_stand_in:
+        lines.append("they are the sandbox's, whose answers are made up: a model's own cost something else")
+    if history.is_of_first(size):
+        lines.append("they had the first documents only (--limit), and a file may begin with its shortest")
     return lines
 
 

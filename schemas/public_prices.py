@@ -187,7 +187,7 @@ def _litellm_amounts(entry: Mapping[str, Any]) -> Amounts:
 def _read_model_prices(found: Mapping[str, Any]) -> Iterator[Quote]:
     hours = _Hours.of(found["schedules"])
     for name, modes in found["prices"].get(PROVIDER, {}).items():
-        intervals = [(_instant(each["start"]), _amounts(each["rates"])) for each in modes.get("standard", [])]
+        intervals = [(_instant(each.get("start")), _amounts(each["rates"])) for each in modes.get("standard", [])]
         yield Quote(name, _Dated(tuple(intervals), hours).at, is_of_today=False)
 
 
@@ -228,8 +228,8 @@ class _Hours:
     def factor(self, instant: datetime) -> Decimal:
         for each in self.schedules:
             until = _instant(each.get("valid_until"))
-            begun = _instant(each["valid_from"])
-            if begun is not None and begun <= instant and (until is None or instant < until):
+            begun = _instant(each.get("valid_from"))
+            if (begun is None or begun <= instant) and (until is None or instant < until):
                 return Decimal(each["peak_multiplier"]) if self._is_peak(each, instant) else Decimal(1)
         return Decimal(1)
 

@@ -11,12 +11,12 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from pydantic import SecretStr
 from rich.console import Console, Group, RenderableType
@@ -188,6 +188,7 @@ class View:
         self._is_of_backfill = False
         self._progress: Progress | None = None
         self._budget: Money | None = None
+        self._selection: Mapping[str, Any] | None = None
         self._looked_at = tick()
         self._pace = Pace()
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -221,11 +222,20 @@ class View:
         if self._live is None:
             self._print(f"{plain(text)} …")
 
-    def follow(self, url: SecretStr, run_id: int | None = None, *, budget: Money | None = None) -> None:
-        """Show the progress of this run, or of the job's run that has a lane at work, as soon as there is one.
+    def follow(
+        self,
+        url: SecretStr,
+        run_id: int | None = None,
+        *,
+        budget: Money | None = None,
+        selection: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Show the progress of this run, or of the job's run of that selection that has a lane at work, once there is
+        one.
 
         `budget` is the job's, which a run that is resumed need not have.
         """
+        self._selection = selection
         self._run_id, self._budget, self._looked_at, self._url = run_id, budget, self._tick(), url
 
     def follow_backfill(self, url: SecretStr) -> None:
@@ -331,6 +341,6 @@ class View:
         for listed in await spend.list_runs(ledger, self._job):
             if listed.state == "running":
                 progress = await spend.progress(ledger, listed.run)
-                if progress.lanes:
+                if progress.lanes and progress.selection == self._selection:
                     return progress
         return None

@@ -22,20 +22,21 @@ RUNS = 5
 _RECENT = """
     WITH known AS (
         SELECT o.run_id, o.prompt_version = :prompt_version AS is_same, o.state = 'done' AS is_done,
+               (o.selection ->> 'limit')::bigint AS first_only,
                bool_or(o.prompt_version = :prompt_version) OVER () AS any_same,
                bool_or(o.state = 'done') OVER (PARTITION BY o.prompt_version = :prompt_version) AS any_done
         FROM run_overview o JOIN run_cost c USING (run_id)
         WHERE o.job = :job AND o.is_simulated = :is_simulated AND o.selection -> 'sample' IS NULL
           AND c.hit_tokens + c.miss_tokens > 0
     ), recent AS (
-        SELECT run_id, is_same, is_done FROM known
+        SELECT run_id, is_same, is_done, first_only FROM known
         WHERE is_same = any_same AND is_done = any_done ORDER BY run_id DESC LIMIT :runs
     )
 """
 
 _TIERS = text(f"""
     {_RECENT}
-    SELECT a.run_id, r.is_same, r.is_done, a.tier,
+    SELECT a.run_id, r.is_same, r.is_done, r.first_only, a.tier,
            count(*) AS attempts,
            coalesce(avg(a.hit) FILTER (WHERE a.purpose <> 'priming'), avg(a.hit)) AS hit,
            coalesce(avg(a.miss) FILTER (WHERE a.purpose <> 'priming'), avg(a.miss)) AS miss,
@@ -43,15 +44,19 @@ _TIERS = text(f"""
            avg(extract(epoch FROM a.completed_at - a.sent_at)) AS seconds
     FROM attempt a JOIN recent r USING (run_id)
     WHERE a.hit IS NOT NULL OR a.unknown_pico > 0
-    GROUP BY a.run_id, r.is_same, r.is_done, a.tier
+    GROUP BY a.run_id, r.is_same, r.is_done, r.first_only, a.tier
     HAVING count(a.hit) > 0
     ORDER BY a.run_id DESC
 """)  # noqa: S608 (made of our own constants)
 
+#: Of the documents that cost something, unless all are free, as at a price of nothing.
 _SPREAD = text(f"""
     {_RECENT}
-    SELECT run_id, count(*) AS documents, var_samp(cost_pico) / nullif(avg(cost_pico), 0) ^ 2 AS squared_spread
-    FROM document_spend JOIN recent USING (run_id) WHERE cost_pico + unknown_pico > 0 GROUP BY run_id
+    SELECT run_id, coalesce(nullif(count(*) FILTER (WHERE is_paid), 0), count(*)) AS documents,
+           var_samp(cost_pico) FILTER (WHERE is_paid) / nullif(avg(cost_pico) FILTER (WHERE is_paid), 0) ^ 2
+               AS squared_spread
+    FROM (SELECT *, cost_pico + unknown_pico > 0 AS is_paid FROM document_spend JOIN recent USING (run_id)) spent
+    GROUP BY run_id
 """)  # noqa: S608 (made of our own constants)
 
 _SAMPLE = text("""
@@ -102,7 +107,10 @@ async def find_history(ledger: Ledger, job: Job, *, is_simulated: bool) -> Histo
 
 def _past_run(spread: RowMapping, tiers: list[RowMapping]) -> PastRun:
     return PastRun(
-        spread["documents"], tuple(map(_past_tier, tiers)), squared_spread=float(spread["squared_spread"] or 0)
+        spread["documents"],
+        tuple(map(_past_tier, tiers)),
+        squared_spread=float(spread["squared_spread"] or 0),
+        limit=tiers[0]["first_only"],
     )
 
 

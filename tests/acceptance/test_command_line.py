@@ -28,6 +28,7 @@ from sqlalchemy import make_url
 from farthing import PRICED, _sandbox_clock, _stdout_kept, main
 from sandbox import service
 from sandbox.bill import bill_path, read_lines
+from schemas.estimates import History, PastRun, PastTier
 from schemas.settings import Settings
 from tasks.ledger import runs
 from tests.ledgers import RESERVED, lane_ledger, opening, run_everything
@@ -226,6 +227,14 @@ def test_the_price_book_is_held_against_a_public_map(farthing: Terminal) -> None
     assert "0.003 / 0.14 / 0.6" in left.stdout
     assert "add a [[row]]" in " ".join(left.stdout.split())
     assert farthing("prices", "check", "none.json").exit_code == 2
+    left = farthing(*check, "--since", "2026-11-26")
+    assert (left.exit_code, left.stderr) == (2, "error: --since 2026-11-26 is after --at 2026-11-25 05:00 UTC\n")
+    (farthing.folder / "map.json").write_text(
+        json.dumps({"deepseek/deepseek-old": entry | {"input_cost_per_token": 1}})
+    )
+    left = farthing(*check, "--json")
+    assert left.exit_code == 2
+    assert left.json["error"] == "map.json: no model of the price book is in there: nothing was compared"
 
 
 def test_after_the_calendar_s_end_a_run_is_refused_with_what_to_update(farthing: Terminal, tickets: Path) -> None:
@@ -263,6 +272,17 @@ def test_a_sample_is_not_sent_before_somebody_agreed_to_its_price(
         assert "3 documents will be asked, $0." in left.stderr
         assert "say --yes" in left.stderr
     assert "--sample: " in farthing("estimate", "tickets", "--sample", "5").stderr
+
+
+def test_the_sandbox_s_runs_give_a_real_estimate_no_interval(
+    farthing: Terminal, tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = PastRun(500, (PastTier("flash", 500, 500_000, 50_000, 5_000),), 1.0)
+    monkeypatch.setattr("farthing._has_sandbox_ledger", lambda _: True)
+    monkeypatch.setattr("farthing._ask", lambda *_: History((past,), is_simulated=True))
+    assert farthing("estimate", "tickets", "--json").json["level"] is None
+    assert "no interval" in farthing("estimate", "tickets").stdout
+    assert farthing("estimate", "tickets", "--sandbox", "--json").json["level"] == 90
 
 
 def test_a_sample_does_not_change_a_budget_that_others_share(

@@ -13,7 +13,7 @@ from schemas.records import Record
 from tasks.ledger import runs
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.history import find_history
-from tests.ledgers import JOB, USAGE, Hand, opening, run_everything
+from tests.ledgers import JOB, USAGE, Hand, opening, run_everything, sql
 
 
 async def find(url: str, job: Job = JOB, *, is_simulated: bool = False) -> History | None:
@@ -67,6 +67,26 @@ async def test_history_is_of_this_job_and_this_kind_of_money(ledger: Ledger, led
     await run_everything(ledger)
     assert await find(ledger_url, is_simulated=True) is None
     assert await find(ledger_url, replace(JOB, name="another")) is None
+
+
+async def test_a_run_of_the_first_documents_only_is_told_from_others(ledger: Ledger, ledger_url: str) -> None:
+    await run_everything(ledger)
+    for selection, limit in (('{"limit": 5}', 5), ('{"limit": null}', None)):
+        sql(ledger_url, "UPDATE run SET selection = selection || %s::jsonb", selection)
+        found = await find(ledger_url)
+        assert found is not None
+        assert [run.limit for run in found.runs] == [limit]
+
+
+async def test_documents_that_cost_nothing_are_a_history(ledger: Ledger, ledger_url: str) -> None:
+    """As on a machine of one's own, whose tokens have a price of nothing."""
+    await run_everything(ledger)
+    sql(ledger_url, "UPDATE attempt_outcome SET cost = 0")
+    sql(ledger_url, "DELETE FROM attempt_unknown")
+    sql(ledger_url, "UPDATE attempt_intent SET reserved = 0")
+    found = await find(ledger_url)
+    assert found is not None
+    assert (found.documents, found.runs[0].squared_spread) == (5, 0)
 
 
 async def test_a_sample_is_no_history(ledger: Ledger, ledger_url: str) -> None:

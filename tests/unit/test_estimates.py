@@ -94,10 +94,14 @@ def test_earlier_runs_give_an_interval_and_those_that_say_less_give_none() -> No
     found = estimate(make_job(), SIZE, load_price_book(), Asked(OFF_PEAK), HISTORY)
     assert found.level == 90
     assert found.cost.pico / 2 < found.low.pico < found.cost.pico < found.high.pico < 2 * found.cost.pico
-    for unsound in (replace(HISTORY, is_partial=True), replace(HISTORY, is_of_other_prompt=True)):
+    first = replace(HISTORY, runs=(replace(HISTORY.runs[0], limit=500),))
+    stand_in = replace(HISTORY, is_stand_in=True)
+    for unsound in (replace(HISTORY, is_partial=True), replace(HISTORY, is_of_other_prompt=True), stand_in, first):
         other = estimate(make_job(), SIZE, load_price_book(), Asked(OFF_PEAK), unsound)
         assert (other.level, other.cost) == (None, found.cost)
         assert other.high.pico > found.high.pico
+    sound = replace(first, runs=(*first.runs, replace(HISTORY.runs[0], limit=1_000)))  # one of them had all of these
+    assert estimate(make_job(), SIZE, load_price_book(), Asked(OFF_PEAK), sound).level == 90
 
 
 def test_a_run_that_reaches_into_peak_hours_is_priced_by_the_share_of_its_work_there() -> None:

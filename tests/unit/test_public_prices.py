@@ -109,6 +109,21 @@ def test_a_price_change_that_only_one_knows_differs_from_then_on() -> None:
     assert found.theirs.miss == 100_000
 
 
+@pytest.mark.parametrize("missing", [True, False])
+def test_what_has_no_beginning_has_always_been_so(missing: bool) -> None:
+    written = model_prices()
+    (schedule,), standard = (
+        written["schedules"]["schedule"],
+        written["prices"]["deepseek"]["deepseek-flash"]["standard"],
+    )
+    del standard[0]
+    for entry, name in ((schedule, "valid_from"), (standard[0], "start")):
+        entry[name] = None
+        if missing:
+            del entry[name]
+    assert check(json.dumps(written)).differences == ()
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", '{"schema": 2, "schedules": {}}', '{"schema": 1, "schedules": {}, "prices": {}}', "not json"],
