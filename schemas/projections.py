@@ -196,7 +196,10 @@ def _cost(call: Call, rows: Rows) -> int:
 
 
 def _rest_of_ladder(calls: Sequence[Call], rows: Rows, typical: Sequence[TierTokens]) -> int:
-    """What the document would have cost at the tiers that it did not reach, by its own prompt."""
+    """What the document would have cost at the tiers that it did not reach, by its own prompt and a usual answer.
+
+    Not by the longest that max_tokens allows: hardly any answer is that long, and the interval would say nothing.
+    """
     prompt = max((call.hit + call.miss for call in calls), default=0)
     hit = max((call.hit for call in calls), default=0)
     reached = {call.tier for call in calls}

@@ -169,6 +169,11 @@ def test_the_bounds_are_clopper_and_pearson_s_for_two_kinds_of_documents() -> No
     assert found.high == pytest.approx(0.3158, abs=0.012)
 
 
+def test_what_the_interval_of_a_sample_leaves_out_is_said() -> None:
+    found, _ = poll(7, 300, 50)
+    assert any("far longer than any of these" in line for line in found.assumptions)
+
+
 def test_the_same_seed_gives_the_same_figures() -> None:
     assert poll(7, 300, 50) == poll(7, 300, 50)
 
