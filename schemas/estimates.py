@@ -158,11 +158,11 @@ def estimate(
     """Price a run of `size` as it is `asked` for, by what is `known`: a sample's answers, earlier runs, or nothing.
 
     Of a sample or of finished runs the interval is honest (schemas/intervals.py). It holds for documents like those,
-    prices as the book has them, and work that takes between half and twice as long as it seems. Rare answers far longer
-    than any seen are outside: bounded by `max_tokens`, the interval would be eight times as wide. Without either, low:
-    every document is accepted by the first tier, every prefix hits, at the model's cheapest hours; high: every document
-    climbs the whole ladder, no prefix ever hits, at its dearest hours. Raises UnknownPrice where a tier has no price.
-    The same `seed` gives the same figures.
+    prices as the book has them, and work that takes between half and twice as long as it seems. Rare answers far
+    longer than any seen are outside: bounded by `max_tokens`, the interval would be eight times as wide. Without
+    either, low: every document is accepted by the first tier, every prefix hits, at the model's cheapest hours; high:
+    every document climbs the whole ladder, no prefix ever hits, at its dearest hours. Raises UnknownPrice where a
+    tier has no price. The same `seed` gives the same figures.
     """
     rows = rows_at(job, book, asked.now)
     expected = _expect(job, size, rows, known, seed)
