@@ -145,10 +145,10 @@ async def test_a_sample_with_giants_costs_what_was_agreed_to(world: World) -> No
 
 async def test_a_sample_s_cap_is_what_was_agreed_to_and_pauses_it(world: World) -> None:
     job = load_job("colours", world.root)
-    asked = world.request(sample=50).capped(job, Money.parse("0.0004 USD"))
+    asked = world.request(sample=50).capped(job, Money.parse("0.0015 USD"))
     run, ended = await world.run(sample=50, budget=asked.budget)
-    assert (run.state, run.cap) == ("paused", 4 * 10**8)
-    assert 0 < sum(world.bill().values()) <= 4 * 10**8
+    assert (run.state, run.cap) == ("paused", 15 * 10**8)
+    assert 0 < sum(world.bill().values()) <= 15 * 10**8
     assert "run the same command with a larger --budget" in ended.advice
     assert world.request(sample=50, budget="2 USD").capped(job, Money.parse("1 USD")).budget == "2 USD"
     assert world.request(sample=50).capped(job, Money.parse("3 USD")).budget is None
