@@ -99,7 +99,9 @@ def test_an_estimate_asks_a_sample_once_and_says_between_which_sums_a_run_is(
     asked = home.farthing("estimate", "obligations", "--sandbox", "--limit", "150", "--sample", "20", "--json")
     found = json.loads(asked.stdout)
     (most,) = re.findall(r"20 documents will be asked, .* expected, (.*) at most", asked.stderr)
-    assert home.ask("audit", "obligations")["budget_pico"] == pytest.approx(Decimal(most[1:]) * 10**12, rel=Decimal("0.01"))
+    assert home.ask("audit", "obligations")["budget_pico"] == pytest.approx(
+        Decimal(most[1:]) * 10**12, rel=Decimal("0.01")
+    )
     paid = home.ask("sandbox", "bill")["cost_pico"] - before["cost_pico"]
     assert (found["level"], found["sampled"], found["paid_pico"]) == (90, 20, paid)
     assert 0 < paid < found["low_pico"] < found["cost_pico"] < found["high_pico"]
