@@ -135,7 +135,8 @@ print_json({"said": 1})
 @pytest.mark.parametrize(("shell", "out", "err"), [("", '{"said": 1}\n', "here late"), (" >&-", "", "here")])
 def test_stdout_is_kept_from_those_who_hold_it_and_may_be_closed(shell: str, out: str, err: str) -> None:
     command = ["sh", "-c", f'exec "$0" -c "$1"{shell}', sys.executable, KEPT]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=ROOT, env=buffered, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, " ".join(sorted(done.stderr.split()))) == (0, out, err)
 
 
