@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,16 @@ async def explain(url: str) -> list[dict[str, Any]]:
         await spend.audit(ledger, **SCOPES["run"])
     with psycopg.connect(url, options="-c search_path=farthing", cursor_factory=psycopg.ClientCursor) as connection:
         connection.execute("SET ROLE farthing_auditor")
-        return [_explain(connection, *each) for each in asked if each[0].lstrip().startswith(("SELECT", "WITH"))]
+        return list(_explain_all(connection, asked))
+
+
+def _explain_all(connection: psycopg.Connection, asked: Sequence[tuple[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each as it was asked: under the settings that the audit made for it."""
+    for statement, parameters in asked:
+        if statement.startswith("SET LOCAL"):
+            connection.execute(statement)
+        elif statement.lstrip().startswith(("SELECT", "WITH")):
+            yield _explain(connection, statement, parameters)
 
 
 def _explain(connection: psycopg.Connection, statement: str, parameters: Any) -> dict[str, Any]:
