@@ -28,6 +28,11 @@ ALTER TABLE cost_adjustment
     ADD FOREIGN KEY (run_id, document_no, attempt_no) REFERENCES attempt_intent NOT VALID,
     ADD CHECK (num_nulls(document_no, attempt_no, price_id, hit, miss, output, billed_on) = 0
                OR num_nonnulls(attempt_no, price_id) = 0) NOT VALID;
+DO $$
+BEGIN -- not where a correction from before names an attempt, which no rule may stop now
+    ALTER TABLE cost_adjustment VALIDATE CONSTRAINT cost_adjustment_check;
+EXCEPTION WHEN check_violation THEN NULL;
+END $$;
 CREATE UNIQUE INDEX cost_adjustment_once ON cost_adjustment (run_id, document_no, attempt_no) WHERE price_id IS NOT NULL;
 COMMENT ON TABLE cost_adjustment IS 'Booked cost that no reply told, with its evidence: rows are never edited. With a price: what
 an unknown attempt was billed, tokens times a price row, once; a late reply overrides it. Without: a correction';

@@ -11,6 +11,8 @@ from sqlalchemy.pool import NullPool
 
 from tasks.ledger.connection import CONNECT, MIGRATIONS, VERSION, Role, explain, parse_url
 
+#: Of two who upgrade one ledger at once the second finds nothing left to do. Held until the connection is closed.
+_ALONE = text("SELECT pg_advisory_lock(hashtext('farthing upgrade'))")
 #: Runs that are done and were so before their sums were stored, or that something came to later.
 _UNSUMMED = text("""
     SELECT run_id FROM farthing.unsummed JOIN farthing.run USING (run_id) WHERE state = 'done' ORDER BY run_id
@@ -27,6 +29,8 @@ def upgrade(database_url: SecretStr) -> str:
     engine = create_engine(url, poolclass=NullPool, connect_args=CONNECT)
     try:
         with engine.connect() as connection:
+            connection.execute(_ALONE)
+            connection.commit()
             config = Config(attributes={"connection": connection})
             config.set_main_option("script_location", str(MIGRATIONS))
             command.upgrade(config, "head")

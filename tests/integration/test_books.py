@@ -420,7 +420,7 @@ async def test_of_a_ledger_in_two_currencies_a_month_is_named_with_one(ledger: L
 def at_version(url: str, version: str) -> None:
     """An empty database with the tables of that migration."""
     engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
-    with engine.begin() as connection:
+    with engine.connect() as connection:
         config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(ROOT / "migrations"))
         command.upgrade(config, version)

@@ -16,7 +16,7 @@ from tasks.failpoints import ATTEMPT, KILLED, POINTS, STEPS, VARIABLE
 
 ROOT = Path(__file__).parents[2]
 #: Functions whose own transactions write nothing, or nothing that is the ledger's.
-READING = ("find_", "_find_", "has_", "is_", "list_", "prove", "opened", "audit", "progress", "refresh_")
+READING = ("find_", "_find_", "_alone", "has_", "is_", "list_", "prove", "opened", "audit", "progress", "refresh_")
 
 
 def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
