@@ -24,11 +24,11 @@ from schemas.pricing import Price
 from schemas.reconciliation import BookedTokens, Closing, Unsettled
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import SUM_UP, register_prices
+from tasks.ledger.spend import SNAPSHOT
 
 _ALONE = text("SELECT pg_advisory_xact_lock(hashtext('farthing books'))")
 #: However long another transaction, or judging, takes: who was stopped in here keeps only others from booking.
 _PATIENT = text("SET LOCAL idle_in_transaction_session_timeout TO 0")
-_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
 _WRITING_SNAPSHOT = text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
 
 _RUN = text("SELECT currency, is_simulated FROM run_overview WHERE run_id = :run")
@@ -184,7 +184,7 @@ async def find_scope(
 async def find_ours(ledger: Ledger, scope: Scope) -> Ours:
     """The ledger's side, from one snapshot."""
     async with ledger.transaction() as connection:
-        await connection.execute(_SNAPSHOT)
+        await connection.execute(SNAPSHOT)
         return await _find_ours(connection, scope)
 
 
@@ -357,7 +357,7 @@ async def find_checked_month(ledger: Ledger, scope: Scope) -> Checked:
     """Compute a closed month anew, and what came since. Raises ConfigurationError for one that is not closed."""
     month = _require_month(scope)
     async with ledger.transaction() as connection:
-        await connection.execute(_SNAPSHOT)
+        await connection.execute(SNAPSHOT)
         closed = await _find_closed(connection, scope)
         if closed is None:
             raise ConfigurationError(f"the books of {month} are open: `farthing close {month}` closes them")
