@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 NO_CHROMIUM = "there is no chromium to read the page with: apt-get install -y --no-install-recommends chromium"
 START_S = 60.0
 SHOWN_S = 60.0
+CLICKS = 6
 #: In a container chromium has no sandbox of its own, and /dev/shm is small. It visits this machine's pages only.
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"),
@@ -57,18 +58,30 @@ class Page:
         """What is to be read on the page now, one space between words, and between the cells of a table."""
         return " ".join((await self.evaluate("document.body?.innerText ?? ''")).split())
 
-    async def shows(self, *sought: str) -> str:
+    async def shows(self, *sought: str, within_s: float = SHOWN_S) -> str:
         """The page's text, once all of this is in it."""
         text = ""
-        for _ in range(int(SHOWN_S / 0.2)):
+        for _ in range(int(within_s / 0.2)):
             text = await self.text()
             if all(words in text for words in sought):
                 return text
             await asyncio.sleep(0.2)
         raise AssertionError(f"the page shows no {[words for words in sought if words not in text]}, but: {text}")
 
-    async def click(self, words: str) -> None:
-        """Click with the mouse on what bears these words, and no others, once it is there."""
+    async def click(self, words: str, *shown: str) -> None:
+        """Click with the mouse on what bears these words, and no others, once it is there, until all of this shows.
+
+        A page that is still arriving moves under the mouse: a person who hit nothing clicks again.
+        """
+        for _ in range(CLICKS - 1):
+            await self._click(words)
+            with suppress(AssertionError):
+                await self.shows(*shown, within_s=SHOWN_S / CLICKS)
+                return
+        await self._click(words)
+        await self.shows(*shown)
+
+    async def _click(self, words: str) -> None:
         await self.shows(words)
         where = await self.evaluate(
             f"""(() => {{

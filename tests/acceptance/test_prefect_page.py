@@ -36,8 +36,7 @@ async def test_a_run_s_page_shows_its_progress_its_costs_and_its_report_as_the_l
     async with browsing(tmp_path / "browser") as page:
         await page.open(f"{pages}/runs/flow-run/{flow_run['id']}")
         await page.shows("enrich-obligations", "Completed")
-        await page.click("Artifacts")
-        await page.shows(*ids)
+        await page.click("Artifacts", *ids)
         await page.keep(pictures / "prefect-run.png")
         for key, figures in told_by(audit).items():
             await page.open(f"{pages}/artifacts/artifact/{ids[key]}")
