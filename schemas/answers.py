@@ -104,7 +104,13 @@ class Answer:
     @property
     def fields(self) -> tuple[str, ...]:
         """The names of the answer's top-level fields, sorted."""
-        return tuple(_object_schema(self.schema).get("properties", {}))
+        return tuple(self.properties)
+
+    @property
+    def properties(self) -> Mapping[str, Any]:
+        """The JSON Schema of each top-level field, by its name, sorted."""
+        found: Mapping[str, Any] = _object_schema(self.schema).get("properties", {})
+        return found
 
     def check(self, text: str, document_id: str, document_text: str) -> dict[str, Any]:
         """The answer in `text`, as plain JSON values fit for Postgres. Raises AnswerRejected."""

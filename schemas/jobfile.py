@@ -15,9 +15,22 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
+from schemas.agreement import Match, parse_match, refusal
+from schemas.answers import Answer
 from schemas.ceilings import MOST_IN_FLIGHT
 from schemas.errors import ConfigurationError, Problem
-from schemas.jobs import TIERS, Budget, Confidence, Escalate, Input, Tier, When, check_job_name, parse_cap
+from schemas.jobs import (
+    TIERS,
+    Budget,
+    Confidence,
+    Escalate,
+    Input,
+    Tier,
+    When,
+    check_job_name,
+    find_agreement,
+    parse_cap,
+)
 
 Loc = tuple[int | str, ...]
 T = TypeVar("T")
@@ -98,10 +111,20 @@ class Draft:
         ]
         if isinstance(listed, list):
             named += [(("confidence", "fields", number), name) for number, name in enumerate(listed)]
+        named += [(("match", name), name) for name in self._mapping("match")]
         for loc, name in named:
             if isinstance(name, str) and name and name not in fields:
                 self.add(loc, f"the answer has no field {name!r}{suggest(name, fields)}")
         self._check_label(measure, fields)
+
+    def check_match(self, file: JobFile, answer: Answer) -> None:
+        """Note every rule of `match` that says nothing about its field, and where nothing is left to compare."""
+        properties = answer.properties
+        for name, match in file.match.items():
+            if why := refusal(match, properties.get(name), answer.schema):
+                self.add(("match", name), why)
+        if file.match and not find_agreement(answer, file.confidence, file.match).fields:
+            self.add(("match",), "ignores every field, so that any two answers agree; leave one to compare")
 
     def _check_label(self, measure: object, fields: Sequence[str]) -> None:
         label = self._mapping("input").get("label")
@@ -249,6 +272,7 @@ class JobFile(BaseModel):
         Field(default=DEFAULT_CONCURRENCY, validate_default=True),
     ]
     measure: Annotated[str, Field(min_length=1)] | None = None
+    match: dict[str, Annotated[Match, BeforeValidator(parse_match)]] = {}
     when: When = When.NOW
 
 

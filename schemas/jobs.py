@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from schemas.agreement import Agreement, Match
 from schemas.answers import Answer, AnswerRejected, canonical_json
 from schemas.money import Money
 
@@ -227,6 +228,7 @@ class Job:
     `budget` is a hard cap for each run, or, where `budget_name` names a shared budget, for all runs that name it.
     `concurrency` bounds attempts in flight, by tier name. `tolerance` is the share of documents that may end as
     dead letters before a run counts as failed. `measure` is the answer field that `input.label` is compared with.
+    `match` says of some answer fields how two answers are compared (`agreement`).
     """
 
     name: str
@@ -244,6 +246,12 @@ class Job:
     measure: str | None = None
     budget_name: str | None = None
     when: When = When.NOW
+    match: Mapping[str, Match] = field(default_factory=dict)
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """When two answers to a document say the same."""
+        return find_agreement(self.answer, self.confidence, self.match)
 
     @cached_property
     def prefix(self) -> str:
@@ -265,6 +273,12 @@ class Job:
     def tier(self, name: str) -> Tier:
         """The ladder's tier of that name. Raises KeyError."""
         return {tier.name: tier for tier in self.ladder}[name]
+
+
+def find_agreement(answer: Answer, confidence: Confidence, match: Mapping[str, Match]) -> Agreement:
+    """By `match`; of fields that it does not name, those whose confidence counts, else all but the self-report."""
+    counted = {name.split(".")[0] for name in confidence.fields} or {*answer.fields} - {confidence.field}
+    return Agreement.of(answer.properties, answer.schema, match, counted)
 
 
 def render_prefix(prompt: str, answer: Answer) -> str:

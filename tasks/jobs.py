@@ -43,6 +43,8 @@ def load_job(name_or_path: str, root: Path = Path(".")) -> Job:
         _check_name(draft, file, folder)
     if answer is not None:
         draft.check_fields(answer.fields)
+        if file is not None:
+            draft.check_match(file, answer)
     draft.raise_problems()
     if file is None or prompt is None or answer is None:
         raise AssertionError("a part is missing although no problem was noted")
@@ -90,6 +92,7 @@ def _assemble(file: JobFile, folder: Path, prompt: str, answer: Answer) -> Job:
         shard_rows=file.shard_rows,
         measure=file.measure or file.input.label,
         when=file.when,
+        match=file.match,
     )
 
 

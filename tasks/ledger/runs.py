@@ -412,7 +412,7 @@ async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:
         "selection": dict(opening.selection),
         "state": "running",
         "documents": opening.manifest.document_count,
-        "compared_fields": compared_fields(job),
+        "compared_fields": list(job.agreement.fields),
         "budget_id": budget_id,
         "backfill_id": opening.backfill_id,
     }
@@ -462,14 +462,6 @@ def _prompt_version(job: Job) -> dict[str, Any]:
 def concurrency(job: Job) -> dict[str, int]:
     """Requests in flight by tier, as the job says, in the order of its ladder."""
     return {tier.name: job.concurrency[tier.name] for tier in job.ladder}
-
-
-def compared_fields(job: Job) -> list[str]:
-    """The answer fields by which two answers agree: those whose confidence counts, else all but the self-report."""
-    if job.confidence.fields:
-        return sorted({name.split(".")[0] for name in job.confidence.fields})
-    properties: Sequence[str] = sorted(job.answer.schema.get("properties", {}))
-    return [name for name in properties if name != job.confidence.field]
 
 
 def _wanted_budget(opening: Opening) -> WantedBudget:
