@@ -166,23 +166,26 @@ _FENCE = text("""
     RETURNING shard_no
 """)
 
-#: Open intents can only be in shards that were not finished. The lanes count what is declared for them.
+#: Open intents can only be in shards that were not finished. The lanes count what is declared for them. Each shard's
+#: intents are looked up by key, and each one's outcome: a join could be one of all pairs, where statistics are older
+#: than the run.
 _DECLARE_UNKNOWN = text("""
-    WITH declared AS (
-        INSERT INTO attempt_unknown (run_id, document_no, attempt_no, bound, because)
-        SELECT i.run_id, i.document_no, i.attempt_no, i.reserved, :because
-        FROM shard s JOIN attempt_intent i ON i.run_id = s.run_id AND i.lane_id = ANY(:lanes)
-            AND i.document_no BETWEEN s.first_document_no AND s.first_document_no + s.document_count - 1
-        WHERE s.run_id = :run_id
+    WITH open AS MATERIALIZED (
+        SELECT i.run_id, i.document_no, i.attempt_no, i.reserved, i.lane_id
+        FROM shard s CROSS JOIN LATERAL (
+            SELECT * FROM attempt_intent a WHERE a.run_id = s.run_id
+            AND a.document_no BETWEEN s.first_document_no AND s.first_document_no + s.document_count - 1 OFFSET 0) i
+        WHERE s.run_id = :run_id AND i.lane_id = ANY(:lanes)
           AND (s.shard_no = ANY(:shards) OR (s.state = 'failed' AND s.lane_id = ANY(:lanes)))
-          AND NOT EXISTS (SELECT FROM attempt_outcome o WHERE o.run_id = i.run_id
-                          AND o.document_no = i.document_no AND o.attempt_no = i.attempt_no)
+          AND (SELECT o.run_id FROM attempt_outcome o WHERE o.run_id = i.run_id
+               AND o.document_no = i.document_no AND o.attempt_no = i.attempt_no) IS NULL
+    ), declared AS (
+        INSERT INTO attempt_unknown (run_id, document_no, attempt_no, bound, because)
+        SELECT run_id, document_no, attempt_no, reserved, :because FROM open
         ON CONFLICT DO NOTHING RETURNING document_no, attempt_no, bound
     ), tally AS (
-        SELECT i.lane_id, count(*) AS attempts, sum(d.bound) AS bounds
-        FROM declared d JOIN attempt_intent i
-            ON i.run_id = :run_id AND i.document_no = d.document_no AND i.attempt_no = d.attempt_no
-        GROUP BY i.lane_id
+        SELECT lane_id, count(*) AS attempts, sum(bound) AS bounds
+        FROM declared JOIN open USING (document_no, attempt_no) GROUP BY lane_id
     )
     UPDATE lane SET attempts = lane.attempts + t.attempts, bounds = lane.bounds + t.bounds
     FROM tally t WHERE lane.lane_id = t.lane_id

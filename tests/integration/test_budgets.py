@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import psycopg
-from sqlalchemy import text
+import pytest
+from sqlalchemy import TextClause, text
 
 from schemas.attempts import Signal
 from schemas.records import Record
@@ -160,8 +161,9 @@ async def test_a_budget_is_exhausted_when_a_need_does_not_fit_and_no_living_lane
     assert await budgets.is_exhausted(ledger, run.budget_id, left + 1)
 
 
-async def test_closing_a_grant_looks_each_attempt_up_though_postgres_knows_only_earlier_runs(
-    ledger: Ledger, ledger_url: str
+@pytest.mark.parametrize("statement", [budgets._SETTLE, leases._DECLARE_UNKNOWN], ids=["grants", "unknowns"])
+async def test_ending_a_lane_looks_each_attempt_up_though_postgres_knows_only_earlier_runs(
+    ledger: Ledger, ledger_url: str, statement: TextClause
 ) -> None:
     """Statistics that are older than a run once made it join two of the run's tables row by row."""
     run = await runs.open_run(ledger, opening())
@@ -174,9 +176,10 @@ async def test_closing_a_grant_looks_each_attempt_up_though_postgres_knows_only_
     sql(ledger_url, INTENTS, run.run_id, hand.lane_id, hand.grant_id)
     sql(ledger_url, OUTCOMES, run.run_id, MANY // 2)
     sql(ledger_url, UNKNOWNS, run.run_id, MANY // 2)
-    explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {budgets._SETTLE.text}")
+    sql(ledger_url, "UPDATE shard SET first_document_no = 1, document_count = %s WHERE shard_no = 0", MANY)
+    explained = text(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.text}")
     async with ledger.transaction() as connection:
-        key = {"run_id": run.run_id, "lanes": [hand.lane_id], "grants": []}
+        key = {"run_id": run.run_id, "lanes": [hand.lane_id], "grants": [], "shards": [0], "because": "lane died"}
         (plan,) = (await connection.execute(explained, key)).scalar_one()
     assert sum(vain_comparisons(plan["Plan"])) < MANY
 
