@@ -54,11 +54,18 @@ def started(engine: Engine, lanes: int, cluster: str | None) -> Iterator[TaskRun
                     _ = runner.client  # only now it begins
         except Exception as error:
             log.warning("no cluster", engine=engine, error=type(error).__name__)
-            where = f"at {cluster} does not answer: see that it is up" if cluster else "does not start here"
-            raise ConfigurationError(
-                f"the {engine} cluster {where}, and has the same versions as this machine ({type(error).__name__})"
-            ) from None
+            raise ConfigurationError(f"{_explain(engine, cluster)} ({type(error).__name__})") from None
         yield runner
+
+
+def _explain(engine: Engine, cluster: str | None) -> str:
+    if cluster is None:
+        return f"the {engine} cluster does not start here: see that what it needs has the versions that pip chose"
+    token = ", and, if it wants a token, that RAY_AUTH_MODE=token is set here" if engine is Engine.RAY else ""
+    return (
+        f"the {engine} cluster at {cluster} does not answer: see that it is up, that it has the same versions as this "
+        f"machine{token}"
+    )
 
 
 def take_back(engine: Engine, task: PrefectWrappedFuture[Any, Any], *, by_force: bool) -> None:

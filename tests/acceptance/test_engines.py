@@ -364,12 +364,14 @@ async def test_without_a_slot_in_the_cluster_a_run_ends_and_says_so_and_ctrl_c_e
 ) -> None:
     world = site.world
     async with without_slots(on, free_port()) as address:
-        absent: dict[str, Any] = {"code": UNREACHABLE}
-        while absent["code"] == UNREACHABLE:  # until it is up
-            absent = await site.run(on, 2, FARTHING_CLUSTER=address, FARTHING_WORKERS_WITHIN_S="2")
+        there = {"FARTHING_CLUSTER": address, "RAY_AUTH_MODE": "token"}  # as `ray start` has it unless told otherwise
+        async with asyncio.timeout(WITHIN_S):
+            absent: dict[str, Any] = {"code": UNREACHABLE}
+            while absent["code"] == UNREACHABLE:  # until it is up
+                absent = await site.run(on, 2, FARTHING_WORKERS_WITHIN_S="2", **there)
         assert (absent["code"], absent["reason"]) == (PAUSED, "no_slot"), absent
         assert f"no slot of the {on} cluster" in absent["advice"]
-        async with site.command(on, 2, FARTHING_CLUSTER=address) as process:
+        async with site.command(on, 2, **there) as process:
             await until(lambda: world.value("SELECT state FROM run") == "running", process)
             await asyncio.sleep(5)
             os.killpg(process.pid, signal.SIGINT)
@@ -389,7 +391,7 @@ async def test_without_a_worker_a_run_says_what_to_start_and_goes_on_once_that_i
         done = await site.run("workers", 2)
     assert (done["code"], done["proved"]) == (0, True), done["stderr"]
     shown = site.flow_runs()
-    assert [each["state_type"] for each in shown] == ["COMPLETED"] * 2
+    assert {each["state_type"] for each in shown} == {"COMPLETED"}  # one, if it was done before the other was up
     logs = site.prefect.post("logs/filter", logs={"flow_run_id": {"any_": [each["id"] for each in shown]}})
     everything = json.dumps([shown, logs])
     assert site.world.database_url not in everything
