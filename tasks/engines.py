@@ -63,8 +63,8 @@ def _explain(engine: Engine, cluster: str | None) -> str:
         return f"the {engine} cluster does not start here: see that what it needs has the versions that pip chose"
     token = ", and, if it wants a token, that RAY_AUTH_MODE=token is set here" if engine is Engine.RAY else ""
     return (
-        f"the {engine} cluster at {cluster} does not answer: see that it is up, that it has the same versions as this "
-        f"machine{token}"
+        f"the {engine} cluster at {cluster} does not answer: see that it is up, that it has the same versions as "
+        f"this machine{token}"
     )
 
 
