@@ -92,6 +92,7 @@ def test_every_command_that_reads_tells_of_the_run(home: Home, demo: dict[str, A
     assert home.ask("db", "status")
 
 
+@pytest.mark.long  # test_samples.py has the command, with fewer documents
 def test_an_estimate_asks_a_sample_once_and_says_between_which_sums_a_run_is(
     home: Home, demo: dict[str, Any]
 ) -> None:

@@ -91,6 +91,7 @@ def wait_for_logs(server: PrefectServer, sought: str, flow_run_id: str) -> list[
     raise AssertionError(f"{sought!r} is not in {lines}")
 
 
+@pytest.mark.long  # test_fleet.py has a lane elsewhere, and test_engines.py several on real workers
 def test_a_lane_on_a_worker_is_a_flow_run_of_its_own_and_costs_what_was_billed(
     server: PrefectServer, played: Played
 ) -> None:
@@ -167,6 +168,7 @@ def write_job(folder: Path, changes: dict[str, str]) -> Path:
     return folder / "job.yaml"
 
 
+@pytest.mark.long  # test_herald.py has what is told, and when
 def test_automations_hear_of_a_budget_that_is_reached_of_dead_letters_and_of_the_end(
     server: PrefectServer, played: Played, tmp_path: Path
 ) -> None:
