@@ -1,4 +1,9 @@
-"""Ceilings: how many requests of a run may be in flight, by tier, and how much of that is one lane's."""
+"""Ceilings: how many requests of a run may be in flight, by tier, and how much of that is one lane's.
+
+A lane's share says how many it is to have; what it holds, by the ledger, how many it may. It takes only what nobody
+else holds, and holds what it uses until that has ended, so that all together never have more than the ceiling: not
+while lanes come and go, however long a reply takes.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,34 @@ from collections.abc import Mapping, Sequence
 
 #: Per tier. DeepSeek's largest accounts are allowed half of it.
 MOST_IN_FLIGHT = 5000
+#: Where there are more lanes than places, others have them after so many seconds.
+TURN_S = 30
 
 
-def share(ceiling: int, lanes: int, rank: int | None = None) -> int:
-    """What one of so many lanes may have in flight: all shares together are the ceiling.
+def share(ceiling: int, lanes: int, rank: int, turn: int = 0) -> int:
+    """What the lane of that rank, from 0, is to have in flight: the shares of so many lanes are the ceiling.
 
-    `rank` counts the lanes from 0; a lane that does not know its own takes what everyone may. A lane without a single
-    place would keep its shards for ever, so each has one, also where there are more lanes than places.
+    A lane without a single place would keep its shards for ever. So where there are more lanes than places, they have
+    turns; the number of the `turn` is the same for all of them.
     """
-    is_odd_one = rank is not None and rank < ceiling % lanes
-    return max(1, ceiling // lanes + is_odd_one)
+    place = (rank + turn) % lanes if ceiling < lanes else rank
+    return ceiling // lanes + (place < ceiling % lanes)
+
+
+def take(
+    shares: Mapping[str, int],
+    held: Mapping[str, int],
+    others: Sequence[Mapping[str, int]],
+    ceilings: Mapping[str, int],
+) -> dict[str, int]:
+    """What a lane holds from now on, by tier: what the others leave of its share, and all that it held before."""
+    free = {tier: ceilings[tier] - sum(other.get(tier, 0) for other in others) for tier in shares}
+    return {tier: max(held.get(tier, 0), min(mine, free[tier])) for tier, mine in shares.items()}
+
+
+def let_go(held: Mapping[str, int], allowed: Mapping[str, int], in_flight: Mapping[str, int]) -> dict[str, int]:
+    """What a lane still holds once it may begin no more than is `allowed`: of the rest what is `in_flight` yet."""
+    return {tier: min(places, max(allowed[tier], in_flight[tier])) for tier, places in held.items()}
 
 
 def parse_limits(given: Sequence[str], tiers: Sequence[str]) -> dict[str, int]:

@@ -125,6 +125,8 @@ class Climber:
         tier = self.job.ladder[work.position.rung].name
         primer = self.primers[tier]
         async with primer.turn(partial(rest, self.draining)) as is_priming, self.limiters[tier].place() as place:
+            if self.is_draining:
+                raise Draining
             await self._pass_breaker()  # only now: it may have opened while this one waited for its turn and place
             if is_priming and work.position.purpose is Purpose.ANSWER:
                 work = replace(work, position=replace(work.position, purpose=Purpose.PRIMING))

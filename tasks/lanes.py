@@ -26,7 +26,7 @@ import structlog
 
 from schemas.attempts import LaneId
 from schemas.brakes import Breaker, RetryBudget
-from schemas.ceilings import share
+from schemas.ceilings import let_go, share
 from schemas.errors import FarthingError, LedgerUnavailable
 from schemas.jobs import Job, When
 from schemas.off_peak import Open, Shut, guard_of, tariff_of
@@ -71,9 +71,6 @@ ADVICE = {
     "paused": INTERRUPTED,
     "superseded": "the job or its input changed, and a newer run took this one's place: see `farthing status`",
 }
-#: For how long a lane that comes late leaves the others time to come down to their new shares: it would exceed the
-#: run's ceilings meanwhile. A reply takes longer only where something is wrong.
-COMES_IN_WITHIN_S = 10.0
 #: Documents in progress per place in flight: some wait for a retry, some for their turn.
 PROGRESS_PER_PLACE = 1.5
 #: How long a cache needs to build a prefix, in the provider's seconds.
@@ -158,9 +155,12 @@ class Lane:
     _last_beat_s: float = field(init=False)
     #: When the last outage ended that was so long that others may look dead by it.
     _back_since_s: float = field(init=False)
-    #: When it began, and whether it may claim a shard without what is in flight becoming too much.
+    #: When it began, and whether it has had a place at the first tier: before, it claims nothing.
     _began_s: float = field(init=False)
-    _may_come_in: asyncio.Event = field(default_factory=asyncio.Event)
+    _has_place: asyncio.Event = field(default_factory=asyncio.Event)
+    #: By tier: what the lane is to have in flight, and what it holds by the ledger, or less.
+    _shares: dict[str, int] = field(default_factory=dict)
+    _held: dict[str, int] = field(default_factory=dict)
     #: For questions that come before anything is sent: a lane that drains gives them up.
     _patience: Patience = field(init=False)
     #: Numbers of the shards under way.
@@ -172,13 +172,11 @@ class Lane:
 
     def __post_init__(self) -> None:
         plan, loop = self.plan, asyncio.get_running_loop()
-        ceilings = {name: share(ceiling, plan.lanes) for name, ceiling in plan.ceilings.items()}
         prefix_bytes = len(plan.job.prefix.encode())
         self._began_s = self._last_beat_s = self._back_since_s = loop.time()
         self.completions.offset = plan.clock_offset  # until the replies say otherwise
         self._patience = Patience()
         self._slots = asyncio.Semaphore(0)
-        self._widen(sum(ceilings.values()))
         self.climber = Climber(
             job=plan.job,
             run=plan.run,
@@ -188,8 +186,8 @@ class Lane:
             grants=Grants(self.ledger, plan.run, self.lane_id, self._patience, may_bury=lambda: self._may_bury),
             intents=Writer(self._commit_intents, linger_s=0.005),
             records=Writer(self._commit_records, linger_s=0.02),
-            limiters={name: Limiter(ceiling, plan.lanes) for name, ceiling in ceilings.items()},
-            primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in ceilings},
+            limiters={name: Limiter(0, plan.lanes) for name in plan.ceilings},
+            primers={name: Primer(prefix_bytes, BUILD_S * plan.scale) for name in plan.ceilings},
             waits=Waits(scale=plan.scale, random=plan.random),
             watch=Watch(self.ledger, plan.job, plan.run, plan.book, self.completions.now),
             now=self.completions.now,
@@ -215,6 +213,7 @@ class Lane:
                 self.climber.intents.run(),
                 self.climber.records.run(),
                 self._beat(),
+                self._let_in(),
                 self._keep_on_disk(),
                 self._give_back(),
                 self._watch_pace(),
@@ -282,6 +281,8 @@ class Lane:
             return f"draining ({self._ended.reason.replace('_', ' ')})"
         if shut := climber.gate.shut:
             return shut.because
+        if self._shares and not self._has_place.is_set():
+            return "waiting until other lanes leave room in flight for this one"
         if reason := climber.breaker.reason(climber.tick()):
             return reason
         if because := climber.grants.tight_because or self.bulkhead.trouble:
@@ -329,13 +330,8 @@ class Lane:
     async def _work_shards(self) -> None:
         async with asyncio.TaskGroup() as shards:
             with suppress(Draining):
-                await self._come_in()
+                await unless(self.climber.draining, self._has_place.wait())
                 await self._start_shards(shards)
-
-    async def _come_in(self) -> None:
-        """Wait, if the lane comes late, until the others have heard of it and have come down. Raises Draining."""
-        with suppress(TimeoutError):
-            await unless(self.climber.draining, asyncio.wait_for(self._may_come_in.wait(), COMES_IN_WITHIN_S))
 
     async def _start_shards(self, shards: asyncio.TaskGroup) -> None:
         """Claim and start shards until none is left. Raises Draining."""
@@ -412,7 +408,8 @@ class Lane:
         times = self.plan.times
         while True:
             async with asyncio.timeout(times.beat_within_s):  # TimeoutError is an OSError: the session is given up
-                orders = await leases.beat(session, self.lane_id, self.in_flight, self.waiting_because())
+                told = self.in_flight, self.waiting_because(), self._let_go()
+                orders = await leases.beat(session, self.lane_id, *told)
             if self._silent_s > max(times.grace_s - times.beat_every_s, 3 * times.beat_every_s):
                 self._back_since_s = self.climber.tick()
             self._last_beat_s = self.climber.tick()
@@ -420,6 +417,8 @@ class Lane:
                 self.drain("fenced", "another process took this lane for dead: run the same command to go on")
             else:
                 self._obey(orders)
+                async with asyncio.timeout(times.beat_within_s):
+                    await self._take_places(session, orders)
             if self._may_bury:
                 await self._bury_dead()
             await asyncio.sleep(times.beat_every_s)
@@ -444,17 +443,42 @@ class Lane:
         if orders.state != "running":
             self.drain(orders.state, ADVICE.get(orders.state, ""))
         lanes = max(self._expected, orders.lanes)
-        room = []
-        for name, ceiling in self.plan.ceilings.items():
-            ceiling = orders.ceilings.get(name, ceiling)
-            mine = share(ceiling, lanes, orders.rank)
-            room.append(ceiling - mine)
-            self.climber.limiters[name].allow(mine, lanes)
-        is_late = orders.eldest_s > self.plan.times.comes_within_s and not self.plan.run.sharing
-        if not is_late or (orders.is_heard and orders.elsewhere <= min(room)):
-            self._may_come_in.set()
-        self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
+        ceilings = self._ceilings(orders)
+        self._shares = {name: share(ceilings[name], lanes, orders.rank, orders.turn) for name in self.plan.ceilings}
+        self._allow(lanes)
         self.climber.grants.hear(orders.cap, is_overdrawn=orders.is_overdrawn)
+
+    def _ceilings(self, orders: Orders) -> dict[str, int]:
+        return {name: orders.ceilings.get(name, ceiling) for name, ceiling in self.plan.ceilings.items()}
+
+    def _allow(self, lanes: int) -> None:
+        """Begin no more than the lane is to have, and holds."""
+        for name, limiter in self.climber.limiters.items():
+            limiter.allow(min(self._shares[name], self._held.get(name, 0)), lanes)
+        if self.climber.limiters[self.plan.job.ladder[0].name].ceiling:
+            self._has_place.set()
+        self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
+
+    def _let_go(self) -> dict[str, int]:
+        """What the lane holds from here on: what it may not use, and is not in flight, is for the others."""
+        limiters = self.climber.limiters
+        allowed = {name: limiter.ceiling for name, limiter in limiters.items()}
+        self._held = let_go(self._held, allowed, {name: limiter.in_flight for name, limiter in limiters.items()})
+        return self._held
+
+    async def _take_places(self, session: leases.Session, orders: Orders) -> None:
+        """Hold what the lane is to have, as soon as others let go of it."""
+        if any(self._held.get(name, 0) < mine for name, mine in self._shares.items()) and not self.is_draining:
+            ceilings = self._ceilings(orders)
+            self._held = await leases.hold(session, self.lane_id, self._shares, self._held, ceilings)
+            self._allow(max(self._expected, orders.lanes))
+
+    async def _let_in(self) -> None:
+        """Once the lane drains, nobody waits for a place: it may not get one any more, and none is sent."""
+        await self.climber.draining.wait()
+        for limiter in self.climber.limiters.values():
+            limiter.open()
+        await asyncio.Event().wait()  # a helper does not return
 
     @property
     def _expected(self) -> int:

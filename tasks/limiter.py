@@ -49,7 +49,7 @@ class Place:
 
 @dataclass
 class Limiter:
-    """The in-flight limit of one tier in one lane. `ceiling` is what the job, or an operator, allows it for now.
+    """The in-flight limit of one tier in one lane. `ceiling` is what the lane may have for now, which may be nothing.
 
     `lanes` is how many lanes share the account for now, and so the ceiling that the provider `_stated` last.
     """
@@ -63,19 +63,20 @@ class Limiter:
     _is_slow_start: bool = True
     _tickets: int = 0
     _cut_at: int = 0
+    _is_open: bool = False
     _queue: deque[asyncio.Future[None]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._limit = float(min(SLOW_START, self.ceiling))
+        self._limit = float(min(SLOW_START, self.ceiling or SLOW_START))
 
     @property
     def limit(self) -> int:
         """Attempts that may be in flight now."""
-        return max(1, int(self._limit))
+        return min(max(1, int(self._limit)), self.ceiling)
 
     @property
     def _working_ceiling(self) -> float:
-        return min(float(self.ceiling), max(1.0, self._stated / self.lanes))
+        return max(1.0, min(float(self.ceiling), self._stated / self.lanes))
 
     def allow(self, ceiling: int, lanes: int) -> None:
         """Another ceiling, and so many lanes, from now on.
@@ -84,7 +85,13 @@ class Limiter:
         one is finished; only then is a place given again.
         """
         self.ceiling, self.lanes = ceiling, lanes
-        self._limit = min(self._limit, self._working_ceiling)
+        if ceiling:
+            self._limit = min(self._limit, self._working_ceiling)
+        self._admit()
+
+    def open(self) -> None:
+        """Let in whoever waits or comes: the lane drains, so nobody is sent any more, and nobody has to wait."""
+        self._is_open = True
         self._admit()
 
     @asynccontextmanager
@@ -98,7 +105,7 @@ class Limiter:
 
     async def acquire(self) -> int:
         """Wait for a place; returns a ticket to hand in with `release`. First come, first served."""
-        if self._queue or self.in_flight >= self.limit:
+        if self._queue or not self._has_room:
             turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._queue.append(turn)
             try:
@@ -147,8 +154,12 @@ class Limiter:
         step = 1.0 if self._is_slow_start else 1.0 / self._limit
         self._limit = min(self._working_ceiling, self._limit + step)
 
+    @property
+    def _has_room(self) -> bool:
+        return self._is_open or self.in_flight < self.limit
+
     def _admit(self) -> None:
-        while self._queue and self.in_flight < self.limit:
+        while self._queue and self._has_room:
             turn = self._queue.popleft()
             if not turn.done():
                 self.in_flight += 1

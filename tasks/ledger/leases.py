@@ -4,6 +4,10 @@ A lane shows that it lives in two ways: a heartbeat in its row, for machines tha
 its id, which Postgres lets go the moment its process dies. Whoever finds a lane dead buries it: its shards get
 a new epoch (so that a zombie can commit nothing more), its open intents become unknowns, its grants are closed.
 
+What a lane holds in flight is in its row, too. It is lowered only once no more is in flight, by a heartbeat, and
+raised only by what no other living lane holds (schemas/ceilings.py), one lane after the other. A dead lane's places
+are free once it is buried.
+
 Row locks are always taken in this order, or Postgres would find deadlocks: lanes by number, shards, the budget.
 """
 
@@ -23,11 +27,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas import tables
 from schemas.attempts import LaneId, RunId
+from schemas.ceilings import TURN_S, take
 from schemas.documents import Duplicate, InputFile, Shard
 from schemas.fleets import Kept
 from schemas.records import Lease
 from tasks.ledger.budgets import settle_grants
 from tasks.ledger.connection import Ledger, PassingFailure, cancellation_kept, explain
+from tasks.ledger.rows import as_json
 
 #: A lane that did not beat for so long is dead, in seconds; it fences itself well before.
 DEAD_AFTER_S = 30.0
@@ -38,6 +44,8 @@ GRACE_S = 8.0
 SHOWN_AS = "lane_shown"
 #: Where session locks live among Postgres's advisory locks.
 LOCK_SPACE = 0x4661
+#: And where whoever raises what it holds keeps the other lanes of its run, or backfill, from doing so meanwhile.
+HOLD_SPACE = 0x4662
 #: The lanes `l` whose process holds its session lock; `:space` is LOCK_SPACE.
 LIVING_LANE = """SELECT FROM lane l
     JOIN pg_locks k ON k.locktype = 'advisory' AND k.granted
@@ -81,8 +89,7 @@ class Orders:
     `ceilings` are requests in flight by tier, of the whole run; of its `lanes` that have not ended this one is number
     `rank`, from 0. Of a run that is part of a backfill, both are about the lanes of all its runs, and `lanes` counts
     those that it has yet to start. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
-    granted, since the cap was lowered. The others have `elsewhere` in flight, by their last heartbeats;
-    the oldest of all is `eldest_s` old, and this lane `is_heard` of where all have beaten since it came.
+    granted, since the cap was lowered. `turn` is whose turn it is where there are more lanes than places.
     """
 
     state: str
@@ -91,9 +98,7 @@ class Orders:
     is_overdrawn: bool
     lanes: int
     rank: int
-    elsewhere: int = field(default=0, compare=False)
-    eldest_s: float = field(default=0.0, compare=False)
-    is_heard: bool = field(default=True, compare=False)
+    turn: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,23 +197,39 @@ _DECLARE_UNKNOWN = text("""
 """)
 
 #: One row of the run, one of its budget, and one for each lane that it has, or its backfill.
-_BEAT = text("""
+_BEAT = text(f"""
     WITH beating AS (
-        UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because
-        WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id, started_at
+        UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because,
+                        held = CAST(:held AS jsonb)
+        WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id
     )
     SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
-           greatest(s.lanes, f.lanes) AS lanes, s.rank, s.elsewhere, s.eldest_s, s.is_heard
+           greatest(s.lanes, f.lanes) AS lanes, s.rank,
+           CAST(extract(epoch FROM clock_timestamp()) AS bigint) / {TURN_S} AS turn
     FROM beating m JOIN run r USING (run_id) JOIN budget b USING (budget_id)
     LEFT JOIN backfill f ON f.backfill_id = r.backfill_id
     CROSS JOIN LATERAL (
-        SELECT count(*) AS lanes, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS rank,
-               coalesce(sum(l.in_flight) FILTER (WHERE l.lane_id <> m.lane_id), 0) AS elsewhere,
-               extract(epoch FROM clock_timestamp() - min(l.started_at))::float AS eldest_s,
-               bool_and(l.lane_id = m.lane_id OR l.heartbeat_at > m.started_at) AS is_heard
+        SELECT count(*) AS lanes, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS rank
         FROM lane l
         WHERE l.ended_at IS NULL AND l.run_id IN (
             SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)) s
+""")  # noqa: S608 (made of our own constants)
+
+_HOLD_LOCK = text("""
+    SELECT pg_advisory_xact_lock(:space, CAST(coalesce(-r.backfill_id, r.run_id) AS integer))
+    FROM lane m JOIN run r USING (run_id) WHERE m.lane_id = :lane_id
+""")
+
+#: A statement of its own after the lock: it sees what the one before has raised.
+_HELD = text("""
+    WITH mine AS (SELECT r.run_id, r.backfill_id FROM lane m JOIN run r USING (run_id) WHERE m.lane_id = :lane_id)
+    SELECT l.held, o.concurrency || o.limits FROM lane l JOIN run o USING (run_id)
+    WHERE l.ended_at IS NULL AND l.lane_id <> :lane_id AND l.run_id IN (
+        SELECT run_id FROM mine UNION ALL SELECT s.run_id FROM run s JOIN mine USING (backfill_id))
+""")
+
+_HOLD = text("""
+    UPDATE lane SET held = CAST(:held AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
 """)
 
 _LEFT = text("""
@@ -260,12 +281,33 @@ async def alive(
             raise PassingFailure(busy) from None
 
 
-async def beat(session: Session, lane_id: LaneId, in_flight: int, waiting: str | None) -> Orders | None:
-    """Show that the lane lives, and what it waits for. Returns what holds now; None if the lane was buried."""
-    row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting}
+async def beat(
+    session: Session, lane_id: LaneId, in_flight: int, waiting: str | None, held: Mapping[str, int]
+) -> Orders | None:
+    """Show that the lane lives, what it waits for, and what it holds at most from now on, by tier.
+
+    Returns what is ordered now; None if the lane was buried.
+    """
+    row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting, "held": as_json(dict(held))}
     told = (await session.execute(_BEAT, row)).one_or_none()
     await session.commit()
     return None if told is None else Orders(*told)
+
+
+async def hold(
+    session: Session, lane_id: LaneId, shares: Mapping[str, int], held: Mapping[str, int], ceilings: Mapping[str, int]
+) -> dict[str, int]:
+    """Raise what the lane holds to its shares, as far as no other lane holds that; returns what it holds then.
+
+    `ceilings` are its run's. Of a backfill whose runs have several, the highest is that of all together.
+    """
+    await session.execute(_HOLD_LOCK, {"space": HOLD_SPACE, "lane_id": lane_id})
+    others = [(taken, theirs) for taken, theirs in await session.execute(_HELD, {"lane_id": lane_id})]
+    most = {tier: max([ceiling, *(o.get(tier, 0) for _, o in others)]) for tier, ceiling in ceilings.items()}
+    taken = take(shares, held, [taken for taken, _ in others], most)
+    is_alive = (await session.execute(_HOLD, {"lane_id": lane_id, "held": as_json(taken)})).rowcount
+    await session.commit()
+    return taken if is_alive else dict(held)
 
 
 async def claim(

@@ -8,8 +8,9 @@ same; after every step the rows and the views must say what the model says.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,7 +35,7 @@ from schemas.records import DocumentState, Intent, Lease, Record, ResultKey, Sto
 from tasks.ledger import attempts, budgets, leases, runs
 from tasks.ledger.attempts import Permitted, Reusable
 from tasks.ledger.connection import Ledger
-from tasks.ledger.leases import ClaimedShard, Orders
+from tasks.ledger.leases import ClaimedShard
 from tasks.ledger.runs import Run
 from tests.faults.simulation.model import LONG_AGO, Model, Totals
 from tests.faults.summary import Tally
@@ -110,7 +111,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def real(self, name: str, *arguments: Any, **named: Any) -> Any:
         (function,) = {getattr(module, name) for module in MODULES if hasattr(module, name)}
-        ask = _beat if name == "beat" else function
+        ask = partial(_in_session, function) if name in ("beat", "hold") else function
         return self.ground.runner.run(ask(self.ground.ledger, *arguments, **named))
 
     def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
@@ -171,9 +172,13 @@ class LedgerMachine(RuleBasedStateMachine):
         if claimed is not None and hears:
             lane.claims[claimed.shard.shard_no] = claimed
 
-    @rule(at=AT)
-    def beat(self, at: int) -> None:
-        self.both("beat", self._lane(at).hand.lane_id, 1, None)
+    @rule(at=AT, share=st.integers(0, 9), kept=st.integers(0, 9))
+    def beat(self, at: int, share: int, kept: int) -> None:
+        """And hold as many places as the others leave, of 8."""
+        lane_id = self._lane(at).hand.lane_id
+        held = {"flash": min(kept, self.model.lanes[lane_id].held.get("flash", 0))}
+        self.both("beat", lane_id, 1, None, held)
+        self.both("hold", lane_id, {"flash": share}, held, {"flash": 8})
 
     def _lane(self, at: int) -> Laner:
         return self.lanes[at % len(self.lanes)]
@@ -481,9 +486,9 @@ def _key(intent: Intent) -> tuple[int, int]:
     return intent.document_no, intent.attempt_no
 
 
-async def _beat(ledger: Ledger, *arguments: Any) -> Orders | None:
+async def _in_session(ask: Callable[..., Awaitable[Any]], ledger: Ledger, *arguments: Any) -> Any:
     async with ledger.engine.connect() as session:
-        return await leases.beat(session, *arguments)
+        return await ask(session, *arguments)
 
 
 def _numbers(real: Any) -> list[int]:

@@ -461,7 +461,7 @@ async def test_a_lane_shares_the_ceiling_with_the_lanes_of_all_its_backfill_s_ru
 
     async def hear(lane_id: LaneId) -> tuple[int, int]:
         async with leases.alive(ledger, lane_id) as session:
-            orders = await leases.beat(session, lane_id, 0, None)
+            orders = await leases.beat(session, lane_id, 0, None, {})
         assert orders is not None
         return orders.lanes, orders.rank
 

@@ -224,7 +224,8 @@ async def test_a_lane_whose_heartbeat_is_overdue_makes_no_intent(
     held = hold_replies(monkeypatch)
 
     async def hang(lane: Lane) -> None:
-        lane._may_come_in.set()  # as its first heartbeat says
+        lane._shares = lane._held = {"flash": 16, "pro": 16}  # as with its first heartbeat
+        lane._allow(lanes=1)
         await asyncio.Event().wait()
 
     monkeypatch.setattr(Lane, "_beat", hang)

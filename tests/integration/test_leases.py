@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import AsyncExitStack
 
 import pytest
 
 from schemas.attempts import Signal
+from schemas.ceilings import TURN_S
 from schemas.documents import Duplicate
 from schemas.records import DocumentState, Lease, Record
 from tasks.ledger import leases, runs
@@ -70,12 +72,13 @@ async def test_a_lane_without_a_heartbeat_is_buried_though_its_session_lives(led
     run = await make_run(ledger)
     hand = await Hand.join(ledger, run)
     async with leases.alive(ledger, hand.lane_id) as session:
-        told = await leases.beat(session, hand.lane_id, 3, "because")
+        told = await leases.beat(session, hand.lane_id, 3, "because", {"flash": 2})
         assert told == Orders("running", {"flash": 8, "pro": 8}, CAP, is_overdrawn=False, lanes=1, rank=0)
-        assert sql(ledger_url, "SELECT in_flight, waiting_because FROM lane") == [(3, "because")]
+        assert abs(told.turn - time.time() / TURN_S) < 2
+        assert sql(ledger_url, "SELECT in_flight, waiting_because, held FROM lane") == [(3, "because", {"flash": 2})]
         sql(ledger_url, "UPDATE lane SET heartbeat_at = clock_timestamp() - interval '31 seconds'")
         assert await leases.bury_dead(ledger, run.run_id) == 1
-        assert await leases.beat(session, hand.lane_id, 3, None) is None
+        assert await leases.beat(session, hand.lane_id, 3, None, {}) is None
     assert sql(ledger_url, "SELECT in_flight, waiting_because FROM lane") == [(0, None)]
 
 

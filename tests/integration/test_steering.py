@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 from sandbox.latency import Latency, Pace
-from sandbox.tariff import FLASH
+from sandbox.tariff import FLASH, PRO
 from schemas.errors import ConfigurationError
 from schemas.money import Currency, Money
 from tasks import enrichment, report, steering
 from tasks.grants import Grants
-from tasks.lanes import Ended, Lane
+from tasks.lanes import Ended
 from tasks.ledger import budgets, leases, runs
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import LeaseTimes
@@ -200,21 +200,6 @@ async def test_a_limit_holds_for_whoever_resumes_the_run_and_is_told(world: Worl
 
 
 @pytest.mark.long
-async def test_a_lane_begins_with_the_limit_before_its_first_heartbeat(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def hang(_lane: Lane) -> None:
-        await asyncio.Event().wait()
-
-    run = await world.open()
-    async with ledger_of(world) as ledger:
-        await steering.limit(ledger, run.run_id, ["flash=2"])
-    monkeypatch.setattr(Lane, "_beat", hang)
-    async with at_work(world):
-        assert (await most_in_flight(world))[FLASH] == 2
-
-
-@pytest.mark.long
 async def test_two_starts_of_a_run_share_what_may_be_in_flight(world: World) -> None:
     """As from two machines, of which neither knows of the other."""
     async with at_work(world) as (run, _):
@@ -245,19 +230,34 @@ async def test_a_lane_that_never_comes_leaves_its_share_to_who_is_there_after_a_
         await asyncio.gather(working, return_exceptions=True)
 
 
-async def test_a_lane_that_comes_late_waits_until_the_others_have_come_down(world: World) -> None:
-    run, times = await world.open(), replace(TIMES, comes_within_s=0.1)
-    account, attempts = world.server.house.account, "SELECT count(*) FROM lane WHERE attempts > 3"
-    lanes = [asyncio.create_task(enrichment.work_lane(world.request(), world.settings, run, times=times))]
+@pytest.mark.parametrize("reply_s", [1.0, pytest.param(12.0, marks=pytest.mark.long)])
+async def test_the_ceiling_holds_though_lanes_come_whenever_they_like_and_replies_take_long(
+    world: World, reply_s: float
+) -> None:
+    """As of three starts within a second, of which none knows of the others, while all places are taken for long."""
+    job, account = world.root / "jobs" / "colours" / "job.yaml", world.server.house.account
+    job.write_text(job.read_text().replace("deadline_s: 5", "deadline_s: 60"))
+    run = await world.open()
+
+    def start() -> asyncio.Task[Ended]:
+        return asyncio.create_task(enrichment.work_lane(world.request(), world.settings, run, times=TIMES))
+
+    lanes = [start()]
     try:
-        await until(lambda: account.peak[FLASH] >= USUAL, 120)
-        lanes.append(asyncio.create_task(enrichment.work_lane(world.request(), world.settings, run, times=times)))
-        await until(lambda: world.value(attempts) == 2, 120)
-        assert account.peak[FLASH] == USUAL
+        await until(lambda: account.peak[FLASH] >= USUAL, 60)
+        world.server.house.latency = Latency(Pace(1.0, reply_s=reply_s), seed=1)
+        await asyncio.sleep(3 * REPLY_S)
+        lanes += [start(), start()]
+        await until(lambda: world.value("SELECT count(*) FROM lane WHERE attempts > 0") == 3, 10 * reply_s)
+        answer_at_once(world)
+        settled, _ = await settle(world, run, asyncio.gather(*lanes))
     finally:
         for lane in lanes:
             lane.cancel()
         await asyncio.gather(*lanes, return_exceptions=True)
+    assert (settled.state, account.peak[FLASH]) == ("done", USUAL)
+    assert account.peak[PRO] <= USUAL
+    assert_all_is_well(world, run.run_id)
 
 
 @pytest.mark.long
@@ -316,7 +316,7 @@ async def test_nothing_is_reserved_from_what_was_granted_above_a_lowered_cap(led
         assert value(ledger_url, "SELECT granted FROM budget") == 64 * RESERVED
         await runs.change_cap(ledger, run.run_id, 2 * RESERVED)
         async with leases.alive(ledger, lane_id) as session:
-            orders = await leases.beat(session, lane_id, 1, None)
+            orders = await leases.beat(session, lane_id, 1, None, {})
         assert orders is not None
         assert (orders.cap, orders.is_overdrawn) == (2 * RESERVED, True)
         grants.hear(orders.cap, is_overdrawn=orders.is_overdrawn)
@@ -332,7 +332,7 @@ async def test_a_lane_of_a_run_from_before_limits_were_kept_goes_by_its_job(ledg
     hand = await Hand.join(ledger, run)
     sql(ledger_url, "UPDATE run SET concurrency = '{}'")
     async with leases.alive(ledger, hand.lane_id) as session:
-        orders = await leases.beat(session, hand.lane_id, 0, None)
+        orders = await leases.beat(session, hand.lane_id, 0, None, {})
     assert orders is not None
     assert orders.ceilings == {}
     limited = await steering.limit(ledger, run.run_id, ["2"])

@@ -292,3 +292,28 @@ async def test_what_the_provider_stated_outlives_a_ceiling_that_was_lowered_and_
     for _ in range(4):
         tickets = await round_trip(limiter, tickets)
     assert limiter.limit == 6
+
+
+async def test_without_a_place_nobody_is_let_in_and_the_first_ones_are_used_as_at_a_start() -> None:
+    limiter = Limiter(ceiling=0)
+    waiting = [asyncio.create_task(limiter.acquire()) for _ in range(SLOW_START + 1)]
+    await asyncio.sleep(0)
+    assert limiter.in_flight == 0
+    limiter.allow(100, lanes=1)
+    await asyncio.sleep(0)
+    assert limiter.in_flight == SLOW_START
+    limiter.allow(0, lanes=1)
+    release_all(limiter, list(range(1, SLOW_START + 1)))
+    await asyncio.sleep(0)
+    assert (limiter.in_flight, limiter.limit, waiting[-1].done()) == (0, 0, False)
+    limiter.allow(2, lanes=1)
+    await waiting[-1]
+
+
+async def test_of_a_lane_that_drains_nobody_waits_for_a_place() -> None:
+    limiter = Limiter(ceiling=0)
+    waiting = asyncio.create_task(limiter.acquire())
+    await asyncio.sleep(0)
+    limiter.open()
+    await waiting
+    await limiter.acquire()

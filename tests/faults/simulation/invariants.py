@@ -167,8 +167,14 @@ def paid_again_for_a_reason(s: Simulation) -> Iterator[str]:
 
 
 def in_flight_within_limit(s: Simulation) -> Iterator[str]:
-    """G12: no lane had more requests at a tier at once than its share of the highest ceiling that was ever said."""
-    share = -(-s.highest_ceiling // s.plan.lanes)
+    """G12: no lane had more requests at a tier at once than its share of the highest ceiling that was ever said.
+
+    Nor had all of them together more than that, but for those that were taken for dead.
+    """
+    for model, peak in s.provider.together.items():
+        if peak > s.highest_ceiling:
+            yield f"{peak} requests were at {model} at once, of {s.highest_ceiling}"
+    share = s.highest_ceiling if s.plan.are_strangers else -(-s.highest_ceiling // s.plan.lanes)
     for (lane_id, model), peak in s.provider.peaks.items():
         if peak > share:
             yield f"lane {lane_id} had {peak} requests at {model} at once, and may have {share}"

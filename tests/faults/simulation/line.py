@@ -141,7 +141,18 @@ async def alive(line: Line, lane_id: LaneId, within_s: float) -> AsyncIterator[L
 SEAM = {
     attempts: ("intend", "record", "find_results_now", "find_endings", "find_past_attempts", "find_paid_answer"),
     budgets: ("open_grant", "is_exhausted", "find_room", "close_grants"),
-    leases: ("register", "beat", "claim", "finish", "fail", "leave", "bury_dead", "has_unfinished", "has_living"),
+    leases: (
+        "register",
+        "beat",
+        "hold",
+        "claim",
+        "finish",
+        "fail",
+        "leave",
+        "bury_dead",
+        "has_unfinished",
+        "has_living",
+    ),
     runs: ("open_run", "find_run", "change_state", "note", "settle"),
 }
 

@@ -8,12 +8,13 @@ The state machine (test_state_machine.py) holds it to the real SQL, call by call
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
 from schemas.attempts import LaneId, RunId, Signal
+from schemas.ceilings import TURN_S, take
 from schemas.documents import Shard
 from schemas.ladder import PastAttempt, Verdict
 from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
@@ -59,6 +60,7 @@ class LaneRow:
     beat_at: float
     has_session: bool = False
     ended_because: str | None = None
+    held: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -216,16 +218,31 @@ class Model:
         self.lanes[number] = LaneRow(run_id, self.clock())
         return LaneId(number)
 
-    def beat(self, lane_id: LaneId, _in_flight: int, _waiting: str | None) -> Orders | None:
+    def beat(self, lane_id: LaneId, _in_flight: int, _waiting: str | None, held: Mapping[str, int]) -> Orders | None:
         lane = self.lanes[lane_id]
         if lane.ended_because is not None:
             return None
-        lane.beat_at = self.clock()
+        lane.beat_at, lane.held = self.clock(), dict(held)
         run = self.runs[lane.run_id]
         budget = self.budgets[run.budget_id]
         mates = [n for n, row in self.lanes.items() if row.run_id == lane.run_id and row.ended_because is None]
         rank = sum(number < lane_id for number in mates)
-        return Orders(run.state, run.ceilings, budget.cap, budget.granted > budget.cap, len(mates), rank)
+        turn = int(self.clock()) // TURN_S
+        return Orders(run.state, run.ceilings, budget.cap, budget.granted > budget.cap, len(mates), rank, turn)
+
+    def hold(
+        self, lane_id: LaneId, shares: Mapping[str, int], held: Mapping[str, int], ceilings: Mapping[str, int]
+    ) -> dict[str, int]:
+        lane = self.lanes[lane_id]
+        living = [row for n, row in self.lanes.items() if row.ended_because is None and n != lane_id]
+        others = [row for row in living if row.run_id == lane.run_id]
+        theirs = [self.runs[row.run_id].ceilings for row in others]
+        most = {tier: max([mine, *(each.get(tier, 0) for each in theirs)]) for tier, mine in ceilings.items()}
+        taken = take(shares, held, [row.held for row in others], most)
+        if lane.ended_because is not None:
+            return dict(held)
+        lane.held = taken
+        return dict(taken)
 
     def claim(self, run_id: RunId, lane_id: LaneId, working: Collection[int] | None = None) -> ClaimedShard | None:
         if self.lanes[lane_id].ended_because is not None:

@@ -66,6 +66,8 @@ class Plan:
     unfit: frozenset[int]
     twins: frozenset[int]
     damaged: float
+    #: Lanes that do not know of one another, as of several starts: each is to have all, until it hears of the others.
+    are_strangers: bool
 
     @classmethod
     def draw(cls, chance: Random) -> Plan:
@@ -100,4 +102,5 @@ class Plan:
             unfit=frozenset(n for n in range(documents) if chance.random() < 0.05),
             twins=frozenset(n for n in range(1, documents) if chance.random() < 0.05),
             damaged=chance.choice((0, 0, 0, 0, 0.1)),
+            are_strangers=chance.random() < 0.3,
         )

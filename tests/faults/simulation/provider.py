@@ -35,6 +35,8 @@ class Provider:
     sent: dict[Key, float] = field(default_factory=dict)
     in_flight: Counter[tuple[int, str]] = field(default_factory=Counter)
     peaks: Counter[tuple[int, str]] = field(default_factory=Counter)
+    #: By model, the most at once of all lanes that the ledger took for alive.
+    together: Counter[str] = field(default_factory=Counter)
     #: Requests by model that had the prefix: the third hits.
     warmed: Counter[str] = field(default_factory=Counter)
 
@@ -44,6 +46,11 @@ class Provider:
         place = (lane_id, call.model)
         self.in_flight[place] += 1
         self.peaks[place] = max(self.peaks[place], self.in_flight[place])
+        lanes = self.world.model.lanes
+        alive = [
+            n for (lane, model), n in self.in_flight.items() if model == call.model and not lanes[lane].ended_because
+        ]
+        self.together[call.model] = max(self.together[call.model], sum(alive))
         try:
             return await self._reply(call, key, lane_id)
         finally:

@@ -191,6 +191,7 @@ class Simulation:
         world, plan = self.world, self.plan
         doom = world.chance.choice((3, 10, 30, 100)) if world.happens(plan.doomed, "doomed") else None
         line = Line(world)
+        await asyncio.sleep(world.chance.uniform(0, 10) if plan.are_strangers else 0)
         line.lane_id = await self._insist(lambda line: leases.register(line, run.run_id))
         line.doom = None if doom is None else world.chance.randrange(doom)
         make: Any = Lane  # which is annotated with what these stand in for
@@ -215,7 +216,7 @@ class Simulation:
             book=BOOK,
             price_ids={price.name: number for number, price in enumerate(BOOK.rows())},
             root=self.folder,
-            lanes=self.plan.lanes,
+            lanes=1 if self.plan.are_strangers else self.plan.lanes,
             scale=SCALE,
             times=times,
             random=self.world.chance,
