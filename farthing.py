@@ -368,6 +368,7 @@ def backfill(
     parallel: Annotated[
         int, typer.Option("--parallel", min=1, max=64, metavar="N", help="Partitions that are run at a time.")
     ] = 2,
+    lanes_on: LanesOn = None,
     budget: Annotated[
         str | None,
         typer.Option("--budget", metavar="SUM", help="A hard cap on all runs together. Default: the job's."),
@@ -397,6 +398,7 @@ def backfill(
         dead=dead,
         if_cheaper_than=if_cheaper_than,
         parallel=parallel,
+        lanes_on=lanes_on,
         budget=budget,
         when=_hours(off_peak),
         when_model_changes=when_model_changes,
@@ -509,8 +511,10 @@ def _run_backfill(request: BackfillRequest, settings: Settings, view: View) -> d
     _prepare_prefect(settings)
     from httpx import TransportError  # Prefect's client; ours is httpx2
 
-    from tasks.prefect_server import start_temporary_server
+    from tasks.prefect_server import require_lasting_server, start_temporary_server
 
+    if request.engine(settings) is Engine.WORKERS:
+        require_lasting_server()
     server = start_temporary_server()
     from prefect.exceptions import UnfinishedRun
 

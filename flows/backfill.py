@@ -10,6 +10,7 @@ from pathlib import Path
 from prefect import flow
 
 from schemas.backfills import Drift
+from schemas.engines import Engine
 from schemas.jobs import When
 from schemas.requests import BackfillRequest
 from schemas.settings import Settings
@@ -20,7 +21,7 @@ from tasks.final_states import Final, final
 from tasks.logs import configure, follow_in_prefect
 from tasks.partitions import work_partitions
 from tasks.prefect_server import guard_temporary_server
-from tasks.steps import fit_to_be_stored
+from tasks.steps import fit_to_be_stored, require_engine
 
 
 @flow(name="backfill", flow_run_name="backfill-{job}", retries=0, persist_result=False)
@@ -33,6 +34,7 @@ async def backfill(
     dead: bool = False,
     if_cheaper_than: str | None = None,
     parallel: int = 2,
+    lanes_on: Engine | None = None,
     budget: str | None = None,
     when: When | None = None,
     when_model_changes: Drift = Drift.PAUSE,
@@ -42,7 +44,8 @@ async def backfill(
 
     `partitions` are names or globs, and `first` and `last` bound them, like 2026-01-01. `changed` runs those again
     whose text, prompt or model changed, `dead` those with dead letters; what can be reused costs nothing. Nothing
-    starts where more than `if_cheaper_than` or `budget` is expected, both like "25 USD". Returns the outcome.
+    starts where more than `if_cheaper_than` or `budget` is expected, both like "25 USD". `lanes_on` is processes,
+    workers, dask or ray (default: FARTHING_LANES_ON). Returns the outcome.
     """
     request = BackfillRequest(
         job=job,
@@ -53,6 +56,7 @@ async def backfill(
         dead=dead,
         if_cheaper_than=if_cheaper_than,
         parallel=parallel,
+        lanes_on=lanes_on,
         budget=budget,
         when=when,
         when_model_changes=when_model_changes,
@@ -63,6 +67,7 @@ async def backfill(
     follow_in_prefect()
     guard_temporary_server()
     with fit_to_be_stored():
+        await require_engine(request.engine(settings))
         async with begun(request, settings) as (plan, opened):
             if opened is None:
                 return final(outcome(plan))

@@ -31,6 +31,20 @@ class Kept(StrEnum):
     DIED = "died"
 
 
+@dataclass
+class Absence:
+    """For how long nobody has been at work, of all lanes that are waited for together: at most `within_s` seconds."""
+
+    within_s: float
+    _since_s: float | None = None
+
+    def is_over(self, now_s: float, *, is_at_work: bool) -> bool:
+        """Whether that is too long. Who looks on says whether a lane is at work now."""
+        if is_at_work or self._since_s is None:
+            self._since_s = now_s
+        return now_s - self._since_s > self.within_s
+
+
 @dataclass(frozen=True, slots=True)
 class LaneSeen:
     """One lane; `silent_s` is for how many seconds it has been shown at work without being alive in the ledger."""

@@ -167,7 +167,8 @@ class BackfillRequest(BaseModel):
     `partitions` are names or globs, `first` and `last` bound them, both included. Partitions never run or unfinished
     are due; with `changed` those whose text, prompt or model is another by now, with `dead` those with dead letters.
     Nothing starts where more than `if_cheaper_than` or the `budget` is expected; the budget holds for all runs
-    together (default: the job's). `parallel` of them go at a time.
+    together (default: the job's). `parallel` of them go at a time, and `lanes_on` says where (default: what the
+    environment says).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -180,6 +181,7 @@ class BackfillRequest(BaseModel):
     dead: bool = False
     if_cheaper_than: Limit = None
     parallel: int = Field(default=2, ge=1, le=64)
+    lanes_on: Engine | None = None
     budget: Sum = None
     when: When | None = None
     when_model_changes: Drift = Drift.PAUSE
@@ -197,6 +199,10 @@ class BackfillRequest(BaseModel):
     def hours(self, job: Job) -> When:
         """When attempts may be made, as `RunRequest.hours`."""
         return self.when or job.when
+
+    def engine(self, settings: Settings) -> Engine:
+        """Where the partitions are worked on, as `RunRequest.engine`."""
+        return self.lanes_on or settings.lanes_on
 
     def identity(self) -> dict[str, Any]:
         """Which partitions are meant, as plain values: the same is the same backfill, which is resumed."""

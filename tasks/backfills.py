@@ -1,8 +1,9 @@
 """Backfills: one run for each partition that is due, a few at a time, over one budget and one ceiling.
 
 What is due is decided by whoever opens one, from the input and the ledger (schemas/backfills.py), and kept with it;
-the same command goes on with what is left of that. Each partition is worked on in another process than this one,
-which is started again if it dies. What stops a backfill (a signal, another model) pauses the runs under way.
+the same command goes on with what is left of that. Each partition is worked on in another process than this one, here
+or wherever lanes work, which is started again if it dies. What stops a backfill (a signal, another model) pauses the
+runs under way.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from schemas.backfills import (
     split,
     stand,
 )
+from schemas.engines import Engine
 from schemas.errors import FarthingError, LedgerUnavailable, ProviderStopped, Unforeseen, UnknownPrice
 from schemas.jobs import Job
 from schemas.money import Money
@@ -48,13 +50,14 @@ from tasks.ledger.backfills import Backfill, Evidence, Wanted
 from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_history
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
+from tasks.ledger.runs import Run
 
 log = structlog.get_logger("farthing.backfills")
 
 #: How often a partition's process is started: once, and again for each of three deaths.
 MOST_STARTS = 4
 #: What stops one run for these reasons stops the others as well.
-FOR_ALL = frozenset({"budget", "provider", "key", "price"})
+FOR_ALL = frozenset({"budget", "provider", "key", "price", "no_worker", "no_slot"})
 MODEL_CHANGED = "model_changed"
 #: Connections of the process that starts the others: its lock, and what it asks.
 CONNECTIONS = 3
@@ -101,6 +104,7 @@ class PartitionEnded:
     state: str
     reason: str | None = None
     run_id: int | None = None
+    advice: str = INTERRUPTED
 
 
 class WorkerDied(Exception):
@@ -224,9 +228,14 @@ def _wanted(plan: Plan, settings: Settings) -> Wanted:
         budget_name=job.budget_name,
         declared=job.budget.pico,
         keeps_cap=request.budget is None,
-        lanes=min(request.parallel, len(plan.due)),
+        lanes=_announced(request, settings, min(request.parallel, len(plan.due))),
         reuses=plan.now.served if drifted else None,
     )
+
+
+def _announced(request: BackfillRequest, settings: Settings, at_work: int) -> int:
+    """For how many lanes room is left though they have not come: elsewhere nobody knows whether they will."""
+    return at_work if request.engine(settings) is Engine.PROCESSES else 0
 
 
 async def work_partition(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> PartitionEnded:
@@ -234,9 +243,16 @@ async def work_partition(request: RunRequest, settings: Settings, times: LeaseTi
     run = await enrichment.open_run(request, settings, times)
     async with telemetry.traced(settings, run), enrichment.paused_if_cut_short(settings, run):
         ended = await enrichment.work_lane(request, settings, run, times=times)
+    return await end_partition(request, settings, run, ended, times)
+
+
+async def end_partition(
+    request: RunRequest, settings: Settings, run: Run, ended: Ended, times: LeaseTimes = USUAL_TIMES
+) -> PartitionEnded:
+    """What a partition came to whose only lane ended so: its run is settled."""
     settled = await enrichment.settle_run(settings, run, [ended], times)
     reason = None if settled.state == "done" else settled.reason
-    return PartitionEnded(request.partitions[0], settled.state, reason, settled.run_id)
+    return PartitionEnded(request.partitions[0], settled.state, reason, settled.run_id, ended.advice or INTERRUPTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +275,8 @@ class BackfillWork:
     due: Sequence[str]
     start_worker: Callable[[], Worker]
     times: LeaseTimes = USUAL_TIMES
+    #: Has whoever works on a partition drain, and asked again give up; the ledger is away, or has not been enough.
+    hand_on: Callable[[], object] = enrichment.terminate_lanes
     ended: dict[str, PartitionEnded] = field(default_factory=dict)
     stopped: Stopped | None = None
     #: Models by tier, where more than one served it.
@@ -275,7 +293,8 @@ class BackfillWork:
 
     def __post_init__(self) -> None:
         self._waiting = deque(self.due)
-        self._at_work = self._told_lanes = min(self.request.parallel, len(self.due))
+        self._at_work = min(self.request.parallel, len(self.due))
+        self._told_lanes = _announced(self.request, self.settings, self._at_work)
 
     async def run(self) -> None:
         """Work until every partition has ended or something stops it, then say so in the ledger."""
@@ -297,7 +316,7 @@ class BackfillWork:
     def interrupt(self) -> None:
         """Pause what runs, whatever stopped it before; asked again, give up on what is in flight."""
         if self._is_interrupted:
-            enrichment.terminate_lanes()
+            self.hand_on()
         self._is_interrupted = True
         self.stop(Stopped(runs.INTERRUPTED, INTERRUPTED))
         self.stopped = replace(self.stopped or Stopped(runs.INTERRUPTED, INTERRUPTED), pauses=True)
@@ -336,7 +355,7 @@ class BackfillWork:
                 if isinstance(error, ProviderStopped | UnknownPrice | LedgerUnavailable):
                     self.stop(Stopped("failed", str(error), pauses=False))
                 return worker
-        died = f"its process died {MOST_STARTS} times: look at this machine's memory, then run the same command"
+        died = f"its process died {MOST_STARTS} times: look at the memory there, then run the same command"
         self._take(PartitionEnded(name, "failed", died))
         return None
 
@@ -354,7 +373,7 @@ class BackfillWork:
         if ended.state == "failed":
             log.warning("partition failed", partition=ended.partition, why=ended.reason)
         if ended.reason in FOR_ALL:
-            self.stop(Stopped(ended.reason, INTERRUPTED, pauses=False))
+            self.stop(Stopped(ended.reason, ended.advice, pauses=False))
         elif ended.reason == runs.OPERATOR:
             self.stop(Stopped(ended.reason, f"`farthing pause` stopped a run of this backfill: {INTERRUPTED}"))
 
@@ -366,7 +385,7 @@ class BackfillWork:
                 log.warning("no look at the backfill", error=str(error))
                 if self._is_interrupted and not self._have_lanes_heard:
                     self._have_lanes_heard = True
-                    enrichment.terminate_lanes()  # once: a second signal would give up what is in flight
+                    self.hand_on()  # once: a second signal would give up what is in flight
             try:
                 async with asyncio.timeout(self.times.beat_every_s):
                     await self._woken.wait()
@@ -380,9 +399,9 @@ class BackfillWork:
         if self.stopped is not None and self.stopped.pauses:
             await self._pause_all(self.stopped.reason)
             self._have_lanes_heard = True
-        if self._at_work != self._told_lanes:
-            await backfills.change_backfill(self.ledger, self.backfill.backfill_id, lanes=self._at_work)
-            self._told_lanes = self._at_work
+        if (lanes := _announced(self.request, self.settings, self._at_work)) != self._told_lanes:
+            await backfills.change_backfill(self.ledger, self.backfill.backfill_id, lanes=lanes)
+            self._told_lanes = lanes
 
     async def _see_models(self) -> None:
         drift = await backfills.find_drift(self.ledger, self.backfill.backfill_id)

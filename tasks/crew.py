@@ -19,7 +19,7 @@ import structlog
 from prefect.futures import PrefectWrappedFuture
 
 from schemas.engines import Engine
-from schemas.fleets import FleetSeen, Kept, LaneSeen, Shown
+from schemas.fleets import Absence, FleetSeen, Kept, LaneSeen, Shown
 from tasks import engines
 from tasks.lanes import INTERRUPTED, Ended
 from tasks.ledger import runs
@@ -38,7 +38,7 @@ class Crew:
 
     engine: Engine
     witness: Witness
-    within_s: float
+    absence: Absence
     #: Where the cluster's replies are waited for, one thread for each lane.
     threads: Executor
     tasks: dict[int, Future] = field(default_factory=dict)
@@ -66,17 +66,15 @@ class Crew:
         return [self._over.get(number) or awaited.result() for number, awaited in sorted(self.awaited.items())]
 
     async def _watch(self) -> None:
-        at_work_s = time.monotonic()
         while self._pending:
             await self.witness.look()
             seen = FleetSeen([self._see(number) for number in self.tasks], self.witness.is_run_over)
-            now_s = time.monotonic()
-            at_work_s = now_s if seen.is_at_work else at_work_s
+            is_absent = self.absence.is_over(time.monotonic(), is_at_work=seen.is_at_work)
             if self._is_given_up:
                 await self._end(self._pending, Ended(runs.INTERRUPTED, INTERRUPTED), by_force=True)
             elif seen.late:
                 await self._end(seen.late, self.witness.unneeded)
-            elif now_s - at_work_s > self.within_s:
+            elif is_absent:
                 await self._end(seen.waiting, Ended("no_slot", self._explain_wait()))
             else:
                 await asyncio.wait(self.awaited.values(), timeout=EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
@@ -110,8 +108,8 @@ class Crew:
 
     def _explain_wait(self) -> str:
         return (
-            f"no slot of the {self.engine} cluster came free for a lane within {self.within_s:g} s: end what else "
-            f"works there, or add workers to it; then {INTERRUPTED}"
+            f"no slot of the {self.engine} cluster came free for a lane within {self.absence.within_s:g} s: end what "
+            f"else works there, or add workers to it; then {INTERRUPTED}"
         )
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Crashed, Scheduled
 
 from schemas.errors import ConfigurationError, LedgerUnavailable
-from schemas.fleets import FleetSeen, Kept, LaneSeen, Shown
+from schemas.fleets import Absence, FleetSeen, Kept, LaneSeen, Shown
 from schemas.requests import LaneRequest, RunRequest
 from schemas.settings import Settings
 from tasks import enrichment
@@ -64,16 +64,22 @@ async def require_workers() -> None:
 
 async def work_on_workers(request: RunRequest, run: Run, settings: Settings) -> list[Ended]:
     """Have the run's lanes worked by Prefect's workers; returns when none is at work, and how each ended."""
+    async with fleet_of(request, run, settings, Absence(settings.workers_within_s)) as fleet:
+        with enrichment.pausing_on_signals(settings, run, fleet.give_up):
+            return await fleet.watch()
+
+
+@asynccontextmanager
+async def fleet_of(request: RunRequest, run: Run, settings: Settings, absence: Absence) -> AsyncIterator[Fleet]:
+    """The run's fleet, to be watched. Whoever is cancelled meanwhile leaves the run paused, and its lanes drain."""
     asked = await enrichment.ask_lanes(request, settings, run)
     async with get_client() as client, enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
-        fleet = Fleet(client, ledger, run, settings.workers_within_s, asked)
-        with enrichment.pausing_on_signals(settings, run, fleet.give_up):
-            try:
-                return await fleet.watch()
-            except asyncio.CancelledError:
-                with suppress(LedgerUnavailable):
-                    await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)  # the lanes drain
-                raise
+        try:
+            yield Fleet(client, ledger, run, absence, asked)
+        except asyncio.CancelledError:
+            with suppress(LedgerUnavailable):
+                await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)
+            raise
 
 
 @dataclass
@@ -83,7 +89,7 @@ class Fleet:
     client: PrefectClient
     ledger: Ledger
     run: Run
-    workers_within_s: float
+    absence: Absence
     asked: Collection[LaneRequest]
     flow_runs: dict[int, FlowRun] = field(default_factory=dict)
     #: What is known here to be over, though Prefect may be away and not have heard of it.
@@ -137,15 +143,12 @@ class Fleet:
 
     async def watch(self) -> list[Ended]:
         """Start them and look on until none is at work and none is waited for, whatever is away meanwhile."""
-        at_work_s = time.monotonic()
         while True:
             seen = await self._look()
             await self._tell(seen)
             if not seen.is_at_work and not seen.is_waited_for:
                 return [self._ended(each.number) for each in self.asked]
-            now_s = time.monotonic()
-            at_work_s = now_s if seen.is_at_work else at_work_s
-            if now_s - at_work_s > self.workers_within_s:
+            if self.absence.is_over(time.monotonic(), is_at_work=seen.is_at_work):
                 return await self._leave_waiting(seen.waiting)
             await asyncio.sleep(EVERY_S)
 
@@ -227,7 +230,7 @@ class Fleet:
             do = f"the work pool {name} has no worker: `prefect worker start --pool {name}` on each machine"
         else:
             do = f"the workers of the pool {name} are busy, or not allowed more: start more, or raise their limit"
-        return f"no worker took a lane within {self.workers_within_s:g} s. {do}; then {INTERRUPTED}"
+        return f"no worker took a lane within {self.absence.within_s:g} s. {do}; then {INTERRUPTED}"
 
 
 def _state(flow_run: FlowRun | None) -> State[Any]:

@@ -1,4 +1,8 @@
-"""The steps of a backfill as Prefect shows them: one task run for each partition, by its name."""
+"""The steps of a backfill as Prefect shows them: one task run for each partition, by its name.
+
+On one machine a partition is worked on in a process of its own; elsewhere, by a lane as of any run there, which is
+watched from here (tasks/fleet.py, tasks/crew.py).
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, cast
+from contextlib import AbstractAsyncContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, cast
 from uuid import UUID
 
 import structlog
@@ -22,38 +27,119 @@ from prefect.client.orchestration import get_client
 from prefect.futures import PrefectConcurrentFuture
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
-from prefect.task_runners import ProcessPoolTaskRunner
+from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 
+from schemas.engines import Engine
+from schemas.errors import FarthingError, Unforeseen
+from schemas.fleets import Absence
 from schemas.requests import BackfillRequest, RunRequest
 from schemas.settings import Settings
-from tasks import backfills
+from tasks import backfills, engines, enrichment
 from tasks.backfills import BackfillWork, PartitionEnded, Plan, WorkerDied
+from tasks.fleet import fleet_of
+from tasks.lanes import DIED_ADVICE, LANE_DIED, Ended
 from tasks.ledger.backfills import Backfill
+from tasks.ledger.runs import Run
 from tasks.logs import configure, follow_in_prefect
-from tasks.steps import fit_to_be_stored, ignore_interrupts
+from tasks.steps import crew_of, fit_to_be_stored, ignore_interrupts
 
 log = structlog.get_logger("farthing.partitions")
 
 #: How often a process looks whether the one that started it is still there, and how long it may then take to drain.
 PARENT_EVERY_S, DRAIN_WITHIN_S = 2.0, 60.0
+#: Why a lane elsewhere did nothing that its machine's user could not set right: what to do is in its advice.
+UNFIT = frozenset({"lane_failed", "input"})
 
 
 async def work_partitions(request: BackfillRequest, plan: Plan, backfill: Backfill) -> BackfillWork:
     """Work on what is due, each partition in another process than this one; returns what came of it."""
     settings = Settings()
+    engine = request.engine(settings)
     async with get_client() as client:
         api = {PREFECT_API_URL: str(client.api_url)}  # else each process would start a server of its own
     async with backfills.coordinator_ledger(settings) as ledger:
         with ExitStack() as stack:
             stack.enter_context(temporary_settings(api))
             threads = stack.enter_context(ThreadPoolExecutor(request.parallel))
+            runner = stack.enter_context(engines.started(engine, request.parallel, settings.cluster))
             due = [each.partition for each in plan.due]
             work = BackfillWork(
                 ledger, settings, backfill, request, due, lambda: PoolWorker(_start_process(stack), threads)
             )
+            if engine is not Engine.PROCESSES:
+                elsewhere = Elsewhere(settings, _engage(engine, runner, settings, threads))
+                work.start_worker, work.hand_on = lambda: elsewhere, elsewhere.give_up
             await work.run()
             work.excess = await backfills.find_excess(ledger, plan.job, backfill.backfill_id)
             return work
+
+
+class Team(Protocol):
+    """The lanes of a run that work elsewhere: a fleet or a crew."""
+
+    async def watch(self) -> Sequence[Ended | Exception]:
+        """Look on until none is at work or waited for; how each ended."""
+
+    def give_up(self) -> None:
+        """Have them stopped."""
+
+
+#: Has the lane of a run work elsewhere while the block lasts.
+Engage = Callable[[RunRequest, Run], AbstractAsyncContextManager[Team]]
+
+
+def _engage(engine: Engine, runner: TaskRunner[Any] | None, settings: Settings, threads: Executor) -> Engage:
+    absence = Absence(settings.workers_within_s)  # one for all: who waits behind another is not forgotten
+    if runner is None:
+        return partial(fleet_of, settings=settings, absence=absence)
+    return partial(crew_of, engine, runner, settings=settings, threads=threads, absence=absence)
+
+
+@dataclass
+class Elsewhere:
+    """Works on any number of partitions, each by a lane that is no process of this one. `teams` are at work now."""
+
+    settings: Settings
+    engage: Engage
+    teams: list[Team] = field(default_factory=list)
+
+    def give_up(self) -> None:
+        """Have all lanes stopped by whoever has them."""
+        for team in self.teams:
+            team.give_up()
+
+    async def work(self, request: RunRequest) -> PartitionEnded:
+        """Have a run done, shown as a task run. Raises WorkerDied, and what the run raises."""
+        name = request.partitions[0]
+
+        @task(name="partition", task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
+        async def partition() -> PartitionEnded:
+            with fit_to_be_stored():
+                found = await self.have_worked(request)
+            if found is None:
+                raise WorkerDied
+            return found
+
+        return await partition()
+
+    async def have_worked(self, request: RunRequest) -> PartitionEnded | None:
+        """What the partition came to. None: its lane died before, and another one goes on with it."""
+        run = await enrichment.open_run(request, self.settings)
+        async with enrichment.paused_if_cut_short(self.settings, run), self.engage(request, run) as team:
+            self.teams.append(team)
+            try:
+                (ended,) = await team.watch()
+            finally:
+                self.teams.remove(team)
+        if isinstance(ended, FarthingError | Unforeseen):
+            raise ended
+        last = ended if isinstance(ended, Ended) else Ended(LANE_DIED, DIED_ADVICE)
+        found = await backfills.end_partition(request, self.settings, run, last)
+        if found.state == "done":
+            return found
+        if last.reason in UNFIT:
+            return replace(found, state="failed", reason=last.advice)
+        return None if last.reason == LANE_DIED else found
 
 
 def _start_process(stack: ExitStack) -> ProcessPoolTaskRunner:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
 from prefect import task
@@ -19,6 +19,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from schemas.attempts import RunId
 from schemas.engines import Engine
 from schemas.errors import FarthingError, Unforeseen
+from schemas.fleets import Absence
 from schemas.requests import LaneRequest, RunRequest
 from schemas.settings import Settings
 from tasks import engines, enrichment
@@ -49,10 +50,15 @@ async def open_run(request: RunRequest) -> Run:
     """Check everything, then resume or open the run."""
     settings = Settings()
     with fit_to_be_stored():
-        engines.require(request.engine(settings))
-        if request.engine(settings) is Engine.WORKERS:
-            await require_workers()
+        await require_engine(request.engine(settings))
         return await enrichment.open_run(request, settings)
+
+
+async def require_engine(engine: Engine) -> None:
+    """Raises ConfigurationError where nothing could ever work there."""
+    engines.require(engine)
+    if engine is Engine.WORKERS:
+        await require_workers()
 
 
 async def work_lanes(request: RunRequest, run: Run) -> list[Ended]:
@@ -102,12 +108,29 @@ def _start_process(stack: ExitStack, request: RunRequest, run: Run, lane_no: int
 async def _work_in_cluster(
     engine: Engine, runner: TaskRunner[Any], request: RunRequest, run: Run, settings: Settings, threads: Executor
 ) -> Sequence[Ended | Exception]:
-    async with enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
-        crew = Crew(engine, Witness(ledger, run.run_id), settings.workers_within_s, threads)
+    absence = Absence(settings.workers_within_s)
+    async with crew_of(engine, runner, request, run, settings, threads, absence) as crew:
         with enrichment.pausing_on_signals(settings, run, crew.give_up):  # only now: Ray had put its own answer there
-            for asked in await enrichment.ask_lanes(request, settings, run):
-                crew.add(asked.number, runner.submit(join_lane, {"asked": asked}))
             return await crew.watch()
+
+
+@asynccontextmanager
+async def crew_of(
+    engine: Engine,
+    runner: TaskRunner[Any],
+    request: RunRequest,
+    run: Run,
+    settings: Settings,
+    threads: Executor,
+    absence: Absence,
+) -> AsyncIterator[Crew]:
+    """The run's crew in a cluster, to be watched."""
+    asked = await enrichment.ask_lanes(request, settings, run)
+    async with enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
+        crew = Crew(engine, Witness(ledger, run.run_id), absence, threads)
+        for each in asked:
+            crew.add(each.number, runner.submit(join_lane, {"asked": each}))
+        yield crew
 
 
 def _explain(failure: Exception) -> Ended:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,14 +31,17 @@ from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
 from schemas.requests import BackfillRequest, RunRequest
 from schemas.settings import Settings
-from tasks import backfills
+from tasks import backfills, enrichment
 from tasks.backfills import BackfillWork, PartitionEnded, Plan, Stopped, WorkerDied
 from tasks.jobs import load_job
+from tasks.lanes import LANE_DIED, Ended
 from tasks.ledger import leases, runs, spend
 from tasks.ledger.backfills import Wanted, change_backfill, find_backfill, open_backfill
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import LeaseTimes
 from tasks.ledger.proof import prove
+from tasks.ledger.runs import Run
+from tasks.partitions import Elsewhere
 from tasks.steps import ignore_interrupts
 from tests.faults.checker import Beside, check
 from tests.forked_readers import forked_readers
@@ -132,6 +135,46 @@ class Here:
 
 
 @dataclass
+class Machine(Elsewhere):
+    """Lanes as those of another machine, which are in this process."""
+
+    async def work(self, request: RunRequest) -> PartitionEnded:
+        if (found := await self.have_worked(request)) is None:
+            raise WorkerDied
+        return found
+
+
+@dataclass
+class Alone:
+    """The one lane of a run elsewhere, or what keeps it from beginning."""
+
+    request: RunRequest
+    run: Run
+    settings: Settings
+    hindered: Ended | Exception | None = None
+
+    async def watch(self) -> list[Ended | Exception]:
+        if self.hindered is not None:
+            return [self.hindered]
+        (asked,) = await enrichment.ask_lanes(self.request, self.settings, self.run)
+        return [await enrichment.work_elsewhere(asked, self.settings)]
+
+    def give_up(self) -> None:
+        raise AssertionError("nobody asked twice")
+
+
+def machine(world: World, *hindrances: Ended | Exception) -> Machine:
+    """Whose first lanes end in these ways before they have begun."""
+    left = list(hindrances)
+
+    @asynccontextmanager
+    async def engage(request: RunRequest, run: Run) -> AsyncIterator[Alone]:
+        yield Alone(request, run, world.settings, left.pop(0) if left else None)
+
+    return Machine(world.settings, engage)
+
+
+@dataclass
 class Crew:
     """A backfill at work, from the outside; here, or as usual in processes of their own."""
 
@@ -140,6 +183,7 @@ class Crew:
     plan: Plan | None = None
     work: BackfillWork | None = None
     is_here: bool = False
+    elsewhere: Machine | None = None
     started: list[Worker | Here] = field(default_factory=list)
 
     @property
@@ -163,7 +207,9 @@ class Crew:
                     await self.work.run()
         return self
 
-    def _start(self, pools: ExitStack) -> Worker | Here:
+    def _start(self, pools: ExitStack) -> Worker | Here | Machine:
+        if self.elsewhere is not None:
+            return self.elsewhere
         if self.is_here:
             self.started.append(Here(self.world.settings))
             return self.started[-1]
@@ -495,13 +541,13 @@ async def test_a_resumed_backfill_keeps_its_cap_until_another_is_asked_for(ledge
 
 
 @pytest.fixture
-async def idle(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> BackfillWork:
+async def idle(ledger: Ledger) -> BackfillWork:
     """A backfill of which nothing is begun; `signals` are what its processes are sent."""
-    monkeypatch.setattr(backfills.enrichment, "terminate_lanes", lambda: signals.append("SIGTERM"))
     signals.clear()
     opened = await open_backfill(ledger, wanted())
     request = BackfillRequest(job="colours")
-    return BackfillWork(ledger, Settings(), opened, request, [], lambda: Here(Settings()), TIMES)
+    start, hand_on = lambda: Here(Settings()), lambda: signals.append("SIGTERM")
+    return BackfillWork(ledger, Settings(), opened, request, [], start, TIMES, hand_on)
 
 
 signals: list[str] = []
@@ -528,6 +574,44 @@ async def test_while_postgres_is_away_lanes_are_told_once_to_drain_and_not_to_gi
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert signals == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("death", [Ended(LANE_DIED), ChildProcessError()])
+async def test_partitions_that_lanes_elsewhere_work_on_are_done_for_one_pass_though_one_of_them_dies(
+    world: World, death: Ended | Exception
+) -> None:
+    """The lanes of a fleet, and those of a crew. No room is left for one that may never come."""
+    take_time(world, 0.1)
+    asked = {"parallel": 2, "last": DAYS[2], "lanes_on": "workers"}
+    crew = Crew(world, asked, elsewhere=machine(world, death))
+    running = asyncio.create_task(crew.run())
+    await until(lambda: world.value("SELECT count(*) FROM lane WHERE attempts > 0") > 0)
+    assert world.value("SELECT lanes FROM backfill") == 0
+    await asyncio.wait_for(running, 120)
+    assert crew.states == dict.fromkeys(DAYS[:3], "done")
+    assert world.sql("SELECT state FROM backfill") == [("done",)]
+    assert world.value("SELECT count(*) FROM attempt") == 3 * DOCUMENTS == len(world.bill())
+    assert world.server.house.account.peak[FLASH] <= CEILING
+    assert world.sql("SELECT count(DISTINCT budget_id), count(*) FROM run") == [(1, 3)]
+
+
+async def test_where_nobody_comes_for_a_partition_the_backfill_pauses_and_says_what_to_start(world: World) -> None:
+    absent = [Ended("no_worker", "start one")] * 2
+    crew = await Crew(world, {"parallel": 2, "lanes_on": "workers"}, elsewhere=machine(world, *absent)).run()
+    assert crew.plan is not None
+    said = backfills.outcome(crew.plan, crew.work)
+    assert (said["state"], said["reason"], said["advice"]) == ("paused", "no_worker", "start one")
+    assert world.bill() == {}
+
+
+async def test_a_machine_that_is_not_set_up_for_it_fails_its_partition_and_the_others_go_on(world: World) -> None:
+    unfit = Ended("lane_failed", "its price book is another")
+    crew = Crew(world, {"parallel": 1, "last": DAYS[1], "lanes_on": "workers"}, elsewhere=machine(world, unfit))
+    await crew.run()
+    assert crew.plan is not None
+    said = backfills.outcome(crew.plan, crew.work)
+    assert (said["state"], said["failed"]) == ("paused", {DAYS[0]: "its price book is another"})
+    assert crew.states == {DAYS[0]: "failed", DAYS[1]: "done"}
 
 
 async def test_a_model_that_changes_stops_a_backfill_though_postgres_takes_no_note_of_it(

@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from schemas.engines import Engine
+from schemas.fleets import Absence
 from tasks import crew
 from tasks.crew import Crew
 from tasks.lanes import INTERRUPTED, Ended
@@ -53,7 +54,7 @@ def tasks() -> list[Task]:
 def lanes(ledger: Ledger, run: Run, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
     monkeypatch.setattr(crew, "EVERY_S", 0.01)
     with ThreadPoolExecutor(2) as threads:  # hangs where a task is waited for after all
-        yield Crew(Engine.DASK, Witness(ledger, run.run_id), WITHIN_S, threads)
+        yield Crew(Engine.DASK, Witness(ledger, run.run_id), Absence(WITHIN_S), threads)
 
 
 async def watch(lanes: Crew, tasks: list[Task]) -> list[Ended | Exception]:
@@ -97,7 +98,7 @@ async def test_while_a_lane_is_at_work_the_others_wait_for_a_slot_until_the_run_
 
 async def test_a_pause_ends_the_wait_for_a_slot(ledger: Ledger, run: Run, lanes: Crew, tasks: list[Task]) -> None:
     """As by Ctrl-C: there is no lane to hear it."""
-    lanes.within_s = 60
+    lanes.absence.within_s = 60
     await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)
     assert await watch(lanes, tasks) == [Ended("paused", INTERRUPTED)] * 2
 

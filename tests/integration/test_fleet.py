@@ -19,6 +19,7 @@ from prefect.client.schemas.objects import FlowRun, StateType, WorkPoolStatus
 from prefect.states import Cancelling, Completed, Failed, Running, Scheduled
 
 from schemas.errors import ConfigurationError
+from schemas.fleets import Absence
 from schemas.requests import LaneRequest, RunRequest
 from tasks import enrichment, fleet
 from tasks.final_states import lane_final
@@ -191,12 +192,12 @@ async def run(ledger: Ledger) -> Run:
 async def gather(prefect: Prefect, ledger: Ledger, run: Run, *states: State[Any], within_s: float = 0.05) -> Fleet:
     """A fleet whose lanes Prefect shows in these states."""
     shown = {number: prefect.put(str(number), state) for number, state in enumerate(states, start=1)}
-    return Fleet(prefect, ledger, run, within_s, await ask_of(ledger, run, len(states)), shown)  # type: ignore[arg-type]  # it is played by hand
+    return Fleet(prefect, ledger, run, Absence(within_s), await ask_of(ledger, run, len(states)), shown)  # type: ignore[arg-type]  # it is played by hand
 
 
 def fresh(prefect: Prefect, ledger: Ledger, run: Run, asked: list[LaneRequest]) -> Fleet:
     """A fleet that has yet to be started, or found."""
-    return Fleet(prefect, ledger, run, 60, asked)  # type: ignore[arg-type]  # as above
+    return Fleet(prefect, ledger, run, Absence(60), asked)  # type: ignore[arg-type]  # as above
 
 
 async def ask_of(ledger: Ledger, run: Run, lanes: int) -> list[LaneRequest]:
