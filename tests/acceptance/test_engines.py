@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +28,7 @@ from sandbox.postgres import Server, create_database
 from sandbox.tariff import FLASH, PRO
 from tests.faults.checker import Answered, Beside, check, results
 from tests.prefect_servers import QUIET, PrefectServer, free_port, prefect_server
-from tests.world import World, make_world
+from tests.world import World, make_world, write_days
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = 400
@@ -115,17 +115,25 @@ class Site:
             "DEEPSEEK_BASE_URL": settings.base_url,
         }
 
+    @property
+    def job(self) -> Path:
+        return self.world.root / "jobs/colours/job.yaml"
+
+    def command(
+        self, on: str, lanes: int, **environment: str
+    ) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+        """`farthing run`, as in `type`."""
+        return self.type("run", str(self.job), "--lanes", str(lanes), "--lanes-on", on, **environment)
+
     @asynccontextmanager
-    async def command(self, on: str, lanes: int, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        """`farthing run` in a terminal of its own, so that Ctrl-C there reaches what it started, too."""
+    async def type(self, *words: str, **environment: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A command in a terminal of its own, so that Ctrl-C there reaches what it started, too."""
         noise = self.world.root / "noise"
         noise.mkdir(exist_ok=True)
         (noise / "sitecustomize.py").write_text(NOISE)
         environment = {"PYTHONPATH": f"{noise}:{ROOT}"} | environment
-        job = self.world.root / "jobs/colours/job.yaml"
-        words = ("run", str(job), "--lanes", str(lanes), "--lanes-on", on, "--json", "--quiet")
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "farthing", *words),
+            *(sys.executable, "-m", "farthing", *words, "--json", "--quiet"),
             cwd=ROOT,  # where the workers' folder is, too
             env=self.environment | environment,
             stdout=subprocess.PIPE,
@@ -180,8 +188,8 @@ class Site:
             yield started
 
     def flow_runs(self) -> list[dict[str, Any]]:
-        """The lanes of this ledger's run 1 as Prefect has them, the oldest first."""
-        found = self.prefect.post("flow_runs/filter", flow_runs={"name": {"like_": "run-1-lane-"}})
+        """The lanes of this ledger as Prefect has them, the oldest first."""
+        found = self.prefect.post("flow_runs/filter", flow_runs={"name": {"like_": "-lane-"}})
         shown = {
             row[0] for row in self.world.sql("SELECT detail->>'shown_as' FROM run_event WHERE kind = 'lane_shown'")
         }
@@ -284,6 +292,35 @@ async def test_where_a_process_is_killed_the_others_end_the_run_and_nothing_is_p
     assert unknown <= CEILING
     if on == "workers":
         assert sorted(each["state_type"] for each in site.flow_runs()) == ["COMPLETED", "CRASHED"]
+
+
+@pytest.mark.parametrize("on", ELSEWHERE)
+async def test_a_backfill_works_there_too_and_a_partition_whose_machine_is_gone_is_taken_up_again(
+    on: str, site: Site
+) -> None:
+    """By the one machine that is left, after its own: nobody gives up the wait for it meanwhile."""
+    world, days = site.world, [f"2026-01-0{day}" for day in (1, 2, 3)]
+    texts = {day: [f"{day}: document {number} is about a colour" for number in range(60)] for day in days}
+    site.job.write_text(write_days(world.root, site.job.read_text(), texts))
+    take(world, 3.0)
+    words = ("backfill", str(site.job), "--parallel", "2", "--lanes-on", on, "--yes")
+    async with site.engine(on) as machines, site.type(*words) as process:
+        await until(lambda: world.value("SELECT count(*) FROM lane WHERE attempts > 3") == 2, process)
+        lane_id, pid = world.sql("SELECT lane_id, pid FROM lane ORDER BY lane_id LIMIT 1")[0]
+        for doomed in [*(each.pid for each in machines if each.pid in ancestors(pid)), pid]:
+            os.kill(doomed, signal.SIGKILL)
+        take(world, 0.3)
+        done = await told(process)
+    assert (done["code"], done["state"], done["proved"], done["results"]) == (0, "done", True, 180), done["stderr"]
+    assert world.sql("SELECT lane_id FROM lane WHERE ended_because = 'died'") == [(lane_id,)]
+    peak = world.server.house.account.peak
+    beside = Beside(root=world.root, peaks={model: (peak[model], CEILING) for model in (FLASH, PRO)})
+    assert [
+        str(each) for each in check(world.database_url, bill_path(world.root), beside) if each.invariant != "I9"
+    ] == []
+    assert world.value("SELECT count(*) FROM attempt_unknown") <= CEILING
+    if on == "workers":
+        assert sorted(each["state_type"] for each in site.flow_runs()) == ["COMPLETED"] * 3 + ["CRASHED"]
 
 
 def ancestors(pid: int) -> list[int]:
