@@ -207,7 +207,7 @@ lane = Table(
     Column("ended_because", Text),
     Column("in_flight", Integer, nullable=False, server_default=text("0")),
     Column("waiting_because", Text),
-    Column("held", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
+    Column("places", JSONB, nullable=False, server_default=text("'{}'::jsonb")),
     # What this lane has committed so far, kept in the transaction that commits it, so that a progress
     # line costs one row per lane and not a count over millions.
     *(Column(name, BigInteger, nullable=False, server_default=text("0")) for name in LANE_COUNTERS),

@@ -200,7 +200,7 @@ _DECLARE_UNKNOWN = text("""
 _BEAT = text(f"""
     WITH beating AS (
         UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because,
-                        held = CAST(:held AS jsonb)
+                        places = CAST(:places AS jsonb)
         WHERE lane_id = :lane_id AND ended_at IS NULL RETURNING run_id, lane_id
     )
     SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
@@ -223,13 +223,13 @@ _HOLD_LOCK = text("""
 #: A statement of its own after the lock: it sees what the one before has raised.
 _HELD = text("""
     WITH mine AS (SELECT r.run_id, r.backfill_id FROM lane m JOIN run r USING (run_id) WHERE m.lane_id = :lane_id)
-    SELECT l.held, o.concurrency || o.limits FROM lane l JOIN run o USING (run_id)
+    SELECT l.places, o.concurrency || o.limits FROM lane l JOIN run o USING (run_id)
     WHERE l.ended_at IS NULL AND l.lane_id <> :lane_id AND l.run_id IN (
         SELECT run_id FROM mine UNION ALL SELECT s.run_id FROM run s JOIN mine USING (backfill_id))
 """)
 
 _HOLD = text("""
-    UPDATE lane SET held = CAST(:held AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
+    UPDATE lane SET places = CAST(:places AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
 """)
 
 _LEFT = text("""
@@ -288,7 +288,7 @@ async def beat(
 
     Returns what is ordered now; None if the lane was buried.
     """
-    row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting, "held": as_json(dict(held))}
+    row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting, "places": as_json(dict(held))}
     told = (await session.execute(_BEAT, row)).one_or_none()
     await session.commit()
     return None if told is None else Orders(*told)
@@ -305,7 +305,7 @@ async def hold(
     others = [(taken, theirs) for taken, theirs in await session.execute(_HELD, {"lane_id": lane_id})]
     most = {tier: max([ceiling, *(o.get(tier, 0) for _, o in others)]) for tier, ceiling in ceilings.items()}
     taken = take(shares, held, [taken for taken, _ in others], most)
-    is_alive = (await session.execute(_HOLD, {"lane_id": lane_id, "held": as_json(taken)})).rowcount
+    is_alive = (await session.execute(_HOLD, {"lane_id": lane_id, "places": as_json(taken)})).rowcount
     await session.commit()
     return taken if is_alive else dict(held)
 

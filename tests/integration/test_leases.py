@@ -75,7 +75,9 @@ async def test_a_lane_without_a_heartbeat_is_buried_though_its_session_lives(led
         told = await leases.beat(session, hand.lane_id, 3, "because", {"flash": 2})
         assert told == Orders("running", {"flash": 8, "pro": 8}, CAP, is_overdrawn=False, lanes=1, rank=0)
         assert abs(told.turn - time.time() / TURN_S) < 2
-        assert sql(ledger_url, "SELECT in_flight, waiting_because, held FROM lane") == [(3, "because", {"flash": 2})]
+        assert sql(ledger_url, "SELECT in_flight, waiting_because, places FROM lane") == [
+            (3, "because", {"flash": 2})
+        ]
         sql(ledger_url, "UPDATE lane SET heartbeat_at = clock_timestamp() - interval '31 seconds'")
         assert await leases.bury_dead(ledger, run.run_id) == 1
         assert await leases.beat(session, hand.lane_id, 3, None, {}) is None

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0014"
+revision = "0012"
 down_revision = "0011"
 
 COLUMN = """
-ALTER TABLE lane ADD COLUMN held jsonb NOT NULL DEFAULT '{}'::jsonb CHECK (jsonb_typeof(held) = 'object');
-COMMENT ON COLUMN lane.held IS 'By tier, how many requests the lane may have in flight at most: of all living lanes of a
+ALTER TABLE lane ADD COLUMN places jsonb NOT NULL DEFAULT '{}'::jsonb CHECK (jsonb_typeof(places) = 'object');
+COMMENT ON COLUMN lane.places IS 'By tier, how many requests the lane may have in flight at most: of all living lanes of a
 run, or of a backfill, together no more than the ceilings';
-GRANT UPDATE (held) ON lane TO farthing_lane;
+GRANT UPDATE (places) ON lane TO farthing_lane;
 """
 
 
