@@ -315,7 +315,7 @@ async def test_what_another_run_works_on_is_left_to_it(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("partitions", "documents", "reply_s", "most"),
-    [(6, DOCUMENTS, 0.2, None), pytest.param(30, 3 * DOCUMENTS, 0.5, 1.15, marks=pytest.mark.long)],
+    [(6, DOCUMENTS, 0.2, None), pytest.param(30, 3 * DOCUMENTS, 1.0, 1.15, marks=pytest.mark.long)],
 )
 async def test_partitions_over_three_processes_one_killed_cost_one_pass_and_what_was_in_flight(
     world: World,

@@ -185,7 +185,7 @@ async def test_three_lost_replies_end_a_document_as_a_dead_letter(world: World) 
 
 async def test_two_lanes_share_a_run_and_no_document_is_answered_twice(world: World) -> None:
     run = await world.open()
-    ended = await asyncio.gather(world.work(run), world.work(run))
+    ended = await asyncio.gather(world.work(run, lanes=2), world.work(run, lanes=2))
     settled = await enrichment.settle_run(world.settings, run, list(ended))
     assert settled.state == "done"
     assert_kept(world, run.run_id)
@@ -196,7 +196,7 @@ async def test_two_lanes_share_a_run_and_no_document_is_answered_twice(world: Wo
 async def test_a_lane_without_work_keeps_no_money_from_one_that_waits_for_it(world: World) -> None:
     """The first to ask gets the whole budget, since it is less than a first grant."""
     run = await world.open(budget="0.02 USD")
-    ended = await asyncio.wait_for(asyncio.gather(world.work(run), world.work(run)), 30)
+    ended = await asyncio.wait_for(asyncio.gather(world.work(run, lanes=2), world.work(run, lanes=2)), 30)
     assert [end.reason for end in ended] == ["done", "done"]
     assert world.value("SELECT count(DISTINCT lane_id) FROM attempt") == 2
     assert_kept(world, run.run_id)
