@@ -1328,7 +1328,7 @@ def reconcile(
         scope = await _find_scope(ledger, run, month, statement.currency, in_sandbox, has_export=True)
         ours = await books.find_ours(ledger, scope)
         found = judge(ours, scope.currency)
-        return bookkeeping.Outcome(scope, statement, ours, found, (), found)
+        return bookkeeping.Outcome(scope, statement, ours, found, (), found, await books.find_paid(ledger, scope))
 
     outcome = _ask(compare, in_sandbox)
     if close and outcome.found.closings and _agree_closing(outcome, yes):

@@ -37,6 +37,10 @@ class Month:
         return Month(date(year, month + 1, 1))
 
     @property
+    def begin(self) -> datetime:
+        return datetime.combine(self.first, time(), UTC)
+
+    @property
     def end(self) -> datetime:
         """The instant it is over."""
         return datetime.combine(self.next.first, time(), UTC)

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
+from schemas.balance import Paid
 from schemas.errors import ConfigurationError
 from schemas.inert import escape_cell
 from schemas.money import Currency, Money
@@ -23,7 +24,7 @@ from schemas.months import Checked, Closed
 from schemas.reconciliation import Closing, Match, Reconciliation, Status
 from schemas.statements import Bucket, Statement
 from tasks.ledger.books import Ours, Scope
-from tasks.report import table
+from tasks.report import balance_alarm, balance_rows, table
 
 #: Lines that a terminal shows; the CSV has all.
 SHOWN = 40
@@ -32,7 +33,10 @@ _BUCKETS = {Bucket.HIT: "cached", Bucket.MISS: "not cached", Bucket.OUTPUT: "out
 
 @dataclass(frozen=True)
 class Outcome:
-    """A reconciliation with what was booked of it. `ours` is how the ledger was before, `after` how it is now."""
+    """A reconciliation with what was booked of it. `ours` is how the ledger was before, `after` how it is now.
+
+    `balances` is what each account paid meanwhile, as far as somebody looked.
+    """
 
     scope: Scope
     statement: Statement
@@ -40,6 +44,7 @@ class Outcome:
     found: Reconciliation
     booked: tuple[Closing, ...]
     after: Reconciliation
+    balances: tuple[Paid, ...] = ()
 
     @property
     def name(self) -> str:
@@ -84,6 +89,7 @@ def _totals(outcome: Outcome) -> Table:
         ("others on the account", _exact(after.others_pico, currency), after.others_pico),
         ("unknown before", f"{len(unknown):,} attempts, at most {Money(sum(unknown), currency)}", unknown),
         ("closed now", f"{len(outcome.booked):,} attempts, {_closed(outcome)}", outcome.booked),
+        *((*row, True) for row in balance_rows(outcome.balances)),
     ]
     title = f"{outcome.name} against {', '.join(outcome.statement.sources)}"
     return table(title, ("", ""), [(name, figure) for name, figure, is_told in rows if is_told])
@@ -144,6 +150,8 @@ def _next(outcome: Outcome) -> list[RenderableType]:
         ]
     if after.is_clean and not after.closings and not after.left:
         told += ["every line matches, and nothing of these days is unknown"]
+    if alarm := balance_alarm(outcome.balances):
+        told += [alarm]
     return told
 
 
@@ -174,8 +182,13 @@ def reconciliation_json(outcome: Outcome) -> dict[str, Any]:
         },
         "doubtful_days": [str(day) for day in after.doubtful],
         "left": [{"why": why, "attempts": len(attempts)} for why, attempts in after.left.items()],
+        "balances": [_paid_json(each) for each in outcome.balances],
         "lines": [_line_json(each) for each in after.matches],
     }
+
+
+def _paid_json(paid: Paid) -> dict[str, Any]:
+    return asdict(paid) | {"since": paid.since.isoformat(), "until": paid.until.isoformat()}
 
 
 def _line_json(match: Match) -> dict[str, Any]:

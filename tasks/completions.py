@@ -22,6 +22,7 @@ import structlog
 from schemas.attempts import Call, Reply, Signal
 from schemas.balance import Balance, read_balance
 from schemas.errors import ConfigurationError, ProviderStopped
+from schemas.money import Currency
 from schemas.replies import DATE_TOLERANCE, Arrival, NotJson, load_json, read_date, read_reply
 from tasks.transport import BODY_SECONDS, Transport, describe
 
@@ -132,9 +133,12 @@ class Completions:
         """The provider's clock, as far as it is known."""
         return self._now() + self.offset
 
-    async def balance(self) -> Balance:
-        """What is left on the account, in its funded currency. Raises ProviderStopped or ConfigurationError."""
-        balance = read_balance(await self._ask("/user/balance"))
+    async def balance(self, currency: Currency | None = None) -> Balance:
+        """What is left on the account, in its funded currency or this one.
+
+        Raises ProviderStopped or ConfigurationError.
+        """
+        balance = read_balance(await self._ask("/user/balance"), currency)
         if balance is None:
             raise ProviderStopped("the provider's balance reply names neither USD nor CNY; check DEEPSEEK_BASE_URL")
         return balance

@@ -10,6 +10,7 @@ import multiprocessing
 import resource
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,10 +22,12 @@ from pydantic import SecretStr
 
 from schemas.announcements import exceeds, spell_dead_letters
 from schemas.attempts import RunId
+from schemas.balance import Balance
 from schemas.ceilings import MOST_IN_FLIGHT
 from schemas.documents import Manifest
 from schemas.errors import (
     ConfigurationError,
+    FarthingError,
     InputChanged,
     LedgerUnavailable,
     ProviderStopped,
@@ -45,7 +48,7 @@ from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
 from tasks.jobs import find_place, load_job
 from tasks.lanes import ADVICE, GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
-from tasks.ledger import backfills, leases, runs, spend
+from tasks.ledger import backfills, balances, leases, runs, spend
 from tasks.ledger.backfills import Backfill
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.leases import USUAL_TIMES, LeaseTimes
@@ -58,6 +61,8 @@ log = structlog.get_logger("farthing.runs")
 #: registered gets so long to open its own.
 GONE_AFTER_S = 2.0
 SPARE_DESCRIPTORS = 256
+#: A run that has ended waits no longer than so for what its account holds.
+BALANCE_WITHIN_S = 5.0
 #: Why a lane that was started elsewhere does not begin. It would spoil the run, or pay for another one.
 _NOT_HERE = "this machine is not set up as the one that opened the run: {}; nothing was claimed, set it right"
 #: Connections of one lane: its heartbeat, two writers, and what shards and grants look up.
@@ -66,10 +71,14 @@ LANE_CONNECTIONS = 6
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """What the provider says before a run: the price card that holds, and its clock against ours."""
+    """What the provider says before a run: the price card that holds, and its clock against ours.
+
+    `balance` is what the account held then, None where there is no page that says so.
+    """
 
     currency: Currency
     clock_offset: timedelta
+    balance: Balance | None = None
 
 
 async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> Run:
@@ -82,7 +91,7 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
         lane_ledger(settings, times.once_within_s) as ledger,
         Bulkhead() as bulkhead,
     ):
-        provider = await ask_provider(completions, job, request, settings)
+        provider, asked_at = await ask_provider(completions, job, request, settings), time.monotonic()
         check_prices(job, book, provider.currency, utc_now() + provider.clock_offset, request.hours(job))
         check_due(job, book, provider.currency, utc_now() + provider.clock_offset, request)
         manifest = await plan(bulkhead, job, request)
@@ -98,6 +107,11 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
         if request.backfill is not None:
             opening = part_of(await backfills.find_backfill(ledger, request.backfill), opening)
         run = await runs.open_run(ledger, opening)
+        if provider.balance is not None:
+            ago_s = time.monotonic() - asked_at
+            await balances.note(
+                ledger, run.run_id, "start", run.currency, provider.balance, settings.provider_digest, ago_s
+            )
         await leases.bury_superseded(ledger, run.job)
         await spill.load(ledger, run.run_id, spill_of(settings))
         if buried := await leases.bury_dead(ledger, run.run_id, grace_s=GONE_AFTER_S):
@@ -260,10 +274,26 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
             settled = await runs.find_run(ledger, run.run_id)
             with suppress(LedgerUnavailable):  # only the reading that follows would be slower
                 await (runs.refresh_sums(ledger, run.job) if is_over else runs.refresh_statistics(ledger, run))
+            await note_balance(ledger, settled, settings)
             return settled
     except LedgerUnavailable as error:
         advice = next((end.advice for end in reasons if end.advice), INTERRUPTED)
         raise RunUnsettled(f"run {run.run_id} ended and its end is not on the ledger: {error}\n{advice}") from None
+
+
+async def note_balance(ledger: Ledger, run: Run, settings: Settings) -> None:
+    """Note what the account holds at the end of a run, where a page says so. Nobody knows: that is noted, too."""
+    if settings.currency is not None or settings.api_key is None:
+        return
+    found = None
+    with suppress(FarthingError, TimeoutError):
+        async with (
+            asyncio.timeout(BALANCE_WITHIN_S),
+            Completions(settings.base_url, settings.api_key.get_secret_value(), ceiling=1) as completions,
+        ):
+            found = await completions.balance(run.currency)
+    with suppress(FarthingError):  # a run does not fail for want of a coarse alarm
+        await balances.note(ledger, run.run_id, "end", run.currency, found, settings.provider_digest)
 
 
 async def find_excess(settings: Settings, run: Run) -> str | None:
@@ -331,7 +361,7 @@ async def completions_for(job: Job, settings: Settings) -> AsyncIterator[Complet
 async def ask_provider(completions: Completions, job: Job, request: RunRequest, settings: Settings) -> Provider:
     """Which price card holds, and what time it is there. Raises ConfigurationError or ProviderStopped."""
     offset = await completions.clock_offset()
-    budget = request.cap(job)
+    budget, balance = request.cap(job), None
     if settings.currency is not None:
         currency = settings.currency
     else:
@@ -344,7 +374,7 @@ async def ask_provider(completions: Completions, job: Job, request: RunRequest, 
             f"the budget is in {budget.currency} and the account is billed in {currency}; sums are never converted: "
             f"write the budget in {currency}"
         )
-    return Provider(currency, offset)
+    return Provider(currency, offset, balance)
 
 
 def check_prices(job: Job, book: PriceBook, currency: Currency, now: datetime, when: When = When.NOW) -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from schemas.backfills import Price as BackfillPrice
 from schemas.backfills import State
+from schemas.balance import Paid
 from schemas.ceilings import spell_ceilings
 from schemas.errors import UnknownPrice
 from schemas.estimates import Estimate, OffPeakEstimate
@@ -412,8 +413,10 @@ def totals(audit: Audit) -> Section:
         ),
         ("per document: mean, median, 95 %", _per_document(audit), audit.document_costs.documents),
         _budget(audit),
+        *((*row, True) for row in balance_rows(audit.balances)),
     ]
-    return Section(title(audit), ("", ""), tuple((name, figure) for name, figure, is_told in rows if is_told))
+    told = tuple((name, figure) for name, figure, is_told in rows if is_told)
+    return Section(title(audit), ("", ""), told, balance_alarm(audit.balances))
 
 
 def _hours(audit: Audit) -> str:
@@ -430,6 +433,39 @@ def _per_document(audit: Audit) -> str:
 
 def _off_peak_saving(audit: Audit) -> str:
     return f"{_money(audit, audit.off_peak_saved_pico)} by working off-peak, {audit.off_peak_attempts:,} attempts"
+
+
+def balance_rows(balances: Sequence[Paid]) -> list[tuple[str, str]]:
+    """What accounts paid in some time, beside the most that the ledger knows that all its runs were billed then."""
+    return [(f"the account paid, coarsely{_added(each)}", _paid_against(each)) for each in balances]
+
+
+def _added(paid: Paid) -> str:
+    return f" ({Money(paid.added_pico, paid.currency)} came onto it)" if paid.added_pico else ""
+
+
+def _paid_against(paid: Paid) -> str:
+    went = _signed(paid.paid_pico, paid.currency)
+    known = Money(paid.cost_pico + paid.unknown_pico, paid.currency)
+    return f"{went} from {paid.since:%m-%d %H:%M} to {paid.until:%m-%d %H:%M} UTC; the ledger: at most {known}"
+
+
+def _signed(pico: int, currency: Currency) -> str:
+    return f"{'-' if pico < 0 else ''}{Money(abs(pico), currency)}"
+
+
+def balance_alarm(balances: Sequence[Paid]) -> str:
+    """What to do where an account paid more than the ledger can know of. Empty: nothing."""
+    return "\n".join(
+        f"ALARM, a coarse one: the account paid {_excess(each)} more than this ledger can explain. Does another "
+        "program use it? `farthing reconcile` with the console's export says of which day and model it is."
+        for each in balances
+        if each.is_alarm
+    )
+
+
+def _excess(paid: Paid) -> Money:
+    return Money(paid.paid_pico - paid.cost_pico - paid.unknown_pico, paid.currency)
 
 
 def _budget(audit: Audit) -> tuple[str, str, object]:
@@ -819,6 +855,8 @@ def _spell(name: str, value: object, currency: Currency) -> str:
     """A detail of an event, for people: caps are in pico units."""
     if name in ("cap", "was") and isinstance(value, int):
         return str(Money(value, currency))
+    if value is None:
+        return "not known"
     return spell_ceilings(dict(sorted(value.items()))) if isinstance(value, dict) else str(value)
 
 

@@ -17,6 +17,7 @@ down_revision = "0011"
 INDEXES = """
 CREATE INDEX attempt_outcome_by_day ON attempt_outcome USING brin (((completed_at AT TIME ZONE 'UTC')::date))
     WITH (autosummarize = on);
+CREATE INDEX run_event_balance ON run_event (happened_at) WHERE kind = 'balance';
 CREATE INDEX attempt_outcome_uncosted ON attempt_outcome (run_id) WHERE cost IS NULL;
 """
 

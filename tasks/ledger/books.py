@@ -17,11 +17,13 @@ from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.attempts import Usage
+from schemas.balance import Paid
 from schemas.errors import ConfigurationError
 from schemas.money import Currency, Money
 from schemas.months import Books, Checked, Closed, Late, Month, RunInMonth, read_runs
 from schemas.pricing import Price
 from schemas.reconciliation import BookedTokens, Closing, Unsettled
+from tasks.ledger.balances import read_paid, read_paid_between
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import SUM_UP, register_prices
 from tasks.ledger.spend import SNAPSHOT
@@ -186,6 +188,18 @@ async def find_ours(ledger: Ledger, scope: Scope) -> Ours:
     async with ledger.transaction() as connection:
         await connection.execute(SNAPSHOT)
         return await _find_ours(connection, scope)
+
+
+async def find_paid(ledger: Ledger, scope: Scope) -> tuple[Paid, ...]:
+    """What each account paid from the first reading of its balance to the last, of a run or in a month."""
+    async with ledger.transaction() as connection:
+        await connection.execute(SNAPSHOT)
+        if scope.run is not None:
+            return await read_paid(connection, [scope.run])
+        month = _require_month(scope)
+        return await read_paid_between(
+            connection, month.begin, month.end, scope.currency, is_simulated=scope.is_simulated
+        )
 
 
 async def _find_ours(connection: AsyncConnection, scope: Scope) -> Ours:

@@ -18,8 +18,10 @@ from sqlalchemy import CursorResult, RowMapping, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.announcements import RunEvent
+from schemas.balance import Paid
 from schemas.errors import ConfigurationError
 from schemas.spending import Cell, Line, Side, add_up, per_million, split
+from tasks.ledger.balances import read_paid
 from tasks.ledger.breakdowns import DocumentCosts, hashed, read_cells, read_document_costs, read_lines
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
@@ -156,7 +158,7 @@ class Audit:
     the shared prefix cost after priming, `lost_whole_pico` of it where nothing hit; `saved_pico` is what hits saved
     against misses. After priming, `expected_hit_tokens` of the prefix should have hit, and `real_hit_tokens` did.
     `off_peak_saved_pico` is what the `off_peak_attempts` of lanes that wait for off-peak prices would have cost more
-    at peak ones.
+    at peak ones. `balances` is what each account paid meanwhile, as far as somebody looked.
     """
 
     run: int | None
@@ -207,6 +209,7 @@ class Audit:
     off_peak_saved_pico: int = 0
     by: tuple[Side, ...] = ()
     lines: tuple[Line, ...] = ()
+    balances: tuple[Paid, ...] = ()
 
     @property
     def high_pico(self) -> int:
@@ -582,6 +585,7 @@ async def read_audit(
         **await _read_totals(connection, runs),
         **spent,
         distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
+        balances=await read_paid(connection, runs),
     )
 
 
