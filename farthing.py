@@ -434,12 +434,19 @@ def _list_partitions(request: BackfillRequest, job: Job, in_sandbox: bool) -> Pl
 
     settings = _settings()
     has_ledger = settings.database_url is not None or _has_sandbox_ledger(settings)
-    is_simulated = in_sandbox or settings.sandbox or settings.database_url is None
+    is_sandbox = in_sandbox or settings.sandbox
+    is_simulated = is_sandbox or settings.database_url is None
     now = _now(settings, in_sandbox)
 
     async def plan(ledger: Ledger | None) -> Plan:
         return await backfills.plan(
-            request, job, ledger, load_price_book(settings.prices), now, is_simulated=is_simulated
+            request,
+            job,
+            ledger,
+            load_price_book(settings.prices),
+            now,
+            is_simulated=is_simulated,
+            is_stand_in=is_simulated and not is_sandbox,
         )
 
     return _ask(plan, in_sandbox, as_lane=True) if has_ledger else wait_for(plan(None))
@@ -773,6 +780,8 @@ def estimate(
     """Say what a run would cost, between which sums, and what that rests on. Nothing is sent without --sample."""
     from tasks import report
 
+    if budget is not None and sample is None:
+        raise ConfigurationError("--budget caps what a sample costs, and nothing is sent without --sample: add that")
     request = _request(job, partition, limit, budget, 1, None, off_peak, finish_by, sample)
     loaded = _load_job(job, in_sandbox)
     known: Polled | History | None
@@ -1330,8 +1339,10 @@ def reconcile(
         found = judge(ours, scope.currency)
         return bookkeeping.Outcome(scope, statement, ours, found, (), found, await books.find_paid(ledger, scope))
 
+    if close:
+        _bury_superseded(in_sandbox)
     outcome = _ask(compare, in_sandbox)
-    if close and outcome.found.closings and _agree_closing(outcome, yes):
+    if close and outcome.found.bookable and _agree_closing(outcome, yes):
         outcome = _ask(partial(_book_agreed, outcome, judge=judge), in_sandbox, role=Role.BOOKKEEPER)
     if csv is not None:
         bookkeeping.write_lines(outcome.after, csv)
@@ -1360,7 +1371,7 @@ def _judge_books(
         ours.days,
         is_complete=is_complete,
         is_alone=is_alone,
-        overridden=ours.overridden,
+        shared=ours.shared,
     )
 
 
@@ -1371,8 +1382,8 @@ async def _book_agreed(
     from tasks.ledger import books
 
     scope = seen.scope
-    agreed = seen.found.closings
-    await books.book_closings(ledger, scope, agreed, lambda now: judge(now, scope.currency).closings)
+    agreed = seen.found.bookable
+    await books.book_closings(ledger, scope, agreed, lambda now: judge(now, scope.currency).bookable)
     return replace(seen, booked=agreed, after=judge(await books.find_ours(ledger, scope), scope.currency))
 
 
@@ -1382,10 +1393,12 @@ def _agree_closing(outcome: Outcome, is_agreed: bool) -> bool:
 
     if is_agreed:
         return True
-    found = outcome.found
+    found, currency = outcome.found, outcome.scope.currency
     runs = ", ".join(map(str, sorted({each.of.run for each in found.closings})))
-    money = Money(found.closed_pico, outcome.scope.currency)
-    what = f"{money} for {len(found.closings)} unknown attempts of run {runs}, for good"
+    parts = [f"{Money(found.closed_pico, currency)} for {len(found.closings)} unknown attempts of run {runs}"]
+    if found.corrections:
+        parts = [*(parts if found.closings else []), f"a correction of {found.corrected_pico:,} pico"]
+    what = f"{' and '.join(parts)}, for good"
     if not sys.stdin.isatty():
         raise ConfigurationError(
             f"this books {what}, and nobody is here to ask: nothing was; say --yes if you mean it"
@@ -1422,11 +1435,21 @@ def close_month(
         scope = await _find_scope(ledger, None, wanted, stated, in_sandbox)
         return await books.close_month(ledger, scope, with_unknown=with_unknown)
 
+    _bury_superseded(in_sandbox)
     closed = _ask(order, in_sandbox, role=Role.BOOKKEEPER)
     if as_json:
         print_json(bookkeeping.closed_json(closed))
     else:
         show(*bookkeeping.closed_report(closed))
+
+
+def _bury_superseded(in_sandbox: bool) -> None:
+    """What dead lanes of superseded runs left open may have been billed, and can be closed: nobody resumes those."""
+    from tasks.ledger.connection import PermissionRefused
+    from tasks.ledger.leases import bury_superseded
+
+    with suppress(PermissionRefused):  # a bookkeeper who is no lane is told what stays
+        _ask(bury_superseded, in_sandbox, as_lane=True)
 
 
 async def _find_scope(

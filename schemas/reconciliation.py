@@ -4,7 +4,8 @@ Both are compared by UTC day, model, bucket, price and, where the statement has 
 is a sum over attempts: what it has beyond the known ones is, together and to the token, what the unknown ones of that
 day and price were billed. Which of them it was it cannot say, so each gets a share by what was reserved for it.
 Shares add up to the export exactly, and none is above its bound. A day of a model is closed whole or not at all:
-while a line of it differs that unknown attempts cannot explain, nobody knows what they were billed.
+while a line of it differs that unknown attempts cannot explain, nobody knows what they were billed. A reply that
+comes late overrides its attempt's share; what the shares of the others are off by then is a correction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
-from itertools import accumulate, pairwise, repeat
+from itertools import accumulate, pairwise
 
 from schemas.attempts import Usage
 from schemas.errors import UnknownPrice
@@ -113,12 +114,47 @@ class Closing:
         return self.price.cost(self.tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What an export told of a run's attempts of a day and price that no late reply overrode, with corrections.
+
+    `bound_pico` is what those can have cost at most; `is_overridden`: a late reply overrode another one.
+    """
+
+    run: int
+    user_id: str
+    day: date
+    price: str
+    tokens: Usage
+    bound_pico: int
+    is_overridden: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """What the shares of a run's attempts of a day and price are off by together, since a reply told of another one.
+
+    Its tokens may be negative.
+    """
+
+    run: int
+    price: Price
+    tokens: Usage
+    billed_on: date
+    evidence: str
+
+    @property
+    def amount_pico(self) -> int:
+        return self.price.cost(self.tokens)
+
+
 @dataclass(frozen=True)
 class Reconciliation:
-    """All lines, the closings that the statement proves, and why the other unknown attempts stay (`left`, by reason).
+    """All lines, what the statement proves, and why the other unknown attempts stay (`left`, by reason).
 
     `others_pico` is what the statement has of a `user_id` that the ledger never sent. Of the days that are `doubtful`
-    attempts shared what an export told, and a late reply of one of them showed that it was shared otherwise.
+    attempts shared what an export told, a late reply of one of them showed that it was shared otherwise, and the
+    statement does not say how.
     """
 
     matches: tuple[Match, ...]
@@ -127,6 +163,17 @@ class Reconciliation:
     others_pico: int
     is_by_user: bool
     doubtful: tuple[date, ...] = ()
+    corrections: tuple[Correction, ...] = ()
+
+    @property
+    def bookable(self) -> tuple[Closing | Correction, ...]:
+        """What the statement proves, each a row to be booked."""
+        return (*self.closings, *self.corrections)
+
+    @property
+    def corrected_pico(self) -> int:
+        """What the corrections book, which may be negative."""
+        return sum(each.amount_pico for each in self.corrections)
 
     @property
     def ours_pico(self) -> int:
@@ -156,6 +203,11 @@ class _Slot:
     price: Price
 
     @property
+    def group(self) -> tuple[date, str, str]:
+        """What is closed whole or not at all."""
+        return self.day, self.price.model, self.user_id
+
+    @property
     def keys(self) -> tuple[Key, Key, Key]:
         prices = zip(Bucket, (self.price.hit_pico, self.price.miss_pico, self.price.output_pico), strict=True)
         hit, miss, output = (Key(self.day, self.price.model, self.user_id, bucket, price) for bucket, price in prices)
@@ -172,39 +224,39 @@ def reconcile(
     *,
     is_complete: bool = False,
     is_alone: bool = False,
-    overridden: Collection[tuple[date, str]] = (),
+    shared: Sequence[Shared] = (),
 ) -> Reconciliation:
     """Compare these days of the ledger with the statement, and say what it closes.
 
     `is_complete`: its user knows that it has all there is of them, beyond its first and last row. `is_alone`: that
     nothing but this ledger used the account. Else what a statement has beyond the known ones may be of another
-    program, and closes nothing, unless it is of our `user_id` or of one API key. `overridden`: days and price rows of
-    which a late reply overrode what an export had told of an attempt.
+    program, and closes nothing, unless it is of our `user_id` or of one API key. `shared` is what exports have told
+    of these days before.
     """
     own = {each.user_id for each in booked} | {each.user_id for each in unsettled}
     is_by_user = any(each.user_id in own for each in statement.used)
     theirs, others_pico = _sum_theirs(statement, book, days, own if is_by_user else None)
     ours = _sum_ours(booked, days, is_by_user=is_by_user)
     gaps = {key: theirs.get(key, 0) - ours.get(key, 0) for key in sorted({*ours, *theirs})}
-    terms = _Terms(statement, book, currency, days, is_by_user, is_complete, is_alone, overridden)
-    closings, left = _close(gaps, unsettled, terms)
-    explained = {key for each in closings for key in _slot_of(each, terms).keys}
-    if closings and not terms.is_ours:
-        left = {**left, _WHOSE: tuple(closing.of for closing in closings)}
-        closings = ()
+    terms = _Terms(statement, book, currency, days, is_by_user, is_complete, is_alone)
+    proved, left = _close(gaps, unsettled, _reopen(shared, terms), terms)
+    closings = tuple(each for each in proved if isinstance(each, Closing))
+    explained = {key for each in closings for key in _Slot(each.billed_on, terms.user(each.of), each.price).keys}
+    if proved and not terms.is_ours:
+        left = {**left, _WHOSE: tuple(closing.of for closing in closings)} if closings else left
+        proved, closings = (), ()
     matches = (
         Match(key, ours.get(key, 0), theirs.get(key, 0), _judge(key, ours, theirs, key in explained)) for key in gaps
     )
     made = tuple(matches)
+    corrections = tuple(each for each in proved if isinstance(each, Correction))
     odd = {each.key.day for each in made if each.status is not Status.MATCHED}
-    doubtful = tuple(sorted({day for day, _ in overridden if day in odd}))
-    return Reconciliation(made, closings, left, others_pico, is_by_user, doubtful)
+    odd -= {each.billed_on for each in corrections}
+    doubtful = tuple(sorted({each.day for each in shared if each.is_overridden and each.day in odd}))
+    return Reconciliation(made, closings, left, others_pico, is_by_user, doubtful, corrections)
 
 
 _NOTHING = Usage(0, 0, 0)
-_OVERRIDDEN = (
-    "a late reply overrode what an export told of that day and price, so that the rest of it may not be theirs"
-)
 _WHOSE = (
     "the export does not say whether what it has beyond the known ones is theirs or another program's: --key NAME "
     "takes the API key that only this ledger uses, --alone says that nothing else used the account on these days"
@@ -222,7 +274,6 @@ class _Terms:
     is_by_user: bool
     is_complete: bool
     is_alone: bool
-    overridden: Collection[tuple[date, str]]
 
     @property
     def is_ours(self) -> bool:
@@ -237,12 +288,18 @@ class _Terms:
         complete = ["said to be complete"] if self.is_complete else []
         return ", ".join([*self.statement.sources, *key, *alone, *complete])
 
-    def user(self, of: Unsettled | BookedTokens) -> str:
+    def user(self, of: Unsettled | BookedTokens | Shared) -> str:
         return of.user_id if self.is_by_user else ""
 
 
-def _slot_of(closing: Closing, terms: _Terms) -> _Slot:
-    return _Slot(closing.billed_on, terms.user(closing.of), closing.price)
+def _reopen(shared: Sequence[Shared], terms: _Terms) -> dict[_Slot, list[Shared]]:
+    """What was shared where a late reply showed that it was shared otherwise, the shares of all runs together."""
+    prices = {price.name: price for price in terms.book.rows()}
+    found: dict[_Slot, list[Shared]] = {}
+    for each in shared:
+        if each.price in prices and each.day in terms.days:
+            found.setdefault(_Slot(each.day, terms.user(each), prices[each.price]), []).append(each)
+    return {slot: shares for slot, shares in found.items() if any(each.is_overridden for each in shares)}
 
 
 def _sum_ours(booked: Iterable[BookedTokens], days: Collection[date], *, is_by_user: bool) -> dict[Key, int]:
@@ -309,36 +366,63 @@ class _Left:
 
 
 def _close(
-    gaps: Mapping[Key, int], unsettled: Sequence[Unsettled], terms: _Terms
-) -> tuple[tuple[Closing, ...], Mapping[str, tuple[Unsettled, ...]]]:
-    """The closings of every day and model that adds up."""
+    gaps: Mapping[Key, int], unsettled: Sequence[Unsettled], reopened: Mapping[_Slot, Sequence[Shared]], terms: _Terms
+) -> tuple[tuple[Closing | Correction, ...], Mapping[str, tuple[Unsettled, ...]]]:
+    """What is proved of every day and model that adds up."""
     left = _Left()
-    closings: list[Closing] = []
+    proved: list[tuple[_Slot, Closing | Correction]] = []
     rest = {key: gap for key, gap in gaps.items() if gap}
-    for slot, attempts in _place(unsettled, gaps, terms, left).items():
+    placed = _place(unsettled, gaps, terms, left)
+    for slot in dict.fromkeys([*placed, *reopened]):
         missing = Usage(*(rest.get(key, 0) for key in slot.keys))
-        is_overridden = (slot.day, slot.price.name) in terms.overridden
-        shares = _OVERRIDDEN if is_overridden and missing != _NOTHING else _share(missing, attempts, slot.price)
-        if isinstance(shares, str):
-            left.add(shares, attempts)
+        before = reopened.get(slot, ()) if missing != _NOTHING else ()
+        made = _divide(slot, missing, placed.get(slot, ()), before, terms)
+        if isinstance(made, str):
+            left.add(made, placed.get(slot, ()))
             continue
         for key in slot.keys:  # another row of that day may have the same price for a bucket
             rest.pop(key, None)
-        evidence = _evidence(slot, missing, len(attempts), terms.source)
-        closings += map(Closing, attempts, repeat(slot.price), shares, repeat(slot.day), repeat(evidence))
+        proved += [(slot, each) for each in made]
     differing = {(key.day, key.model, key.user_id) for key in rest}
     for groups, why in (
         (differing, "the export and the ledger differ on that day by what they cannot explain"),
         (left.touched, "others that stay unknown may have been billed on that day, too"),
     ):
-        if kept := [each.of for each in closings if _group(each, terms) in groups]:
-            left.add(why, kept)
-            closings = [each for each in closings if _group(each, terms) not in groups]
-    return tuple(closings), {why: tuple(attempts) for why, attempts in left.by_reason.items()}
+        if kept := [each for slot, each in proved if slot.group in groups]:
+            left.add(why, [each.of for each in kept if isinstance(each, Closing)])
+            proved = [(slot, each) for slot, each in proved if slot.group not in groups]
+    told = {why: tuple(attempts) for why, attempts in left.by_reason.items() if attempts}
+    return tuple(each for _, each in proved), told
 
 
-def _group(closing: Closing, terms: _Terms) -> tuple[date, str, str]:
-    return closing.billed_on, closing.price.model, terms.user(closing.of)
+def _divide(
+    slot: _Slot, missing: Usage, attempts: Sequence[Unsettled], before: Sequence[Shared], terms: _Terms
+) -> list[Closing | Correction] | str:
+    """What is missing, with what was shared `before`, as shares of all that no reply came of; or why it cannot be."""
+    whole = Usage(
+        *(sum(each) for each in zip(*(map(_counts, [missing, *(one.tokens for one in before)])), strict=True))
+    )
+    bounds = [*(each.bound_pico for each in attempts), *(each.bound_pico for each in before)]
+    shares = _share(whole, bounds, slot.price)
+    if isinstance(shares, str):
+        return shares
+    evidence = _evidence(slot, missing, len(attempts), terms.source)
+    made: list[Closing | Correction] = [
+        Closing(of, slot.price, tokens, slot.day, evidence)
+        for of, tokens in zip(attempts, shares[: len(attempts)], strict=True)
+    ]
+    for each, share in zip(before, shares[len(attempts) :], strict=True):
+        if (
+            off := Usage(*(now - was for now, was in zip(_counts(share), _counts(each.tokens), strict=True)))
+        ) != _NOTHING:
+            made.append(
+                Correction(each.run, slot.price, off, slot.day, _correction_evidence(slot, missing, terms.source))
+            )
+    return made
+
+
+def _counts(tokens: Usage) -> tuple[int, int, int]:
+    return tokens.hit, tokens.miss, tokens.output
 
 
 def _place(
@@ -367,7 +451,10 @@ def _refuse(attempt: Unsettled, terms: _Terms) -> str | None:
     start, end = attempt.window
     since, until = terms.statement.since, terms.statement.until
     if attempt.is_open:
-        return "their run is not over, and replies may come yet: resume it, or let it end"
+        return (
+            "their run is not over, and replies may come yet: resume it, or let it end. Where another took its "
+            "place, --close ends its dead lanes first, with a login that is a member of farthing_lane, too"
+        )
     if not {start.date(), end.date()} <= set(terms.days):
         return "they may be of the next month: reconcile their run by its number, with the exports of both months"
     if terms.is_complete or (since <= start and end <= until):
@@ -394,9 +481,8 @@ def _missing_pico(slot: _Slot, gaps: Mapping[Key, int]) -> int:
     return slot.price.cost(Usage(*(gaps.get(key, 0) for key in slot.keys)))
 
 
-def _share(missing: Usage, attempts: Sequence[Unsettled], price: Price) -> list[Usage] | str:
-    """Each attempt's tokens, which add up to what is missing; or why it cannot be theirs."""
-    bounds = [each.bound_pico for each in attempts]
+def _share(missing: Usage, bounds: Sequence[int], price: Price) -> list[Usage] | str:
+    """Tokens for each bound, which add up to what is missing; or why they cannot be theirs."""
     if min(missing.hit, missing.miss, missing.output) < 0:
         return "the export has fewer tokens of that day and price than the ledger knows of"
     if price.cost(missing) > sum(bounds):
@@ -421,3 +507,12 @@ def _evidence(slot: _Slot, missing: Usage, attempts: int, source: str) -> str:
     what = tokens if missing != _NOTHING else "nothing"
     shared = "" if attempts == 1 else f", shared by {attempts} attempts in proportion to what was reserved"
     return f"{source}: on {slot.day} (UTC){of} at {slot.price.name} {what} beyond the known{shared}"
+
+
+def _correction_evidence(slot: _Slot, missing: Usage, source: str) -> str:
+    of = f" of {slot.user_id}" if slot.user_id else ""
+    return (
+        f"{source}: on {slot.day} (UTC){of} at {slot.price.name} {missing.hit} hit, {missing.miss} miss and "
+        f"{missing.output} output tokens beyond the known, since a late reply overrode a share that an export had "
+        "told; all of it shared anew in proportion to what was reserved"
+    )

@@ -333,6 +333,8 @@ cost_adjustment = Table(
     Column("miss", Integer),
     Column("output", Integer),
     Column("adjusted_by", Text, server_default=text("SESSION_USER")),
+    # Of a correction of what an export told, whose tokens may be negative.
+    Column("corrected_price_id", Integer),
 )
 
 month_close = Table(

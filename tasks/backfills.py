@@ -119,11 +119,19 @@ class Worker(Protocol):
 
 
 async def plan(
-    request: BackfillRequest, job: Job, ledger: Ledger | None, book: PriceBook, now: datetime, *, is_simulated: bool
+    request: BackfillRequest,
+    job: Job,
+    ledger: Ledger | None,
+    book: PriceBook,
+    now: datetime,
+    *,
+    is_simulated: bool,
+    is_stand_in: bool = False,
 ) -> Plan:
     """What a backfill would do now. Reads every file of the partitions that are meant; sends and writes nothing.
 
-    Without a ledger nothing was ever run. Raises ConfigurationError with all that is wrong, and UnknownPrice.
+    Without a ledger nothing was ever run. `is_stand_in`: what is asked about is not the sandbox's, as the ledger's
+    runs are. Raises ConfigurationError with all that is wrong, and UnknownPrice.
     """
     key = job.input.partition
     async with Bulkhead() as bulkhead:
@@ -140,6 +148,7 @@ async def plan(
             ledger, job.name, found, job.prompt_version, is_simulated=is_simulated
         )
         history = await find_history(ledger, job, is_simulated=is_simulated)
+        history = history and replace(history, is_stand_in=is_stand_in)
         begun = await backfills.find_unfinished(ledger, job.name, request.identity(), is_simulated=is_simulated)
         room = await _find_room(ledger, request, job, begun, is_simulated)
     is_over = begun is not None and set(begun.left).isdisjoint(chosen)

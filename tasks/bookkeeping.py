@@ -21,10 +21,10 @@ from schemas.errors import ConfigurationError
 from schemas.inert import escape_cell
 from schemas.money import Currency, Money
 from schemas.months import Checked, Closed
-from schemas.reconciliation import Closing, Match, Reconciliation, Status
+from schemas.reconciliation import Closing, Correction, Match, Reconciliation, Status
 from schemas.statements import Bucket, Statement
-from tasks.ledger.books import Ours, Scope
-from tasks.report import balance_alarm, balance_rows, table
+from tasks.ledger.books import Bookable, Ours, Scope
+from tasks.report import balance_alarm, balance_rows, signed, table
 
 #: Lines that a terminal shows; the CSV has all.
 SHOWN = 40
@@ -42,7 +42,7 @@ class Outcome:
     statement: Statement
     ours: Ours
     found: Reconciliation
-    booked: tuple[Closing, ...]
+    booked: tuple[Bookable, ...]
     after: Reconciliation
     balances: tuple[Paid, ...] = ()
 
@@ -55,6 +55,16 @@ class Outcome:
         """What the export itself says that these days cost; None where it says nothing of sums."""
         sums = [each.pico for each in self.statement.charged if each.period.day in self.ours.days]
         return sum(sums, Decimal(0)) if sums else None
+
+    @property
+    def closed(self) -> list[Closing]:
+        """What was closed now."""
+        return [each for each in self.booked if isinstance(each, Closing)]
+
+    @property
+    def corrected(self) -> list[Correction]:
+        """What was corrected now."""
+        return [each for each in self.booked if isinstance(each, Correction)]
 
     @property
     def is_clean(self) -> bool:
@@ -88,7 +98,8 @@ def _totals(outcome: Outcome) -> Table:
         ("the export's own sum", _sum(outcome), outcome.charged_pico is not None),
         ("others on the account", _exact(after.others_pico, currency), after.others_pico),
         ("unknown before", f"{len(unknown):,} attempts, at most {Money(sum(unknown), currency)}", unknown),
-        ("closed now", f"{len(outcome.booked):,} attempts, {_closed(outcome)}", outcome.booked),
+        ("closed now", f"{len(outcome.closed):,} attempts, {_closed(outcome)}", outcome.closed),
+        ("corrected now", f"{len(outcome.corrected):,} runs, {_corrected(outcome)}", outcome.corrected),
         *((*row, True) for row in balance_rows(outcome.balances)),
     ]
     title = f"{outcome.name} against {', '.join(outcome.statement.sources)}"
@@ -100,7 +111,12 @@ def _exact(pico: int, currency: Currency) -> str:
 
 
 def _closed(outcome: Outcome) -> str:
-    return _exact(sum(each.amount_pico for each in outcome.booked), outcome.scope.currency)
+    return _exact(sum(each.amount_pico for each in outcome.closed), outcome.scope.currency)
+
+
+def _corrected(outcome: Outcome) -> str:
+    pico = sum(each.amount_pico for each in outcome.corrected)
+    return f"{signed(pico, outcome.scope.currency)} ({pico} pico)"
 
 
 def _sum(outcome: Outcome) -> str:
@@ -138,12 +154,18 @@ def _next(outcome: Outcome) -> list[RenderableType]:
         pico = _exact(after.closed_pico, outcome.scope.currency)
         runs = ", ".join(map(str, sorted({each.of.run for each in after.closings})))
         told += [f"{len(after.closings)} unknown attempts of run {runs} were billed {pico}: --close books that"]
+    if after.corrections:
+        days = ", ".join(sorted({str(each.billed_on) for each in after.corrections}))
+        told += [
+            f"{days}: a reply came late for an attempt that an export had closed together with others. What it says "
+            f"counts, and the others' shares are off by {after.corrected_pico:,} pico: --close books that"
+        ]
     told += [
         f"{day}: a reply came late for an attempt that an export had closed together with others. What it says "
-        "counts; the shares of the others are booked for good, and the day's sum is off by the lines above"
+        "counts, and this export does not say what the others were billed: the day's sum is off by the lines above"
         for day in after.doubtful
     ]
-    if not after.is_clean and not after.doubtful:
+    if not after.is_clean and not after.doubtful and not after.corrections:
         told += [
             "where the export has more: does another program use this account (--key NAME leaves it out)? "
             "where the ledger has more: is the export of the whole day, and of this account?"
@@ -176,9 +198,15 @@ def reconciliation_json(outcome: Outcome) -> dict[str, Any]:
         "unknown_pico": sum(each.bound_pico for each in outcome.ours.unsettled),
         "closable": {"attempts": len(after.closings), "cost_pico": after.closed_pico},
         "closed": {
-            "attempts": len(outcome.booked),
-            "cost_pico": sum(each.amount_pico for each in outcome.booked),
-            "runs": sorted({each.of.run for each in outcome.booked}),
+            "attempts": len(outcome.closed),
+            "cost_pico": sum(each.amount_pico for each in outcome.closed),
+            "runs": sorted({each.of.run for each in outcome.closed}),
+        },
+        "correctable": {"rows": len(after.corrections), "cost_pico": after.corrected_pico},
+        "corrected": {
+            "rows": len(outcome.corrected),
+            "cost_pico": sum(each.amount_pico for each in outcome.corrected),
+            "runs": sorted({each.run for each in outcome.corrected}),
         },
         "doubtful_days": [str(day) for day in after.doubtful],
         "left": [{"why": why, "attempts": len(attempts)} for why, attempts in after.left.items()],
@@ -248,7 +276,7 @@ def checked_report(checked: Checked) -> list[RenderableType]:
             (
                 str(each.run),
                 f"{each.rows:,}",
-                f"{'-' if each.cost_pico < 0 else ''}{Money(abs(each.cost_pico), currency)}",
+                signed(each.cost_pico, currency),
             )
             for each in checked.late
         ]

@@ -445,12 +445,13 @@ def _added(paid: Paid) -> str:
 
 
 def _paid_against(paid: Paid) -> str:
-    went = _signed(paid.paid_pico, paid.currency)
+    went = signed(paid.paid_pico, paid.currency)
     known = Money(paid.cost_pico + paid.unknown_pico, paid.currency)
     return f"{went} from {paid.since:%m-%d %H:%M} to {paid.until:%m-%d %H:%M} UTC; the ledger: at most {known}"
 
 
-def _signed(pico: int, currency: Currency) -> str:
+def signed(pico: int, currency: Currency) -> str:
+    """A sum that may be negative."""
     return f"{'-' if pico < 0 else ''}{Money(abs(pico), currency)}"
 
 

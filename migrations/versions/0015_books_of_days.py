@@ -3,7 +3,9 @@
 Why: reconciling read every attempt of the ledger, whatever days it was about. `attempt_outcome` is found by the UTC day
 of its completion now, by an index of a few pages, since rows come in about that order. `unsettled` says what it said,
 but goes out from what was declared unknown, from outcomes without a cost, which have an index, and from the lanes that
-have not ended: only theirs can be open. Nothing of a table changes for code from before this migration, which runs on.
+have not ended: only theirs can be open. And where a late reply shows that an export's sum was shared otherwise, what
+the others' shares are off by is booked as a correction, a row of its own with tokens and a price: `closed_share` says
+what they amount to. Nothing of a table changes for code from before this migration, which runs on.
 """
 
 from __future__ import annotations
@@ -64,10 +66,84 @@ WHERE NOT EXISTS (SELECT FROM cost_adjustment c WHERE c.run_id = i.run_id AND c.
                   AND c.attempt_no = i.attempt_no AND c.price_id IS NOT NULL);
 """
 
+CORRECTIONS = """
+ALTER TABLE cost_adjustment
+    ADD COLUMN corrected_price_id integer REFERENCES price,
+    DROP CONSTRAINT cost_adjustment_hit_check,
+    DROP CONSTRAINT cost_adjustment_miss_check,
+    DROP CONSTRAINT cost_adjustment_output_check;
+ALTER TABLE cost_adjustment
+    ADD CHECK (price_id IS NULL OR least(hit, miss, output) >= 0),
+    ADD CHECK (corrected_price_id IS NULL OR (num_nulls(hit, miss, output, billed_on) = 0
+                                              AND num_nonnulls(document_no, attempt_no, price_id) = 0));
+COMMENT ON COLUMN cost_adjustment.corrected_price_id IS 'Of a correction of what an export told: the price row that its
+tokens, which may be negative, are times; null: of any other';
+GRANT INSERT (corrected_price_id) ON cost_adjustment TO farthing_bookkeeper;
+
+CREATE OR REPLACE VIEW booked WITH (security_barrier = true) AS
+SELECT o.run_id, r.job, v.ladder -> 0 -> 'parameters' ->> 'user_id' AS user_id, r.currency, r.is_simulated,
+       'reply' AS source, o.document_no, o.attempt_no::bigint AS row_no, (o.completed_at AT TIME ZONE 'UTC')::date AS day,
+       p.name AS price, p.model, p.hit_pico, p.miss_pico, p.output_pico, o.hit, o.miss, o.output, o.cost AS cost_pico,
+       o.recorded_at, NULL::timestamptz AS overridden_at
+FROM attempt_outcome o
+JOIN run r USING (run_id)
+JOIN prompt_version v USING (prompt_version)
+LEFT JOIN price p USING (price_id)
+WHERE o.cost IS NOT NULL
+UNION ALL
+SELECT c.run_id, r.job, v.ladder -> 0 -> 'parameters' ->> 'user_id', r.currency, r.is_simulated,
+       CASE WHEN c.price_id IS NULL THEN 'correction' ELSE 'export' END, coalesce(c.document_no, -1),
+       CASE WHEN c.price_id IS NULL THEN c.adjustment_id ELSE c.attempt_no END,
+       coalesce(c.billed_on, (c.adjusted_at AT TIME ZONE 'UTC')::date),
+       p.name, p.model, p.hit_pico, p.miss_pico, p.output_pico, c.hit, c.miss, c.output, c.amount,
+       c.adjusted_at, CASE WHEN c.price_id IS NOT NULL AND o.cost IS NOT NULL THEN o.recorded_at END
+FROM cost_adjustment c
+JOIN run r USING (run_id)
+JOIN prompt_version v USING (prompt_version)
+LEFT JOIN price p ON p.price_id = coalesce(c.price_id, c.corrected_price_id)
+LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no);
+
+CREATE VIEW closed_share WITH (security_barrier = true) AS
+SELECT x.run_id, v.ladder -> 0 -> 'parameters' ->> 'user_id' AS user_id, r.currency, r.is_simulated, x.day,
+       p.name AS price, sum(x.hit) AS hit, sum(x.miss) AS miss, sum(x.output) AS output, sum(x.bound) AS bound_pico,
+       bool_or(x.is_overridden) AS is_overridden
+FROM (
+    SELECT c.run_id, c.billed_on AS day, c.price_id, c.hit * s.counts AS hit, c.miss * s.counts AS miss,
+           c.output * s.counts AS output, coalesce(u.bound, i.reserved) * s.counts AS bound, s.counts = 0 AS is_overridden
+    FROM cost_adjustment c
+    JOIN attempt_intent i USING (run_id, document_no, attempt_no)
+    LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+    LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
+    CROSS JOIN LATERAL (SELECT (o.cost IS NULL)::int AS counts) s
+    WHERE c.price_id IS NOT NULL
+    UNION ALL
+    SELECT c.run_id, c.billed_on, c.corrected_price_id, c.hit, c.miss, c.output, 0, false
+    FROM cost_adjustment c WHERE c.corrected_price_id IS NOT NULL
+) x
+JOIN run r USING (run_id)
+JOIN prompt_version v USING (prompt_version)
+JOIN price p USING (price_id)
+GROUP BY x.run_id, v.ladder -> 0 -> 'parameters' ->> 'user_id', r.currency, r.is_simulated, x.day, p.name;
+GRANT SELECT ON closed_share TO farthing_lane, farthing_auditor, farthing_bookkeeper;
+COMMENT ON VIEW closed_share IS 'What an export told of unknown attempts, by run, UTC day and price: what their shares amount
+to with corrections, without those that a late reply overrode';
+COMMENT ON COLUMN closed_share.run_id IS 'The run: one execution of a job';
+COMMENT ON COLUMN closed_share.user_id IS 'What the provider tells usage apart by: one per job';
+COMMENT ON COLUMN closed_share.currency IS 'USD or CNY; sums of two are never made';
+COMMENT ON COLUMN closed_share.is_simulated IS 'Whether it is the sandbox''s: no real money';
+COMMENT ON COLUMN closed_share.day IS 'The UTC day that it was billed';
+COMMENT ON COLUMN closed_share.price IS 'The name of the price row';
+COMMENT ON COLUMN closed_share.hit IS 'Prompt tokens that were in the provider''s cache';
+COMMENT ON COLUMN closed_share.miss IS 'Prompt tokens that were not in the cache';
+COMMENT ON COLUMN closed_share.output IS 'Tokens that the model wrote, reasoning included';
+COMMENT ON COLUMN closed_share.bound_pico IS 'The most that those attempts can have cost which no reply has come of, in pico units';
+COMMENT ON COLUMN closed_share.is_overridden IS 'Whether a late reply overrode one of the shares';
+"""
+
 
 def upgrade() -> None:
     op.execute("SET LOCAL search_path TO farthing")
-    for part in (INDEXES, UNSETTLED):
+    for part in (INDEXES, UNSETTLED, CORRECTIONS):
         op.execute(part)
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import Row, text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -22,11 +22,14 @@ from schemas.errors import ConfigurationError
 from schemas.money import Currency, Money
 from schemas.months import Books, Checked, Closed, Late, Month, RunInMonth, read_runs
 from schemas.pricing import Price
-from schemas.reconciliation import BookedTokens, Closing, Unsettled
+from schemas.reconciliation import BookedTokens, Closing, Correction, Shared, Unsettled
 from tasks.ledger.balances import read_paid, read_paid_between
 from tasks.ledger.connection import Ledger
 from tasks.ledger.runs import SUM_UP, register_prices
 from tasks.ledger.spend import SNAPSHOT
+
+#: What a row of the books is made of.
+Bookable: TypeAlias = Closing | Correction
 
 _ALONE = text("SELECT pg_advisory_xact_lock(hashtext('farthing books'))")
 #: However long another transaction, or judging, takes: who was stopped in here keeps only others from booking.
@@ -48,11 +51,9 @@ _BOOKED = text("""
     GROUP BY day, user_id, price, model, hit_pico, miss_pico, output_pico
 """)
 
-#: What an export told of an attempt, and a later reply told otherwise.
-_OVERRIDDEN = text("""
-    SELECT DISTINCT day, price FROM booked
-    WHERE day = ANY(:days) AND is_simulated = :is_simulated AND currency = :currency AND source = 'export'
-      AND overridden_at IS NOT NULL
+_SHARED = text("""
+    SELECT run_id, user_id, day, price, hit, miss, output, bound_pico, is_overridden FROM closed_share
+    WHERE day = ANY(:days) AND is_simulated = :is_simulated AND currency = :currency ORDER BY run_id, day, price
 """)
 
 #: Replies of a run that is paused may wait in a file, until it is resumed.
@@ -67,8 +68,9 @@ _UNSETTLED = text("""
 
 _INSERT = text("""
     INSERT INTO cost_adjustment (run_id, document_no, attempt_no, amount, evidence, billed_on, price_id, hit, miss,
-                                 output)
-    VALUES (:run_id, :document_no, :attempt_no, :amount, :evidence, :billed_on, :price_id, :hit, :miss, :output)
+                                 output, corrected_price_id)
+    VALUES (:run_id, :document_no, :attempt_no, :amount, :evidence, :billed_on, :price_id, :hit, :miss, :output,
+            :corrected_price_id)
 """)
 
 #: A closing counts until a late reply overrides it; seen from `until`, a reply of later has not come yet.
@@ -137,15 +139,12 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """What the ledger has of the days in question: booked tokens, and the attempts of unknown cost.
-
-    `overridden`: days and price rows of which a late reply overrode what an export had told of an attempt.
-    """
+    """What the ledger has of the days in question: booked tokens, attempts of unknown cost, what exports told."""
 
     days: frozenset[date]
     booked: tuple[BookedTokens, ...]
     unsettled: tuple[Unsettled, ...]
-    overridden: frozenset[tuple[date, str]] = frozenset()
+    shared: tuple[Shared, ...] = ()
 
 
 async def find_scope(
@@ -212,8 +211,8 @@ async def _find_ours(connection: AsyncConnection, scope: Scope) -> Ours:
     days = await _find_days(connection, scope, unsettled)
     booked = await connection.execute(_BOOKED, key | {"days": list(days)})
     near = tuple(each for each in unsettled if not days.isdisjoint(_days_of(each)))
-    overridden = await connection.execute(_OVERRIDDEN, key | {"days": list(days)})
-    return Ours(days, tuple(map(_read_booked, booked)), near, frozenset((row.day, row.price) for row in overridden))
+    shared = await connection.execute(_SHARED, key | {"days": list(days)})
+    return Ours(days, tuple(map(_read_booked, booked)), near, tuple(map(_read_shared, shared)))
 
 
 def _bounds(scope: Scope) -> dict[str, date | None]:
@@ -227,6 +226,11 @@ def _read_booked(row: Row[Any]) -> BookedTokens:
     return BookedTokens(
         row.day, row.user_id, row.price, row.model, prices, Usage(int(row.hit), int(row.miss), int(row.output))
     )
+
+
+def _read_shared(row: Row[Any]) -> Shared:
+    tokens = Usage(int(row.hit), int(row.miss), int(row.output))
+    return Shared(row.run_id, row.user_id, row.day, row.price, tokens, int(row.bound_pico), row.is_overridden)
 
 
 async def _find_days(connection: AsyncConnection, scope: Scope, unsettled: Sequence[Unsettled]) -> frozenset[date]:
@@ -255,9 +259,9 @@ async def _alone(ledger: Ledger) -> AsyncIterator[None]:
 
 
 async def book_closings(
-    ledger: Ledger, scope: Scope, agreed: Sequence[Closing], prove: Callable[[Ours], Sequence[Closing]]
+    ledger: Ledger, scope: Scope, agreed: Sequence[Bookable], prove: Callable[[Ours], Sequence[Bookable]]
 ) -> None:
-    """Close the unknown attempts that were agreed to, each by one row.
+    """Close the unknown attempts that were agreed to, and correct earlier shares, each by one row.
 
     Raises ConfigurationError, with nothing booked, where `prove` finds others by now: somebody else booked, or a
     reply came.
@@ -274,25 +278,31 @@ async def book_closings(
                 "booked; run it again"
             )
         await connection.execute(_INSERT, [_row(each, prices[each.price.name]) for each in agreed])
-        await connection.execute(SUM_UP, [{"run_id": run} for run in {each.of.run for each in agreed}])
+        await connection.execute(SUM_UP, [{"run_id": run} for run in {_run_of(each) for each in agreed}])
 
 
-def _prices(closings: Sequence[Closing]) -> list[Price]:
-    return list({each.price.name: each.price for each in closings}.values())
+def _prices(bookable: Sequence[Bookable]) -> list[Price]:
+    return list({each.price.name: each.price for each in bookable}.values())
 
 
-def _row(closing: Closing, price_id: int) -> dict[str, Any]:
+def _run_of(row: Bookable) -> int:
+    return row.of.run if isinstance(row, Closing) else row.run
+
+
+def _row(row: Bookable, price_id: int) -> dict[str, Any]:
+    of = row.of if isinstance(row, Closing) else None
     return {
-        "run_id": closing.of.run,
-        "document_no": closing.of.document_no,
-        "attempt_no": closing.of.attempt_no,
-        "amount": closing.amount_pico,
-        "evidence": closing.evidence,
-        "billed_on": closing.billed_on,
-        "price_id": price_id,
-        "hit": closing.tokens.hit,
-        "miss": closing.tokens.miss,
-        "output": closing.tokens.output,
+        "run_id": _run_of(row),
+        "document_no": of and of.document_no,
+        "attempt_no": of and of.attempt_no,
+        "amount": row.amount_pico,
+        "evidence": row.evidence,
+        "billed_on": row.billed_on,
+        "price_id": price_id if of else None,
+        "corrected_price_id": None if of else price_id,
+        "hit": row.tokens.hit,
+        "miss": row.tokens.miss,
+        "output": row.tokens.output,
     }
 
 

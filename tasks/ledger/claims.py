@@ -252,6 +252,20 @@ CLAIMS: Mapping[str, Claim] = {
                    OR c.amount IS DISTINCT FROM c.hit::numeric * p.hit_pico + c.miss::numeric * p.miss_pico
                                                 + c.output::numeric * p.output_pico)
             """,
+            """
+            SELECT format('cost_adjustment %s of run %s: %s', c.adjustment_id, c.run_id,
+                          CASE WHEN p.currency <> r.currency THEN 'its price is not in ' || r.currency
+                               WHEN c.evidence = '' THEN 'it has no evidence'
+                               ELSE format('%s is not %s hit, %s miss and %s output tokens at %s', c.amount, c.hit,
+                                           c.miss, c.output, p.name) END)
+            FROM cost_adjustment c
+            JOIN run r USING (run_id)
+            JOIN price p ON p.price_id = c.corrected_price_id
+            WHERE c.run_id = :run_id
+              AND (p.currency <> r.currency OR c.evidence = ''
+                   OR c.amount IS DISTINCT FROM c.hit::numeric * p.hit_pico + c.miss::numeric * p.miss_pico
+                                                + c.output::numeric * p.output_pico)
+            """,
         ),
     ),
     "G8": Claim(

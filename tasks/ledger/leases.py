@@ -375,10 +375,11 @@ async def bury_dead(
         return len(dead)
 
 
-async def bury_superseded(ledger: Ledger, job: str) -> None:
-    """End the dead lanes of a job's superseded runs: nobody will resume those, and their grants would stay open."""
+async def bury_superseded(ledger: Ledger, job: str | None = None) -> None:
+    """End the dead lanes of superseded runs, a job's or all: nobody resumes those, and grants would stay open."""
     run = tables.run.c
-    for run_id in await _find_with_lanes(ledger, run.job == job, run.state == "superseded"):
+    of_job = [] if job is None else [run.job == job]
+    for run_id in await _find_with_lanes(ledger, *of_job, run.state == "superseded"):
         await bury_dead(ledger, run_id)
 
 

@@ -92,7 +92,8 @@ _USED_PRICES = text("""
     SELECT name, model, currency, band, valid_from, hit_pico, miss_pico, output_pico FROM price
     WHERE price_id IN (SELECT price_id FROM attempt_outcome WHERE run_id = :run_id
                        UNION SELECT price_id FROM attempt_intent WHERE run_id = :run_id
-                       UNION SELECT price_id FROM cost_adjustment WHERE run_id = :run_id)
+                       UNION SELECT coalesce(price_id, corrected_price_id) FROM cost_adjustment
+                       WHERE run_id = :run_id)
 """)
 
 #: Prices change on whole minutes, so a minute of one model and price stands for all its attempts.

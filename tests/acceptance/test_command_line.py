@@ -30,7 +30,9 @@ from sandbox import service
 from sandbox.bill import bill_path, read_lines
 from schemas.estimates import History, PastRun, PastTier
 from schemas.settings import Settings
+from tasks import backfills
 from tasks.ledger import runs
+from tasks.ledger.backfills import Evidence
 from tests.ledgers import RESERVED, lane_ledger, opening, run_everything
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +275,9 @@ def test_a_sample_is_not_sent_before_somebody_agreed_to_its_price(
         assert "3 documents will be asked, $0." in left.stderr
         assert "say --yes" in left.stderr
     assert "--sample: " in farthing("estimate", "tickets", "--sample", "5").stderr
+    left = farthing("estimate", "tickets", "--budget", "5 USD")
+    assert (left.exit_code, left.stdout) == (2, "")
+    assert "nothing is sent without --sample" in left.stderr
 
 
 def test_the_sandbox_s_runs_give_a_real_estimate_no_interval(
@@ -284,6 +289,27 @@ def test_the_sandbox_s_runs_give_a_real_estimate_no_interval(
     assert farthing("estimate", "tickets", "--json").json["level"] is None
     assert "no interval" in farthing("estimate", "tickets").stdout
     assert farthing("estimate", "tickets", "--sandbox", "--json").json["level"] == 90
+
+
+def test_the_sandbox_s_runs_stand_in_where_a_real_backfill_is_only_listed(
+    farthing: Terminal, tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = PastRun(500, (PastTier("flash", 500, 500_000, 50_000, 5_000),), 1.0)
+    known = History((past,), is_simulated=True)
+    monkeypatch.setattr(backfills, "find_history", _always(known))
+    monkeypatch.setattr(backfills.backfills, "find_evidence", _always(Evidence({}, {})))
+    monkeypatch.setattr(backfills.backfills, "find_unfinished", _always(None))
+    monkeypatch.setattr("farthing._has_sandbox_ledger", lambda _: True)
+    monkeypatch.setattr("farthing._ask", lambda plan, *_, **__: asyncio.run(plan(object())))
+    for where, level in (((), None), (("--sandbox",), 90)):
+        assert farthing("backfill", "tickets", "--list", "--json", *where).json["level"] == level
+
+
+def _always(found: object) -> Callable[..., Any]:
+    async def find(*_: object, **__: object) -> object:
+        return found
+
+    return find
 
 
 def test_a_sample_does_not_change_a_budget_that_others_share(

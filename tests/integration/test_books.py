@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
@@ -24,17 +25,18 @@ from pydantic import SecretStr
 from sqlalchemy import Connection, create_engine, event, make_url
 from sqlalchemy.pool import NullPool
 
+import farthing
 from sandbox.postgres import Server, create_database, drop_database
 from schemas.attempts import RunId, Usage
 from schemas.errors import ConfigurationError
 from schemas.money import Currency
 from schemas.months import Month
-from schemas.reconciliation import Closing, Reconciliation, Status, reconcile
+from schemas.reconciliation import Closing, Correction, Reconciliation, Status, reconcile
 from schemas.statements import Bucket, Statement
 from schemas.whatif import Scenario, reprice
 from tasks.failpoints import KILLED, VARIABLE
 from tasks.ledger import books, connection
-from tasks.ledger.books import Ours, Scope
+from tasks.ledger.books import Bookable, Ours, Scope
 from tasks.ledger.connection import Ledger, PermissionRefused, Role, opened
 from tasks.ledger.proof import prove
 from tasks.ledger.spend import audit, list_runs, progress
@@ -42,7 +44,7 @@ from tasks.ledger.upgrades import upgrade
 from tasks.ledger.whatif import find_past
 from tasks.statements import load_statement
 from tests.integration.test_spend import PRO_COST
-from tests.ledgers import AT, BOOK, COST, RESERVED, USAGE, run_everything, sql, value
+from tests.ledgers import AT, BOOK, COST, RESERVED, USAGE, lane_ledger, run_everything, sql, value
 
 ROOT = Path(__file__).parents[2]
 SEPTEMBER = Scope(None, Month(date(2026, 9, 1)), Currency.USD, is_simulated=False)
@@ -95,8 +97,8 @@ async def happened(ledger: Ledger) -> None:
     await run_everything(ledger)
 
 
-def judge(statement: Statement, scope: Scope = RUN) -> Callable[[Ours], Sequence[Closing]]:
-    return lambda ours: compare(ours, statement, scope).closings
+def judge(statement: Statement, scope: Scope = RUN) -> Callable[[Ours], Sequence[Bookable]]:
+    return lambda ours: compare(ours, statement, scope).bookable
 
 
 def compare(ours: Ours, statement: Statement, scope: Scope = RUN) -> Reconciliation:
@@ -110,11 +112,11 @@ def compare(ours: Ours, statement: Statement, scope: Scope = RUN) -> Reconciliat
         ours.days,
         is_complete=True,
         is_alone=True,
-        overridden=ours.overridden,
+        shared=ours.shared,
     )
 
 
-async def close(url: str, statement: Statement, scope: Scope = RUN) -> tuple[Closing, ...]:
+async def close(url: str, statement: Statement, scope: Scope = RUN) -> tuple[Bookable, ...]:
     """Find what is proved, agree, and book it."""
     async with opened(SecretStr(url), Role.BOOKKEEPER) as ledger:
         agreed = tuple(judge(statement, scope)(await books.find_ours(ledger, scope)))
@@ -154,7 +156,8 @@ async def test_what_the_export_has_beyond_the_known_closes_the_unknown_to_the_pi
     rows = f"SELECT * FROM {both} ORDER BY 1, 2, 3"
     before = sql(ledger_url, rows)
     closings = await close(ledger_url, statement)
-    assert [(each.of.document_no, each.of.attempt_no) for each in closings] == [(2, 1), (4, 1)]
+    assert all(isinstance(each, Closing) for each in closings)
+    assert sql(ledger_url, "SELECT document_no, attempt_no FROM cost_adjustment ORDER BY 1") == [(2, 1), (4, 1)]
     assert sum(each.amount_pico for each in closings) == LOST_COST
     assert await look(ledger_url) == Seen(known + LOST_COST, 0, 0, True)
     assert sql(ledger_url, rows) == before
@@ -235,17 +238,76 @@ async def test_killed_around_its_commit_it_is_done_once(step: str, ledger_url: s
 
 
 @pytest.mark.usefixtures("happened")
-async def test_a_reply_that_comes_late_overrides_what_an_export_told(
+async def test_a_reply_that_comes_late_overrides_what_an_export_told_and_the_others_shares_are_corrected(
     ledger: Ledger, ledger_url: str, tmp_path: Path
 ) -> None:
-    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    """It says more than its share was: the other attempt's was too much by that. Nothing that is booked changes."""
+    lost = Usage(640 + 9, 100 + 701, 5 + 7)  # the late reply's tokens, and the other's
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, lost)])
     await close(ledger_url, statement)
+    rows = sql(ledger_url, "SELECT * FROM cost_adjustment ORDER BY adjustment_id")
     shares = dict(sql(ledger_url, "SELECT document_no, amount FROM cost_adjustment"))
     sql(ledger_url, LATE_REPLY)
     found = await audit(ledger, run=1)
     assert (found.cost_pico, found.unknown_pico) == (6 * COST + PRO_COST + shares[2], 0)
+    off = compare(await books.find_ours(ledger, RUN), statement)
+    assert (off.is_clean, off.doubtful, len(off.corrections)) == (False, (), 1)
+    (correction,) = await close(ledger_url, statement)
+    assert isinstance(correction, Correction)
+    right = 9 * 3_000 + 701 * 150_000 + 7 * 600_000
+    assert correction.amount_pico == right - shares[2] != 0
+    assert sql(ledger_url, "SELECT * FROM cost_adjustment ORDER BY adjustment_id")[:2] == rows
+    assert "since a late reply overrode a share" in value(
+        ledger_url, "SELECT evidence FROM cost_adjustment WHERE corrected_price_id IS NOT NULL"
+    )
+    for scope in (RUN, SEPTEMBER):
+        after = compare(await books.find_ours(ledger, scope), statement, scope)
+        assert (after.is_clean, after.theirs_pico - after.ours_pico, after.bookable) == (True, 0, ())
+    found = await audit(ledger, run=1)
+    assert found.cost_pico + found.adjusted_pico == 6 * COST + PRO_COST + right
+    assert (await prove(ledger, RunId(1), BOOK)).evidence["G7"].violations == ()
+    assert await close(ledger_url, statement) == ()
+
+
+@pytest.mark.usefixtures("happened")
+async def test_when_replies_came_for_all_of_them_nothing_is_left_of_the_shares(
+    ledger: Ledger, ledger_url: str, tmp_path: Path
+) -> None:
+    """The second one late, too, after the first was corrected for: its correction is taken back."""
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, Usage(2 * 640, 2 * 100, 2 * 5))])
+    await close(ledger_url, statement)
+    sql(ledger_url, LATE_REPLY)
+    await close(ledger_url, statement)
+    sql(ledger_url, "DELETE FROM attempt_outcome WHERE document_no = 2 AND attempt_no = 1")
+    sql(ledger_url, LATE_REPLY.replace("4, 1", "2, 1"))
+    await close(ledger_url, statement)
+    after = compare(await books.find_ours(ledger, RUN), statement)
+    assert (after.is_clean, after.theirs_pico - after.ours_pico, after.bookable) == (True, 0, ())
+    found = await audit(ledger, run=1)
+    assert (found.cost_pico, found.adjusted_pico) == (7 * COST + PRO_COST, 0)
+
+
+@pytest.mark.usefixtures("happened")
+async def test_what_the_export_cannot_explain_is_not_corrected(
+    ledger: Ledger, ledger_url: str, tmp_path: Path
+) -> None:
+    """The reply that came late says more than the export has of all of them."""
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    await close(ledger_url, statement)
+    sql(ledger_url, LATE_REPLY)
     again = compare(await books.find_ours(ledger, RUN), statement)
-    assert (again.is_clean, again.doubtful) == (False, (date(2026, 9, 26),))
+    assert (again.is_clean, again.bookable, again.doubtful) == (False, (), (date(2026, 9, 26),))
+
+
+@pytest.mark.usefixtures("happened")
+async def test_a_changed_correction_is_named(ledger: Ledger, ledger_url: str, tmp_path: Path) -> None:
+    statement = export(tmp_path / "e.zip", [*KNOWN, (FLASH, Usage(2 * 640, 2 * 100, 2 * 5 + 1))])
+    await close(ledger_url, statement)
+    sql(ledger_url, LATE_REPLY)
+    assert len(await close(ledger_url, statement)) == 1
+    sql(ledger_url, "UPDATE cost_adjustment SET amount = amount - 1 WHERE corrected_price_id IS NOT NULL")
+    (named,) = (await prove(ledger, RunId(1), BOOK)).evidence["G7"].violations
+    assert named.startswith("cost_adjustment 3 of run 1: ")
 
 
 @pytest.mark.usefixtures("happened")
@@ -378,7 +440,7 @@ async def test_an_attempt_under_way_is_left_alone(ledger: Ledger, ledger_url: st
     found = compare(ours, statement)
     assert found.closings == ()  # what the other one was billed, nobody can tell from what this one may be
     assert {why: left[0].document_no for why, left in found.left.items()} == {
-        "their run is not over, and replies may come yet: resume it, or let it end": 4,
+        next(why for why in found.left if "resume it, or let it end" in why): 4,
         "others that stay unknown may have been billed on that day, too": 2,
     }
     assert {each.status for each in found.matches if each.key.model == PRO[0]} == {Status.MATCHED}
@@ -421,6 +483,36 @@ async def test_of_a_ledger_in_two_currencies_a_month_is_named_with_one(ledger: L
         await find(None)
     assert await find(Currency.USD) == SEPTEMBER
     assert (await find(Currency.CNY)).currency is Currency.CNY
+
+
+#: Another run took the place of this one, whose lane died with an attempt in flight.
+SUPERSEDED = f"""
+    {UNHEARD};
+    UPDATE lane SET heartbeat_at = now() - interval '1 hour' WHERE ended_at IS NULL;
+    UPDATE shard SET state = 'leased', lane_id = (SELECT lane_id FROM lane WHERE ended_at IS NULL) WHERE shard_no = 1;
+    UPDATE run SET state = 'superseded'
+"""
+
+
+def test_what_a_superseded_run_left_open_is_closed_with_the_rest(
+    ledger_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def happen() -> None:
+        async with lane_ledger(ledger_url) as ledger:
+            await run_everything(ledger)
+
+    asyncio.run(happen())
+    sql(ledger_url, SUPERSEDED)
+    export(tmp_path / "e.zip", [*KNOWN, (FLASH, LOST)])
+    monkeypatch.setenv("FARTHING_DATABASE_URL", ledger_url)
+    for options, left, closed in (([], 2, 0), (["--close", "--yes"], 0, 2)):
+        command = ["reconcile", "1", str(tmp_path / "e.zip"), "--complete", "--alone", "--json"]
+        monkeypatch.setattr(sys, "argv", ["farthing", *command, *options])
+        with pytest.raises(SystemExit):
+            farthing.main()
+        told = json.loads(capsys.readouterr().out)
+        assert (sum(each["attempts"] for each in told["left"]), told["closed"]["attempts"]) == (left, closed)
+    assert told["off_pico"] == 0
 
 
 def at_version(url: str, version: str) -> None:

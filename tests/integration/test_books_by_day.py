@@ -69,7 +69,7 @@ async def test_attempts_of_other_days_are_not_read(ledger: Ledger, ledger_url: s
     until = datetime.now(UTC)
     for query, key in (
         (books._BOOKED, {"days": DAYS}),
-        (books._OVERRIDDEN, {"days": DAYS}),
+        (books._SHARED, {"days": DAYS}),
         (books._UNSETTLED, {"first": None, "next": None}),
         (books._UNKNOWN_IN_MONTH, month),
         (books._MONTH, month | {"until": until}),

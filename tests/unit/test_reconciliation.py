@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from schemas.attempts import Usage
 from schemas.money import Currency
 from schemas.pricing import Price, load_price_book, reservation
-from schemas.reconciliation import BookedTokens, Match, Reconciliation, Status, Unsettled, reconcile
+from schemas.reconciliation import BookedTokens, Match, Reconciliation, Shared, Status, Unsettled, reconcile
 from schemas.statements import Bucket, Period, Statement, Used
 
 BOOK = load_price_book()
@@ -238,14 +238,36 @@ def test_what_may_be_of_another_program_on_the_account_closes_nothing_unless_its
         assert (closing.tokens, evidence in closing.evidence) == (Usage(0, 500, 50), True)
 
 
-def test_where_a_late_reply_overrode_a_share_the_rest_closes_nothing_and_the_day_is_named() -> None:
+def shared(run: int, tokens: Usage, bound: int, *, is_overridden: bool = True) -> Shared:
+    return Shared(run, "job-a", DAY, price_at(NOON).name, tokens, bound, is_overridden)
+
+
+def test_where_a_late_reply_overrode_a_share_all_others_of_that_day_and_price_share_anew() -> None:
+    """Those closed before, of two runs, and one that is unknown still: what they share is the export's."""
+    theirs = statement(used(NOON, Usage(10, 130, 65)))
+    before = [shared(1, Usage(0, 30, 10), 10**9), shared(2, Usage(0, 50, 20), 3 * 10**9, is_overridden=False)]
+    ours = [booked(NOON, Usage(10, 20, 5)), booked(NOON, Usage(0, 80, 30))]  # of them the shares
+    found = reconcile(ours, [unsettled(1, NOON)], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before)
+    (closing,), corrections = found.closings, {each.run: each.tokens for each in found.corrections}
+    assert closing.tokens == Usage(0, 22, 12)  # a fifth of 110 and 60
+    assert corrections == {1: Usage(0, -8, 2), 2: Usage(0, 16, 16)}
+    assert found.ours_pico + found.closed_pico + found.corrected_pico == found.theirs_pico
+    assert found.doubtful == ()
+
+
+def test_what_others_may_have_used_corrects_nothing() -> None:
     ours, theirs = [booked(NOON, KNOWN)], statement(used(NOON, Usage(10, 30, 5)))
-    found = reconcile(
-        ours, [unsettled(1, NOON)], theirs, BOOK, Currency.USD, {DAY}, is_alone=True,
-        overridden={(DAY, price_at(NOON).name)},
-    )  # fmt: skip
-    assert (found.closings, found.is_clean, found.doubtful) == ((), False, (DAY,))
-    assert ["a late reply overrode" in why for why in found.left] == [True]
+    before = [shared(1, Usage(0, 0, 0), 10**9)]
+    found = reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, shared=before)
+    assert (found.bookable, found.is_clean, found.doubtful) == ((), False, (DAY,))
+    assert len(reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before).bookable) == 1
+
+
+def test_where_no_reply_came_late_shares_stay_as_they_are() -> None:
+    ours, theirs = [booked(NOON, KNOWN)], statement(used(NOON, Usage(10, 30, 5)))
+    before = [shared(1, Usage(0, 5, 0), 10**9, is_overridden=False)]
+    found = reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before)
+    assert (found.bookable, found.is_clean, found.doubtful) == ((), False, ())
 
 
 def test_fifty_thousand_unknown_attempts_are_shared_in_a_time_that_grows_with_them() -> None:
