@@ -41,8 +41,8 @@ NOT_PROMISED = {
     ),
     "grant_close": dict.fromkeys(("close_no", "closed_at"), "what counts is the sum of the last close (G9)"),
     "cost_adjustment": dict.fromkeys(
-        set(TABLES["cost_adjustment"].columns.keys()) - {"attempt_no", "price_id"},
-        "a correction, written by people after the run; one of an attempt is checked (G7)",
+        set(TABLES["cost_adjustment"].columns.keys()) - {"attempt_no", "price_id", "corrected_price_id"},
+        "a correction, written by people after the run; one of an attempt or with a price is checked (G7)",
     ),
     "month_close": {ALL: "about many runs: `farthing verify MONTH` computes it anew"},
     "run_sums": {
@@ -67,6 +67,9 @@ SPELT = {
     ("document", "state"): "'dead_letter', reason = 'x'",
     ("cost_adjustment", "attempt_no"): f"1, {_OF_AN_ATTEMPT}, price_id = {_SOME_PRICE}",
     ("cost_adjustment", "price_id"): f"{_SOME_PRICE}, {_OF_AN_ATTEMPT}, attempt_no = 1",
+    ("cost_adjustment", "corrected_price_id"): (
+        f"{_SOME_PRICE}, hit = 1, miss = 0, output = 0, amount = 0, billed_on = now()"
+    ),
     ("month_close", "month"): "month + interval '1 month'",
     ("month_close", "cost"): "cost + 1",
     ("month_close", "unknown"): "unknown + 1",
