@@ -1,4 +1,7 @@
-"""What the ledger says about a job's next run, for an estimate: by earlier ones, or by a sample."""
+"""What the ledger says about a job's next run, for an estimate: by earlier ones, or by a sample.
+
+Of earlier runs that are done it reads stored sums, in place of their rows.
+"""
 
 from __future__ import annotations
 
@@ -25,38 +28,55 @@ _RECENT = """
                (o.selection ->> 'limit')::bigint AS first_only,
                bool_or(o.prompt_version = :prompt_version) OVER () AS any_same,
                bool_or(o.state = 'done') OVER (PARTITION BY o.prompt_version = :prompt_version) AS any_done
-        FROM run_overview o JOIN run_cost c USING (run_id)
+        FROM run_overview o
         WHERE o.job = :job AND o.is_simulated = :is_simulated AND o.selection -> 'sample' IS NULL
-          AND c.hit_tokens + c.miss_tokens > 0
+          AND EXISTS (SELECT FROM lane_progress l WHERE l.run_id = o.run_id AND l.hit_tokens + l.miss_tokens > 0)
     ), recent AS (
         SELECT run_id, is_same, is_done, first_only FROM known
         WHERE is_same = any_same AND is_done = any_done ORDER BY run_id DESC LIMIT :runs
     )
 """
 
+#: An attempt that has tokens was booked by a price; one that may have been billed counts like those. Priming pays for
+#: tokens that later attempts have from the cache, so it tells of their number only where there are no others.
 _TIERS = text(f"""
     {_RECENT}
-    SELECT a.run_id, r.is_same, r.is_done, r.first_only, a.tier,
-           count(*) AS attempts,
-           coalesce(avg(a.hit) FILTER (WHERE a.purpose <> 'priming'), avg(a.hit)) AS hit,
-           coalesce(avg(a.miss) FILTER (WHERE a.purpose <> 'priming'), avg(a.miss)) AS miss,
-           avg(a.output) AS output,
-           avg(extract(epoch FROM a.completed_at - a.sent_at)) AS seconds
-    FROM attempt a JOIN recent r USING (run_id)
-    WHERE a.hit IS NOT NULL OR a.unknown_pico > 0
-    GROUP BY a.run_id, r.is_same, r.is_done, r.first_only, a.tier
-    HAVING count(a.hit) > 0
-    ORDER BY a.run_id DESC
+    SELECT s.run_id, s.is_same, s.is_done, s.first_only, s.tier, s.attempts,
+           coalesce(s.hit / nullif(s.plain, 0), s.all_hit / s.told) AS hit,
+           coalesce(s.miss / nullif(s.plain, 0), s.all_miss / s.told) AS miss,
+           s.output / s.told AS output,
+           w.waited_us / 1000000.0 / nullif(w.attempts, 0) AS seconds
+    FROM (
+        SELECT r.run_id, r.is_same, r.is_done, r.first_only, x.tier,
+               sum(x.attempts) FILTER (WHERE x.band IS NOT NULL OR x.billing <> 'known') AS attempts,
+               sum(x.attempts) FILTER (WHERE x.band IS NOT NULL) AS told,
+               sum(x.attempts) FILTER (WHERE x.band IS NOT NULL AND x.purpose <> 'priming') AS plain,
+               sum(x.hit_tokens) FILTER (WHERE x.purpose <> 'priming') AS hit,
+               sum(x.miss_tokens) FILTER (WHERE x.purpose <> 'priming') AS miss,
+               sum(x.hit_tokens) AS all_hit, sum(x.miss_tokens) AS all_miss, sum(x.output_tokens) AS output
+        FROM recent r CROSS JOIN LATERAL (SELECT * FROM spend v WHERE v.run_id = r.run_id OFFSET 0) x
+        GROUP BY r.run_id, r.is_same, r.is_done, r.first_only, x.tier
+    ) s
+    LEFT JOIN LATERAL (SELECT * FROM tier_wait v WHERE v.run_id = s.run_id AND v.tier = s.tier OFFSET 0) w ON true
+    WHERE s.told > 0
+    ORDER BY s.run_id DESC
 """)  # noqa: S608 (made of our own constants)
 
-#: Of the documents that cost something, unless all are free, as at a price of nothing.
+#: Of the documents that cost something, unless all are free, as at a price of nothing. Costs with the same first
+#: three digits are one cost here.
 _SPREAD = text(f"""
     {_RECENT}
-    SELECT run_id, coalesce(nullif(count(*) FILTER (WHERE is_paid), 0), count(*)) AS documents,
-           var_samp(cost_pico) FILTER (WHERE is_paid) / nullif(avg(cost_pico) FILTER (WHERE is_paid), 0) ^ 2
+    SELECT run_id, CASE WHEN paid > 0 THEN paid ELSE documents END AS documents,
+           CASE WHEN paid > 1 THEN (squares - total * total / paid) / (paid - 1) / (total / paid) ^ 2 END
                AS squared_spread
-    FROM (SELECT *, cost_pico + unknown_pico > 0 AS is_paid FROM document_spend JOIN recent USING (run_id)) spent
-    GROUP BY run_id
+    FROM (
+        SELECT r.run_id, sum(x.documents) AS documents,
+               coalesce(sum(x.documents) FILTER (WHERE x.at_most_pico > 0), 0) AS paid,
+               sum(x.documents * x.at_most_pico::numeric) AS total,
+               sum(x.documents * x.at_most_pico::numeric ^ 2) AS squares
+        FROM recent r CROSS JOIN LATERAL (SELECT * FROM document_costs v WHERE v.run_id = r.run_id OFFSET 0) x
+        GROUP BY r.run_id
+    ) spent
 """)  # noqa: S608 (made of our own constants)
 
 _SAMPLE = text("""
@@ -107,7 +127,7 @@ async def find_history(ledger: Ledger, job: Job, *, is_simulated: bool) -> Histo
 
 def _past_run(spread: RowMapping, tiers: list[RowMapping]) -> PastRun:
     return PastRun(
-        spread["documents"],
+        int(spread["documents"]),
         tuple(map(_past_tier, tiers)),
         squared_spread=float(spread["squared_spread"] or 0),
         limit=tiers[0]["first_only"],
@@ -115,7 +135,7 @@ def _past_run(spread: RowMapping, tiers: list[RowMapping]) -> PastRun:
 
 
 def _past_tier(row: RowMapping) -> PastTier:
-    attempts = row["attempts"]
+    attempts = int(row["attempts"])
     hit, miss, output, seconds = (round(attempts * (row[name] or 0)) for name in ("hit", "miss", "output", "seconds"))
     return PastTier(row["tier"], attempts, hit, miss, output, seconds)
 

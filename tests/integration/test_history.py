@@ -38,6 +38,23 @@ async def test_history_is_attempts_and_tokens_by_run_and_tier(ledger: Ledger, le
     assert all(isinstance(each, PastTier) and each.seconds >= 0 for each in found.runs[0].tiers)
 
 
+async def test_history_is_read_from_stored_sums_and_says_what_the_rows_say(ledger: Ledger, ledger_url: str) -> None:
+    await run_everything(ledger)
+    sql(ledger_url, "UPDATE attempt_outcome SET sent_at = completed_at - interval '3 s' WHERE hit IS NOT NULL")
+    sql(ledger_url, "DELETE FROM run_sums")
+    by_rows = await find(ledger_url)
+    sql(ledger_url, "SELECT sum_up(1)")
+    sql(ledger_url, "UPDATE attempt_intent SET tier = 'another'")  # nobody looks
+    found = await find(ledger_url)
+    assert found == by_rows is not None
+    assert [each.seconds for each in found.runs[0].tiers if each.tier == "flash"] == [7 * 3]
+    sql(ledger_url, "UPDATE run_sums SET waits = NULL")  # summed before waits were
+    sql(
+        ledger_url, "UPDATE attempt_intent SET tier = CASE WHEN reason = 'low_confidence' THEN 'pro' ELSE 'flash' END"
+    )
+    assert await find(ledger_url) == by_rows
+
+
 async def test_a_run_that_has_not_ended_counts_only_where_none_has_and_says_so(
     ledger: Ledger, ledger_url: str
 ) -> None:
@@ -84,6 +101,7 @@ async def test_documents_that_cost_nothing_are_a_history(ledger: Ledger, ledger_
     sql(ledger_url, "UPDATE attempt_outcome SET cost = 0")
     sql(ledger_url, "DELETE FROM attempt_unknown")
     sql(ledger_url, "UPDATE attempt_intent SET reserved = 0")
+    sql(ledger_url, "DELETE FROM run_sums")
     found = await find(ledger_url)
     assert found is not None
     assert (found.documents, found.runs[0].squared_spread) == (5, 0)
