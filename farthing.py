@@ -42,14 +42,12 @@ if TYPE_CHECKING:
     from schemas.pricing import Price, PriceBook
     from schemas.projections import Polled
     from schemas.public_prices import PublicMap
-    from schemas.reconciliation import Reconciliation
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
     from schemas.spending import Side
-    from schemas.statements import Statement
     from tasks.backfills import Plan
     from tasks.bookkeeping import Outcome
-    from tasks.ledger.books import Ours, Scope
+    from tasks.ledger.books import Scope
     from tasks.ledger.connection import Ledger, Role
     from tasks.ledger.proof import Proof
     from tasks.ledger.spend import Audit, BackfillRun, Progress, RunSummary
@@ -1321,29 +1319,26 @@ def reconcile(
     Exit code 4: lines differ by more than unknown attempts explain.
     """
     from schemas.months import Month
+    from schemas.pricing import load_price_book
     from tasks import bookkeeping
-    from tasks.ledger import books
     from tasks.ledger.connection import Role
     from tasks.statements import load_statement
 
-    statement = load_statement(exports, key)
-    month = Month.find(target)
-
-    judge = partial(_judge_books, statement=statement, is_complete=complete, is_alone=alone)
+    statement, month = load_statement(exports, key), Month.find(target)
+    judge = bookkeeping.Judge(statement, load_price_book(_settings().prices), is_complete=complete, is_alone=alone)
 
     async def compare(ledger: Ledger) -> Outcome:
         run_id, job = (None, None) if month else _parse_target(target)
         run = None if month else run_id or await _find_newest(ledger, job)
         scope = await _find_scope(ledger, run, month, statement.currency, in_sandbox, has_export=True)
-        ours = await books.find_ours(ledger, scope)
-        found = judge(ours, scope.currency)
-        return bookkeeping.Outcome(scope, statement, ours, found, (), found, await books.find_paid(ledger, scope))
+        return await bookkeeping.compare(ledger, scope, judge)
 
     if close:
         _bury_superseded(in_sandbox)
     outcome = _ask(compare, in_sandbox)
     if close and outcome.found.bookable and _agree_closing(outcome, yes):
-        outcome = _ask(partial(_book_agreed, outcome, judge=judge), in_sandbox, role=Role.BOOKKEEPER)
+        book = partial(bookkeeping.book, seen=outcome, judge=judge)
+        outcome = _ask(book, in_sandbox, role=Role.BOOKKEEPER)
     if csv is not None:
         bookkeeping.write_lines(outcome.after, csv)
         tell(f"{csv}: {len(outcome.after.matches):,} lines")
@@ -1352,39 +1347,6 @@ def reconcile(
     else:
         show(*bookkeeping.reconciliation_report(outcome))
     raise typer.Exit(0 if outcome.is_clean else LedgerMismatch.exit_code)
-
-
-def _judge_books(
-    ours: Ours, currency: Currency, *, statement: Statement, is_complete: bool, is_alone: bool
-) -> Reconciliation:
-    """The ledger's days against the statement, at the prices of the settings."""
-    from schemas.pricing import load_price_book
-    from schemas.reconciliation import reconcile as compare
-
-    book = load_price_book(_settings().prices)
-    return compare(
-        ours.booked,
-        ours.unsettled,
-        statement,
-        book,
-        currency,
-        ours.days,
-        is_complete=is_complete,
-        is_alone=is_alone,
-        shared=ours.shared,
-    )
-
-
-async def _book_agreed(
-    seen: Outcome, ledger: Ledger, *, judge: Callable[[Ours, Currency], Reconciliation]
-) -> Outcome:
-    """Book the closings that were shown and agreed to, and compare again."""
-    from tasks.ledger import books
-
-    scope = seen.scope
-    agreed = seen.found.bookable
-    await books.book_closings(ledger, scope, agreed, lambda now: judge(now, scope.currency).bookable)
-    return replace(seen, booked=agreed, after=judge(await books.find_ours(ledger, scope), scope.currency))
 
 
 def _agree_closing(outcome: Outcome, is_agreed: bool) -> bool:

@@ -1,14 +1,11 @@
-"""What people look at when books are compared and closed: tables, objects for scripts, lines for a CSV.
-
-Pure but for the CSV: nothing else is read or printed in here.
-"""
+"""The ledger against an export: compared, booked, and what people look at of it and of closed months."""
 
 from __future__ import annotations
 
 import csv
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -21,9 +18,11 @@ from schemas.errors import ConfigurationError
 from schemas.inert import escape_cell
 from schemas.money import Currency, Money
 from schemas.months import Checked, Closed
-from schemas.reconciliation import Closing, Correction, Match, Reconciliation, Status
+from schemas.pricing import PriceBook
+from schemas.reconciliation import Closing, Correction, Match, Reconciliation, Status, reconcile
 from schemas.statements import Bucket, Statement
-from tasks.ledger.books import Bookable, Ours, Scope
+from tasks.ledger.books import Bookable, Ours, Scope, book_closings, find_ours, find_paid
+from tasks.ledger.connection import Ledger
 from tasks.report import balance_alarm, balance_rows, signed, table
 
 #: Lines that a terminal shows; the CSV has all.
@@ -69,6 +68,44 @@ class Outcome:
     @property
     def is_clean(self) -> bool:
         return self.after.is_clean
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What the ledger is held against: a statement at the prices of a book, and what its user knows of it."""
+
+    statement: Statement
+    book: PriceBook
+    is_complete: bool
+    is_alone: bool
+
+    def __call__(self, ours: Ours, currency: Currency) -> Reconciliation:
+        return reconcile(
+            ours.booked,
+            ours.unsettled,
+            self.statement,
+            self.book,
+            currency,
+            ours.days,
+            is_complete=self.is_complete,
+            is_alone=self.is_alone,
+            shared=ours.shared,
+        )
+
+
+async def compare(ledger: Ledger, scope: Scope, judge: Judge) -> Outcome:
+    """The ledger's days against the statement, with nothing booked of it."""
+    ours = await find_ours(ledger, scope)
+    found = judge(ours, scope.currency)
+    return Outcome(scope, judge.statement, ours, found, (), found, await find_paid(ledger, scope))
+
+
+async def book(ledger: Ledger, seen: Outcome, judge: Judge) -> Outcome:
+    """Book what was shown and agreed to, and compare again. Raises ConfigurationError where it is another by now."""
+    scope, agreed = seen.scope, seen.found.bookable
+    await book_closings(ledger, scope, agreed, lambda now: judge(now, scope.currency).bookable)
+    after = judge(await find_ours(ledger, scope), scope.currency)
+    return replace(seen, booked=agreed, after=after)
 
 
 def reconciliation_report(outcome: Outcome) -> list[RenderableType]:
