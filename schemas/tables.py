@@ -369,4 +369,6 @@ run_sums = Table(
     Column("cost_documents", ARRAY(BigInteger), nullable=False),
     Column("dearest", JSONB, nullable=False),
     _instant("summed_at", default=True),
+    Column("slowest", JSONB),
+    Column("waits", JSONB),
 )

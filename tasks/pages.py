@@ -33,7 +33,7 @@ from tasks.charts import Chart, spell_instant
 from tasks.ledger import spend
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.proof import Proof, prove
-from tasks.ledger.shapes import SLOWEST, Shape, SlowDocument, read_shape
+from tasks.ledger.shapes import Shape, read_shape
 from tasks.ledger.spend import Audit, RunSummary
 from tasks.report import Figure, Section, count, money, share
 
@@ -104,7 +104,7 @@ async def find_page(
         async with ledger.transaction() as connection:
             await connection.execute(spend.SNAPSHOT)
             audit = await spend.read_audit(connection, run=run, job=job, by=by, top=top)
-            shape = await read_shape(connection, audit.runs, slowest=SLOWEST if top else 0)
+            shape = await read_shape(connection, audit.runs)
         listed = () if run is not None else tuple(await spend.list_runs(ledger, job))
     return Page(audit, shape, listed, await _prove(url, audit, book, answer_within_s), datetime.now(UTC))
 
@@ -302,7 +302,7 @@ def _parts(page: Page) -> Iterator[Part]:
         tables = (report.token_costs(audit), *([report.line_section(audit)] if audit.lines else ()))
         yield Part("tiers", "Where the money went", (charts.cost_by_tier(audit, tiers),), tables)
     if shape is not None and shape.costs:
-        yield Part("documents", "Documents", (charts.cost_per_document(audit, shape),), _documents(audit, shape))
+        yield Part("documents", "Documents", (charts.cost_per_document(audit, shape),), _documents(audit))
     if audit.attempts:
         drawn = () if shape is None else (charts.cache_over_time(audit, shape),)
         yield Part("cache", "The prompt cache", drawn, (report.cache(audit),))
@@ -320,27 +320,8 @@ def _parts(page: Page) -> Iterator[Part]:
     yield Part("figures", "All figures", (), tuple(_remaining(page)))
 
 
-def _documents(audit: Audit, shape: Shape) -> tuple[Section, ...]:
-    return tuple(part for part in (report.dearest(audit), _slowest(shape.slowest)) if part.rows)
-
-
-def _slowest(documents: Sequence[SlowDocument]) -> Section:
-    rows = [
-        (
-            each.document_id or f"number {each.document_no}",
-            Figure(f"{each.run}", each.run),
-            report.what_became(each.state, each.tier, each.reason),
-            count(each.attempts),
-            _spell_wait(each),
-        )
-        for each in documents
-    ]
-    columns = ("slowest documents", "run", "what became of it", "attempts", "waited for replies")
-    return Section("Which documents took longest", columns, tuple(rows))
-
-
-def _spell_wait(document: SlowDocument) -> Figure:
-    return Figure(f"{document.waited.total_seconds():,.1f} s", round(document.waited.total_seconds() * 10**6))
+def _documents(audit: Audit) -> tuple[Section, ...]:
+    return tuple(part for part in (report.dearest(audit), report.slowest(audit)) if part.rows)
 
 
 def _remaining(page: Page) -> Iterator[Section]:

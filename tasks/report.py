@@ -344,7 +344,7 @@ class Section:
 
 def sections(audit: Audit) -> list[Section]:
     """The report of an audit; parts with nothing to say are left out."""
-    made = (totals, tiers, token_costs, cache, escalations, accuracy, dearest, dead_letters, waste)
+    made = (totals, tiers, token_costs, cache, escalations, accuracy, dearest, slowest, dead_letters, waste)
     return [part for make in made if (part := make(audit)).rows]
 
 
@@ -623,6 +623,21 @@ def dearest(audit: Audit) -> Section:
     ]
     columns = ("dearest documents", "run", "what became of it", "attempts", "cost", "not known")
     return Section("What single documents cost", columns, tuple(rows))
+
+
+def slowest(audit: Audit) -> Section:
+    rows = [
+        (
+            each.document_id or f"number {each.document_no}",
+            Figure(f"{each.run}", each.run),
+            what_became(each.state, each.tier, each.reason),
+            count(each.attempts),
+            Figure(f"{each.waited_us / 10**6:,.1f} s", each.waited_us),
+        )
+        for each in audit.slowest
+    ]
+    columns = ("slowest documents", "run", "what became of it", "attempts", "waited for replies")
+    return Section("Which documents took longest", columns, tuple(rows))
 
 
 def what_became(state: str | None, tier: str | None, reason: str | None) -> str:

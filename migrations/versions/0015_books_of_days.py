@@ -5,7 +5,8 @@ of its completion now, by an index of a few pages, since rows come in about that
 but goes out from what was declared unknown, from outcomes without a cost, which have an index, and from the lanes that
 have not ended: only theirs can be open. And where a late reply shows that an export's sum was shared otherwise, what
 the others' shares are off by is booked as a correction, a row of its own with tokens and a price: `closed_share` says
-what they amount to. Nothing of a table changes for code from before this migration, which runs on.
+what they amount to. Sums of a run have the documents that waited longest, too, and how long each tier's attempts took;
+of runs that were summed before, those are read from their rows. Nothing of a table changes for code from before this migration, which runs on.
 """
 
 from __future__ import annotations
@@ -140,10 +141,111 @@ COMMENT ON COLUMN closed_share.bound_pico IS 'The most that those attempts can h
 COMMENT ON COLUMN closed_share.is_overridden IS 'Whether a late reply overrode one of the shares';
 """
 
+#: Of the slowest documents of a run so many are kept.
+SLOWEST = 50
+
+# Both ends of each wait are on one clock.
+WAITS = f"""
+CREATE VIEW document_wait AS
+SELECT i.run_id, i.document_no, count(*) AS attempts,
+       (extract(epoch FROM sum(o.completed_at - o.sent_at)) * 1000000)::bigint AS waited_us
+FROM attempt_intent i
+LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+GROUP BY i.run_id, i.document_no HAVING count(o.completed_at) > 0;
+
+CREATE VIEW tier_wait_by_rows AS
+SELECT i.run_id, i.tier, count(*) AS attempts,
+       (extract(epoch FROM sum(o.completed_at - o.sent_at)) * 1000000)::bigint AS waited_us
+FROM attempt_intent i
+JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+WHERE o.hit IS NOT NULL
+GROUP BY i.run_id, i.tier;
+
+ALTER TABLE run_sums ADD COLUMN slowest jsonb, ADD COLUMN waits jsonb;
+
+CREATE OR REPLACE VIEW summed AS
+SELECT s.run_id, s.late, s.spend, s.ended, s.cache_efficiency, s.off_peak_saving, s.escalation_yield, s.accuracy,
+       s.cost_at_most, s.cost_documents, s.dearest, s.slowest, s.waits
+FROM run_sums s WHERE s.late = (SELECT l.late FROM lateness l WHERE l.run_id = s.run_id);
+
+CREATE VIEW slowest_document AS
+SELECT s.run_id, x.document_no, x.attempts, x.waited_us
+FROM summed s
+CROSS JOIN LATERAL jsonb_to_recordset(s.slowest) AS x (document_no bigint, attempts bigint, waited_us bigint)
+UNION ALL
+SELECT r.run_id, x.document_no, x.attempts, x.waited_us
+FROM run r
+CROSS JOIN LATERAL (SELECT * FROM document_wait v WHERE v.run_id = r.run_id
+                    ORDER BY v.waited_us DESC, v.document_no LIMIT {SLOWEST}) x
+WHERE NOT EXISTS (SELECT FROM summed s WHERE s.run_id = r.run_id AND s.slowest IS NOT NULL);
+
+CREATE VIEW tier_wait AS
+SELECT s.run_id, x.tier, x.attempts, x.waited_us
+FROM summed s CROSS JOIN LATERAL jsonb_to_recordset(s.waits) AS x (tier text, attempts bigint, waited_us bigint)
+UNION ALL
+SELECT r.run_id, x.tier, x.attempts, x.waited_us
+FROM run r
+CROSS JOIN LATERAL (SELECT * FROM tier_wait_by_rows v WHERE v.run_id = r.run_id OFFSET 0) x
+WHERE NOT EXISTS (SELECT FROM summed s WHERE s.run_id = r.run_id AND s.waits IS NOT NULL);
+
+CREATE VIEW run_waits_by_rows AS
+SELECT r.run_id,
+       (SELECT coalesce(jsonb_agg(to_jsonb(x) - 'run_id' ORDER BY x.waited_us DESC, x.document_no), '[]')
+        FROM (SELECT * FROM document_wait v WHERE v.run_id = r.run_id
+              ORDER BY v.waited_us DESC, v.document_no LIMIT {SLOWEST}) x) AS slowest,
+       (SELECT coalesce(jsonb_agg(to_jsonb(v) - 'run_id' ORDER BY v.tier), '[]')
+        FROM tier_wait_by_rows v WHERE v.run_id = r.run_id) AS waits
+FROM run r;
+
+CREATE OR REPLACE FUNCTION sum_up(bigint) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp SET enable_nestloop = off AS $$
+BEGIN
+    IF EXISTS (SELECT FROM farthing.run r JOIN farthing.unsummed u USING (run_id) WHERE r.run_id = $1 AND r.state = 'done') THEN
+        INSERT INTO farthing.run_sums (run_id, late, spend, ended, cache_efficiency, off_peak_saving, escalation_yield,
+                                       accuracy, cost_at_most, cost_documents, dearest, slowest, waits)
+        SELECT b.run_id, b.late, b.spend, b.ended, b.cache_efficiency, b.off_peak_saving, b.escalation_yield,
+               b.accuracy, b.cost_at_most, b.cost_documents, b.dearest, w.slowest, w.waits
+        FROM farthing.run_sums_by_rows b JOIN farthing.run_waits_by_rows w USING (run_id)
+        WHERE b.run_id = $1 AND w.run_id = $1
+        ON CONFLICT DO NOTHING;
+    END IF;
+END $$;
+
+GRANT SELECT ON document_wait, tier_wait_by_rows, slowest_document, tier_wait, run_waits_by_rows
+    TO farthing_lane, farthing_auditor;
+COMMENT ON COLUMN run_sums.slowest IS 'The {SLOWEST} documents that waited longest; null: read from the rows';
+COMMENT ON COLUMN run_sums.waits IS 'The run''s lines of tier_wait; null: read from the rows';
+COMMENT ON COLUMN summed.slowest IS 'The {SLOWEST} documents that waited longest; null: read from the rows';
+COMMENT ON COLUMN summed.waits IS 'The run''s lines of tier_wait; null: read from the rows';
+COMMENT ON VIEW document_wait IS 'How long documents waited for replies, all attempts together';
+COMMENT ON VIEW slowest_document IS 'The {SLOWEST} documents of each run that waited longest; document_wait has all. Of a run
+that is done: as stored';
+COMMENT ON VIEW tier_wait IS 'How long attempts of a tier took that have tokens, together. Of a run that is done: as stored';
+COMMENT ON VIEW tier_wait_by_rows IS 'tier_wait, added up from the rows';
+COMMENT ON VIEW run_waits_by_rows IS 'What run_sums has of waits, added up from the rows';
+COMMENT ON COLUMN run_waits_by_rows.run_id IS 'The run: one execution of a job';
+COMMENT ON COLUMN run_waits_by_rows.slowest IS 'The {SLOWEST} documents that waited longest';
+COMMENT ON COLUMN run_waits_by_rows.waits IS 'The run''s lines of tier_wait';
+""" + "".join(
+    f"COMMENT ON COLUMN {view}.{column} IS '{meaning}';"
+    for view, key, key_meaning in (
+        ("document_wait", "document_no", "The document, counted in the order of the input from 0"),
+        ("slowest_document", "document_no", "The document, counted in the order of the input from 0"),
+        ("tier_wait", "tier", "A step of the ladder"),
+        ("tier_wait_by_rows", "tier", "A step of the ladder"),
+    )
+    for column, meaning in (
+        ("run_id", "The run: one execution of a job"),
+        (key, key_meaning),
+        ("attempts", "How many attempts, which are HTTP requests"),
+        ("waited_us", "From sending to the last byte, in microseconds"),
+    )
+)
+
 
 def upgrade() -> None:
     op.execute("SET LOCAL search_path TO farthing")
-    for part in (INDEXES, UNSETTLED, CORRECTIONS):
+    for part in (INDEXES, UNSETTLED, CORRECTIONS, WAITS):
         op.execute(part)
 
 

@@ -33,6 +33,20 @@ class DearDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class SlowDocument:
+    """A document that waited long for replies, with what became of it; the time is of all its attempts together."""
+
+    run: int
+    document_no: int
+    document_id: str | None
+    state: str | None
+    tier: str | None
+    reason: str | None
+    attempts: int
+    waited_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentCosts:
     """What a document cost that was sent, in known pico units: of `documents`, half cost at most `p50_pico`.
 
@@ -49,7 +63,7 @@ class DocumentCosts:
     dearest: tuple[DearDocument, ...]
 
 
-#: Of the dearest documents of a run that is done so many are stored (migration 0011).
+#: Of the dearest and the slowest documents of a run that is done so many are stored (migrations 0011 and 0015).
 STORED_DEAREST = 50
 
 _SUMS = """
@@ -108,6 +122,17 @@ _DEAREST = """
 """
 
 
+_FEW_SLOW = "SELECT * FROM slowest_document WHERE run_id = ANY(:runs)"
+_MANY_SLOW = """
+    SELECT s.* FROM unnest(CAST(:runs AS bigint[])) AS one (run_id)
+    CROSS JOIN LATERAL (SELECT * FROM document_wait d WHERE d.run_id = one.run_id OFFSET 0) s
+"""
+_SLOWEST = """
+    SELECT run_id AS run, document_no, attempts, waited_us FROM ({waited}) waited
+    ORDER BY waited_us DESC, run_id, document_no LIMIT :top
+"""
+
+
 @asynccontextmanager
 async def hashed(connection: AsyncConnection) -> AsyncIterator[None]:
     """For queries that read all rows of a run, and nothing else: what they join is hashed.
@@ -162,6 +187,16 @@ async def _read_dearest(connection: AsyncConnection, runs: Sequence[int], top: i
     async with hashed(connection):
         rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings().all()
     return tuple(DearDocument(**row) for row in await with_fates(connection, rows))
+
+
+async def read_slowest(connection: AsyncConnection, runs: Sequence[int], top: int) -> tuple[SlowDocument, ...]:
+    """The `top` documents of these runs that waited longest for replies."""
+    if not top:
+        return ()
+    query = _SLOWEST.format(waited=_FEW_SLOW if top <= STORED_DEAREST else _MANY_SLOW)
+    async with hashed(connection):
+        rows = (await connection.execute(text(query), {"runs": runs, "top": top})).mappings().all()
+    return tuple(SlowDocument(**row) for row in await with_fates(connection, rows))
 
 
 async def with_fates(connection: AsyncConnection, rows: Sequence[RowMapping]) -> list[dict[str, Any]]:

@@ -16,10 +16,7 @@ from sqlalchemy import CursorResult, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.buckets import CONFIDENCES, COST_EDGES, ORIGIN, pick_stride
-from tasks.ledger.breakdowns import hashed, with_fates
-
-#: The slowest documents that a page names.
-SLOWEST = 10
+from tasks.ledger.breakdowns import hashed
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +45,6 @@ class Sureness:
     unsure: int
 
 
-@dataclass(frozen=True, slots=True)
-class SlowDocument:
-    """A document that waited long for replies, with what became of it; the time is of all its attempts together."""
-
-    run: int
-    document_no: int
-    document_id: str | None
-    state: str | None
-    tier: str | None
-    reason: str | None
-    attempts: int
-    waited: timedelta
-
-
 @dataclass(frozen=True)
 class Shape:
     """How the spend of some runs lies. `costs` counts documents by the bucket of COST_EDGES that their cost is in.
@@ -77,7 +60,6 @@ class Shape:
     costs: dict[int, int]
     confidences: tuple[Sureness, ...]
     threshold: Decimal | None
-    slowest: tuple[SlowDocument, ...]
 
 
 _SPAN = text("""
@@ -107,13 +89,6 @@ _CONFIDENCES = text("""
     WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
 """)
 
-#: Both ends of each wait are on one clock.
-_SLOWEST = text("""
-    SELECT run_id AS run, document_no, count(*) AS attempts, sum(completed_at - sent_at) AS waited
-    FROM attempt WHERE run_id = ANY(:runs) GROUP BY run_id, document_no
-    HAVING sum(completed_at - sent_at) IS NOT NULL ORDER BY waited DESC, run_id, document_no LIMIT :top
-""")
-
 
 #: Postgres adds bigints up to numerics, which are whole.
 _SUMMED = ("cost_pico", "unknown_pico", "hit_tokens", "miss_tokens")
@@ -130,8 +105,8 @@ async def _ask(connection: AsyncConnection, query: TextClause, runs: Sequence[in
     return await connection.execute(text(query.text.replace("= ANY(:runs)", "= :run")), {"run": runs[0], **key})
 
 
-async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: int = SLOWEST) -> Shape | None:
-    """How the spend of these runs lies, with so many of the slowest documents. None where there are no runs."""
+async def read_shape(connection: AsyncConnection, runs: Sequence[int]) -> Shape | None:
+    """How the spend of these runs lies. None where there are no runs."""
     if not runs:
         return None
     span = (await _ask(connection, _SPAN, runs)).one()
@@ -141,7 +116,6 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: 
         slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
         costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
         confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
-        waited = (await _ask(connection, _SLOWEST, runs, top=slowest)).mappings().all()
     return Shape(
         first=span.first,
         last=span.last,
@@ -150,5 +124,4 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int], slowest: 
         costs={row.bucket: row.documents for row in costs},
         confidences=tuple(Sureness(**row) for row in confidences),
         threshold=span.threshold,
-        slowest=tuple(SlowDocument(**row) for row in await with_fates(connection, waited)),
     )

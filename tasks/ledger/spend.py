@@ -22,7 +22,15 @@ from schemas.balance import Paid
 from schemas.errors import ConfigurationError
 from schemas.spending import Cell, Line, Side, add_up, per_million, split
 from tasks.ledger.balances import read_paid
-from tasks.ledger.breakdowns import DocumentCosts, hashed, read_cells, read_document_costs, read_lines
+from tasks.ledger.breakdowns import (
+    DocumentCosts,
+    SlowDocument,
+    hashed,
+    read_cells,
+    read_document_costs,
+    read_lines,
+    read_slowest,
+)
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import DEAD_AFTER_S
 
@@ -30,7 +38,7 @@ Row = TypeVar("Row")
 
 #: Events that a progress view shows, the newest first.
 RECENT_EVENTS = 10
-#: Of the dearest documents an audit names so many, where nobody asks for more.
+#: Of the dearest and the slowest documents an audit names so many, where nobody asks for more.
 DEAREST = 5
 
 
@@ -158,7 +166,8 @@ class Audit:
     the shared prefix cost after priming, `lost_whole_pico` of it where nothing hit; `saved_pico` is what hits saved
     against misses. After priming, `expected_hit_tokens` of the prefix should have hit, and `real_hit_tokens` did.
     `off_peak_saved_pico` is what the `off_peak_attempts` of lanes that wait for off-peak prices would have cost more
-    at peak ones. `balances` is what each account paid meanwhile, as far as somebody looked.
+    at peak ones. `slowest` are the documents that waited longest for replies. `balances` is what each account paid
+    meanwhile, as far as somebody looked.
     """
 
     run: int | None
@@ -210,6 +219,7 @@ class Audit:
     by: tuple[Side, ...] = ()
     lines: tuple[Line, ...] = ()
     balances: tuple[Paid, ...] = ()
+    slowest: tuple[SlowDocument, ...] = ()
 
     @property
     def high_pico(self) -> int:
@@ -554,9 +564,9 @@ async def audit(
 ) -> Audit:
     """What a run, a job's runs, or (neither given) the whole ledger cost, from one snapshot of the rows.
 
-    `by` asks for the spend split by these sides, too, and `top` for so many of the dearest documents. Raises
-    ConfigurationError where there is no such run or job, and where the scope mixes currencies or simulated with real
-    money: sums of those would mean nothing.
+    `by` asks for the spend split by these sides, too, and `top` for so many of the dearest and of the slowest
+    documents. Raises ConfigurationError where there is no such run or job, and where the scope mixes currencies or
+    simulated with real money: sums of those would mean nothing.
     """
     async with ledger.transaction() as connection:
         await connection.execute(SNAPSHOT)
@@ -586,6 +596,7 @@ async def read_audit(
         **spent,
         distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
         balances=await read_paid(connection, runs),
+        slowest=await read_slowest(connection, runs, top),
     )
 
 

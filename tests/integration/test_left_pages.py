@@ -44,6 +44,7 @@ async def test_pages_are_left_and_named_or_linked_where_something_serves_them(
     }
     for path in (tmp_path / "kept" / "reports").iterdir():  # for all who may see Prefect's pages
         assert figures(path)["document_costs"]["dearest"] == []  # type: ignore[index]  # it is an object
+        assert figures(path)["slowest"] == []
         assert "slowest documents" not in path.read_text("utf-8")
 
 

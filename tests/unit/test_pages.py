@@ -24,9 +24,9 @@ from schemas.inert import plain
 from schemas.money import MOST_PICO, PICO
 from schemas.spending import Line, Side, Sums
 from tasks import charts, report
-from tasks.ledger.breakdowns import DearDocument
+from tasks.ledger.breakdowns import DearDocument, SlowDocument
 from tasks.ledger.proof import Evidence, Proof
-from tasks.ledger.shapes import Shape, Slice, SlowDocument, Sureness
+from tasks.ledger.shapes import Shape, Slice, Sureness
 from tasks.ledger.spend import Audit, RunSummary
 from tasks.pages import MOST_DOCUMENTS, MOST_LINES, MOST_RUNS, Page, render, write_page
 from tests.unit.test_report import AUDIT, NOW
@@ -57,13 +57,15 @@ def shape(**changes: Any) -> Shape:
         costs={0: 3, 40: 700, 42: 287},
         confidences=(Sureness("flash", 20, 200, 200), Sureness("flash", 39, 780, 0), Sureness("pro", 39, 180, 0)),
         threshold=Decimal("0.85"),
-        slowest=(SlowDocument(7, 41, "t-41", "dead_letter", "pro", "invalid_answer", 6, timedelta(seconds=61.25)),),
     )
     return replace(usual, **changes)
 
 
-def page(audit: Audit = AUDIT, **changes: Any) -> Page:
-    return replace(Page(audit, shape(), (), (), NOW), **changes)
+SLOW = SlowDocument(7, 41, "t-41", "dead_letter", "pro", "invalid_answer", 6, 61_250_000)
+
+
+def page(audit: Audit | None = None, **changes: Any) -> Page:
+    return replace(Page(audit or replace(AUDIT, slowest=(SLOW,)), shape(), (), (), NOW), **changes)
 
 
 class Reader(HTMLParser):
@@ -112,10 +114,10 @@ def told(text: str) -> Page:
         escalations=(replace(AUDIT.escalations[0], reason=text),),
         by=(Side.MODEL,),
         lines=(Line((text,), Sums(attempts=1)),),
+        slowest=(replace(SLOW, document_id=text, reason=text),),
     )
-    slow = replace(shape().slowest[0], document_id=text, reason=text)
     proof = Proof(7, text, "done", {"G1": Evidence(1, (text,), text)})
-    return page(audit, shape=shape(slowest=(slow,)), proofs=(proof,))
+    return page(audit, proofs=(proof,))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -222,13 +224,13 @@ def test_the_largest_page_is_under_two_megabytes(tmp_path: Path) -> None:
         by=tuple(Side),
         lines=(Line(("2026-11-30 deepseek",) * len(Side), Sums(*([10**12] * 12))),) * MOST_LINES,
         document_costs=replace(AUDIT.document_costs, dearest=(document,) * MOST_DOCUMENTS),
+        slowest=(replace(SLOW, document_id=document.document_id),) * MOST_DOCUMENTS,
     )
     wide = shape(
         last=begins[-1],
         slices=tuple(Slice(begin, tier, 10**6, 10**15, 10**15, 10**9, 10**9) for begin in begins for tier in tiers),
         costs=dict.fromkeys(range(len(COST_EDGES) + 1), 10**5),
         confidences=tuple(Sureness(tier, part, 10**6, 10**6) for tier in tiers for part in range(40)),
-        slowest=(replace(shape().slowest[0], document_id=document.document_id),) * 10,
     )
     run = RunSummary(7, "tickets", "done", None, 10, 10, 10**15, 0, 10**15, "USD", False, NOW, NOW)
     assert 500_000 < write_page(page(large, shape=wide, runs=(run,) * 3 * MOST_RUNS), tmp_path / "page") < 2_000_000
