@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,8 @@ from schemas.money import PICO, Currency, Money
 
 #: The page tells no less; two readings may be off by one together.
 _CENT = PICO // 100
+#: No sum that anybody holds has more digits in pico units.
+_DIGITS = 30
 #: The event of a run that says what the account held.
 BALANCE = "balance"
 
@@ -63,9 +65,9 @@ def _read_sum(row: Mapping[str, object], name: str) -> Money | None:
     try:
         pico = Decimal(str(row[name])) * PICO if isinstance(row.get(name), str) else Decimal("nan")
         currency = Currency(str(row.get("currency")))
-    except (InvalidOperation, ValueError):
+    except (ArithmeticError, ValueError):
         return None
-    return Money(int(pico), currency) if pico.is_finite() else None
+    return Money(int(pico), currency) if pico.is_finite() and pico.adjusted() <= _DIGITS else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ but goes out from what was declared unknown, from outcomes without a cost, which
 have not ended: only theirs can be open. And where a late reply shows that an export's sum was shared otherwise, what
 the others' shares are off by is booked as a correction, a row of its own with tokens and a price: `closed_share` says
 what they amount to. Sums of a run have the documents that waited longest, too, and how long each tier's attempts took;
-of runs that were summed before, those are read from their rows. Nothing of a table changes for code from before this migration, which runs on.
+a run that was summed before has none of the former, unless `document_wait` is asked. Nothing of a table changes for
+code from before this migration, which runs on.
 """
 
 from __future__ import annotations
@@ -173,11 +174,10 @@ SELECT s.run_id, x.document_no, x.attempts, x.waited_us
 FROM summed s
 CROSS JOIN LATERAL jsonb_to_recordset(s.slowest) AS x (document_no bigint, attempts bigint, waited_us bigint)
 UNION ALL
-SELECT r.run_id, x.document_no, x.attempts, x.waited_us
-FROM run r
-CROSS JOIN LATERAL (SELECT * FROM document_wait v WHERE v.run_id = r.run_id
-                    ORDER BY v.waited_us DESC, v.document_no LIMIT {SLOWEST}) x
-WHERE NOT EXISTS (SELECT FROM summed s WHERE s.run_id = r.run_id AND s.slowest IS NOT NULL);
+SELECT u.run_id, x.document_no, x.attempts, x.waited_us
+FROM unsummed u
+CROSS JOIN LATERAL (SELECT * FROM document_wait v WHERE v.run_id = u.run_id
+                    ORDER BY v.waited_us DESC, v.document_no LIMIT {SLOWEST}) x;
 
 CREATE VIEW tier_wait AS
 SELECT s.run_id, x.tier, x.attempts, x.waited_us
@@ -213,13 +213,13 @@ END $$;
 
 GRANT SELECT ON document_wait, tier_wait_by_rows, slowest_document, tier_wait, run_waits_by_rows
     TO farthing_lane, farthing_auditor;
-COMMENT ON COLUMN run_sums.slowest IS 'The {SLOWEST} documents that waited longest; null: read from the rows';
+COMMENT ON COLUMN run_sums.slowest IS 'The {SLOWEST} documents that waited longest; null: summed before that was kept';
 COMMENT ON COLUMN run_sums.waits IS 'The run''s lines of tier_wait; null: read from the rows';
-COMMENT ON COLUMN summed.slowest IS 'The {SLOWEST} documents that waited longest; null: read from the rows';
+COMMENT ON COLUMN summed.slowest IS 'The {SLOWEST} documents that waited longest; null: summed before that was kept';
 COMMENT ON COLUMN summed.waits IS 'The run''s lines of tier_wait; null: read from the rows';
 COMMENT ON VIEW document_wait IS 'How long documents waited for replies, all attempts together';
 COMMENT ON VIEW slowest_document IS 'The {SLOWEST} documents of each run that waited longest; document_wait has all. Of a run
-that is done: as stored';
+that is done: as stored, and none where it was summed before that was';
 COMMENT ON VIEW tier_wait IS 'How long attempts of a tier took that have tokens, together. Of a run that is done: as stored';
 COMMENT ON VIEW tier_wait_by_rows IS 'tier_wait, added up from the rows';
 COMMENT ON VIEW run_waits_by_rows IS 'What run_sums has of waits, added up from the rows';

@@ -658,6 +658,13 @@ async def test_an_empty_or_overdrawn_account_has_an_exact_balance() -> None:
     async with wire(say(ok(rows))) as provider, door(provider.url) as completions:
         balance = await completions.balance()
     assert (balance.amount, balance.is_available) == (Money(-PICO // 100, Currency.CNY), False)
+    assert (balance.granted, balance.topped_up) == (Money(0, Currency.CNY), Money(-PICO // 100, Currency.CNY))
+
+
+async def test_a_currency_s_balance_is_its_row_whatever_it_holds() -> None:
+    rows = {"is_available": True, "balance_infos": [row("CNY", "7"), row("USD", "0.00"), row("USD", "1e999999999")]}
+    async with wire(say(ok(rows))) as provider, door(provider.url) as completions:
+        assert (await completions.balance(Currency.USD)).amount == Money(0, Currency.USD)
 
 
 @pytest.mark.parametrize(
