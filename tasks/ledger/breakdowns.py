@@ -63,7 +63,7 @@ class DocumentCosts:
     dearest: tuple[DearDocument, ...]
 
 
-#: Of the dearest and the slowest documents of a run that is done so many are stored (migrations 0011 and 0015).
+#: Of the dearest and the slowest documents of a run that is done so many are stored (migrations 0011 and 0013).
 STORED_DEAREST = 50
 
 _SUMS = """

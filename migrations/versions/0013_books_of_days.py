@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from alembic import op
 
-revision = "0015"
+revision = "0013"
 down_revision = "0012"
 
 # Autovacuum adds what came to it, a megabyte of rows at a time; what it has not added yet is read.
