@@ -308,10 +308,13 @@ def measure_answer(schema: Mapping[str, Any], tier: Tier) -> int:
 
 
 def design_of(job: Job, size: int) -> Design:
-    """How to draw a sample of so many: by what a document costs at the first tier, in bytes that miss the cache."""
+    """How to draw a sample of so many: by what a document costs at the first tier, in bytes that miss the cache.
+
+    A pilot's documents are drawn evenly.
+    """
     answer = measure_answer(job.answer.schema, job.ladder[0])
     fixed = FRAME_TOKENS + measure_prefix(job) // _HIT_PART + _OUTPUT_TIMES * answer
-    return Design(size, BYTES_PER_TOKEN * fixed, job.name)
+    return Design(size, BYTES_PER_TOKEN * fixed, job.name, is_even=job.is_pilot)
 
 
 def _assumed(job: Job, size: Size) -> list[TierTokens]:
