@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from schemas.backfills import Drift
 from schemas.engines import Engine
+from schemas.errors import ConfigurationError
 from schemas.finish_by import FinishBy
 from schemas.jobs import Job, When
 from schemas.money import Money
@@ -46,6 +47,8 @@ Limit = Annotated[str | None, AfterValidator(_check_limit)]
 
 #: How many documents a sample may have: fewer say nothing, and each is a shard of its own.
 MIN_SAMPLE, MAX_SAMPLE = 10, 1000
+#: How many documents a pilot has where nobody says.
+USUAL_PILOT = 200
 
 
 class RunRequest(BaseModel):
@@ -77,7 +80,11 @@ class RunRequest(BaseModel):
     is_pilot: bool = False
 
     def adapt(self, job: Job) -> Job:
-        """The job as this request runs it."""
+        """The job as this request runs it. Raises ConfigurationError where a pilot of it has nothing to compare."""
+        if self.is_pilot and len(job.ladder) < 2:
+            raise ConfigurationError(
+                f"the ladder of {job.name} has one tier, and a pilot compares two: write `ladder: [flash, pro]`"
+            )
         return replace(job, is_pilot=self.is_pilot)
 
     def cap(self, job: Job) -> Money:
