@@ -129,7 +129,7 @@ def _weigh(now: Position, verdict: Verdict, rungs: int) -> Step:
         case Verdict.LOW_CONFIDENCE:
             return _climb(now, verdict.value, rungs)
         case Verdict.CALIBRATION:
-            return _climb(replace(now, rung=rungs - 2), verdict.value, rungs)
+            return _climb(replace(now, rung=max(now.rung, rungs - 2)), verdict.value, rungs)
         case Verdict.INVALID_ANSWER | Verdict.BLANK | Verdict.TRUNCATED if verdict in now.amended:
             return _climb(now, verdict.value, rungs)
         case Verdict.INVALID_ANSWER | Verdict.BLANK | Verdict.TRUNCATED:

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from schemas.calibrations import TARGETS, Calibration, Policy
+from schemas.inert import escape_markdown, plain_lines
 from schemas.money import Money
 from schemas.signals import LEVEL, Share
 from tasks.report import SIMULATED, Section, count, money, section_markdown, section_tables, share
@@ -24,7 +25,7 @@ def sections(found: Calibration) -> list[Section]:
 
 def calibration_report(found: Calibration) -> list[RenderableType]:
     """A calibration for a terminal."""
-    notes = [Text(f"· {note}") for note in found.notes]
+    notes = [Text(plain_lines(f"· {note}")) for note in found.notes]
     simulated: list[RenderableType] = [Text(SIMULATED, "yellow"), ""] if found.pilot.is_simulated else []
     return [*section_tables(sections(found)), *notes, "", *simulated]
 
@@ -32,7 +33,7 @@ def calibration_report(found: Calibration) -> list[RenderableType]:
 def calibration_markdown(found: Calibration) -> str:
     """A calibration as markdown, for a Prefect artifact."""
     parts = [section_markdown(part) for part in sections(found)]
-    parts += ["\n".join(f"- {note}" for note in found.notes)] if found.notes else []
+    parts += ["\n".join(f"- {escape_markdown(note)}" for note in found.notes)] if found.notes else []
     return "\n\n".join([*parts, f"> {SIMULATED}"] if found.pilot.is_simulated else parts)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
@@ -10,6 +12,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from rich.console import Console
 
 from schemas.answers import Answer
 from schemas.calibrations import TARGETS, Calibration, Policy, Standing, calibrate
@@ -18,6 +21,7 @@ from schemas.money import Currency, Money
 from schemas.pilots import Pair, Pilot
 from schemas.promises import Promise, plan
 from schemas.thresholds import streaming_allowance
+from tasks.calibration_report import calibration_json, calibration_markdown, calibration_report
 
 USUAL = Promise.parse("0.95", "0.05")
 SCHEMA = {
@@ -223,6 +227,33 @@ def test_a_pilot_of_every_document_leaves_no_policy_to_choose() -> None:
     found = calibrate(make_job(), pilot, USUAL)
     assert found.policies == ()
     assert "the pilot asked every document" in found.notes[0]
+
+
+def test_a_calibration_is_shown_as_it_is() -> None:
+    pairs = draw_pilot().pairs
+    labelled = [replace(pair, is_first_right=False, is_last_right=True) for pair in pairs[:10]]
+    found = calibrate(make_job(), make_pilot(*labelled, *pairs[10:]), USUAL)
+    console = Console(width=140, file=io.StringIO(), color_system=None)
+    for part in calibration_report(found):
+        console.print(part)
+    shown, told = console.file.getvalue(), calibration_markdown(found)  # type: ignore[attr-defined]  # it is a StringIO
+    agreed, cheapest = found.agreement, found.cheapest
+    assert cheapest is not None
+    for words in (
+        f"{agreed.count} of 200",
+        f"{agreed.low * 100:.2f} to {agreed.high * 100:.2f} %",
+        f"{cheapest.name} *",
+        "SIMULATED",
+        "by the labels pro is better than flash",
+    ):
+        assert words in shown
+        assert words in told.replace("\\", "").replace("\u00a0", " ")
+    seen = calibration_json(found)
+    assert json.loads(json.dumps(seen)) == seen
+    assert seen["agreement"] == {"count": agreed.count, "of": 200, "low": agreed.low, "high": agreed.high}
+    assert [each["cost_pico"] for each in seen["policies"]] == [each.pico for each in found.policies]
+    assert seen["cheapest"] == cheapest.name
+    assert (seen["labels"]["only_last_right"], seen["labels"]["is_last_better"]) == (10, True)
 
 
 def test_a_threshold_is_short_and_accepts_what_it_should() -> None:
