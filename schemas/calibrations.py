@@ -8,7 +8,7 @@ pilot's documents were booked at, times the documents: at other hours they are o
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from enum import StrEnum
@@ -27,6 +27,7 @@ from schemas.thresholds import streaming_threshold
 TARGETS = (Fraction(90, 100), Fraction(95, 100), Fraction(99, 100))
 #: One of two tiers is called better where chance alone would say so no more often than this.
 _DOUBT = Fraction(1, 20)
+_NONE = Fraction(0)
 #: A text field that differs more often than this is hardly compared by what it means.
 _FREE = Fraction(1, 2)
 
@@ -101,6 +102,7 @@ class Labelled:
 class Calibration:
     """What follows from a pilot for a promise. `differing` is by field, of documents with both answers.
 
+    Policies are priced for the documents that are `left`, but for one of the last tier alone, which reuses nothing.
     `unanswered` counts documents without a valid answer of the first and of the last tier: these count as differing.
     """
 
@@ -108,6 +110,7 @@ class Calibration:
     ladder: tuple[str, ...]
     promise: Promise
     pilot: Pilot
+    left: int
     agreement: Share
     unanswered: tuple[int, int]
     differing: Mapping[str, int]
@@ -125,40 +128,42 @@ class Calibration:
 
 def calibrate(job: Job, pilot: Pilot, promise: Promise) -> Calibration:
     """What the pilot says. It has at least one document, and its job at least two tiers."""
-    judged = [_judge(job, pair) for pair in pilot.pairs]
+    case = _Case(job, pilot, promise, tuple(_judge(job, pair) for pair in pilot.pairs))
     labels = _compare_labels(pilot)
-    policies = tuple(_policies(job, judged, pilot, promise)) if pilot.others else ()
+    policies = tuple(_policies(case)) if case.left else ()
     both = [pair for pair in pilot.pairs if pair.first is not None and pair.last is not None]
     fields = [job.agreement.differing(pair.first, pair.last) for pair in both]
     differing = {name: sum(name in each for each in fields) for name in job.agreement.fields}
+    notes = (*_ladder_notes(job, labels), *_policy_notes(case, policies), *_field_notes(job, differing, len(both)))
     return Calibration(
         job=job.name,
         ladder=tuple(tier.name for tier in job.ladder),
         promise=promise,
         pilot=pilot,
-        agreement=bound_share(sum(each.agrees for each in judged), len(judged)),
+        left=case.left,
+        agreement=bound_share(sum(each.agrees for each in case.judged), len(case.judged)),
         unanswered=(
             sum(pair.first is None for pair in pilot.pairs),
             sum(pair.last is None for pair in pilot.pairs),
         ),
         differing=differing,
-        signals=tuple(_signal_worths(job, judged)),
+        signals=tuple(_signal_worths(job, case.judged)),
         policies=policies,
         labels=labels,
-        notes=(
-            *_ladder_notes(job, pilot, labels),
-            *_policy_notes(policies, pilot, promise),
-            *_field_notes(job, differing, len(both)),
-        ),
+        notes=notes,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Judged:
-    """A pair, and whether its answers say the same: no answer of either tier is a difference."""
+    """A pair, and the fields on which its answers differ: all where a tier gave none."""
 
     pair: Pair
-    agrees: bool
+    differing: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        return not self.differing
 
     @property
     def is_valid(self) -> bool:
@@ -171,7 +176,55 @@ class _Judged:
 
 
 def _judge(job: Job, pair: Pair) -> _Judged:
-    return _Judged(pair, not job.agreement.differing(pair.first, pair.last))
+    return _Judged(pair, job.agreement.differing(pair.first, pair.last))
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """What policies are compared for."""
+
+    job: Job
+    pilot: Pilot
+    promise: Promise
+    judged: tuple[_Judged, ...]
+
+    @property
+    def ends(self) -> str:
+        """What a job file has to say besides, where tiers lie between the two that a pilot asks; "": nothing."""
+        first, last = self.job.ladder[0].name, self.job.ladder[-1].name
+        return f"ladder: [{first}, {last}], " if len(self.job.ladder) > 2 else ""
+
+    @property
+    def left(self) -> int:
+        """Documents that a run has to pay for: with another ladder the pilot's, too, since it reuses none of it."""
+        return self.pilot.documents if self.ends else self.pilot.others
+
+    @property
+    def valid(self) -> list[Scored]:
+        return [Scored(each.sureness, each.agrees) for each in self.judged if each.is_valid]
+
+    @property
+    def planned(self) -> Plan:
+        """As a run plans its certificate: what has the last tier's answer already is not drawn from."""
+        climbing = self.of_left(sum(not each.is_valid for each in self.judged))
+        documents = self.pilot.documents
+        piloted = documents - self.left + climbing
+        return plan(self.promise, documents, piloted=piloted, fields=max(1, len(self.job.agreement.fields)))
+
+    def of_left(self, count: int) -> int:
+        """How many of the documents that are left such are expected to be, of which the pilot has so many."""
+        return math.ceil(Fraction(self.left * count, len(self.judged)))
+
+    def cost(
+        self, escalated: Iterable[_Judged], sampled: Iterable[_Judged] = (), share: Fraction = _NONE
+    ) -> int | None:
+        """Of the documents that are left, in pico units, where such go to the last tier, and a share of others."""
+        first = self.pilot.first_cost
+        last = self.pilot.share_of_last([each.pair for each in escalated])
+        drawn = self.pilot.share_of_last([each.pair for each in sampled])
+        if first is None or last is None or drawn is None:
+            return None
+        return math.ceil(self.left * (first + last + share * drawn))
 
 
 def _signal_worths(job: Job, judged: Sequence[_Judged]) -> Iterator[SignalWorth]:
@@ -184,9 +237,10 @@ def _signal_worths(job: Job, judged: Sequence[_Judged]) -> Iterator[SignalWorth]
             yield SignalWorth(name, len(scored), auc(scored), accepted, brier(scored), tied(scored))
 
 
-def _policies(job: Job, judged: Sequence[_Judged], pilot: Pilot, promise: Promise) -> Iterator[Policy]:
-    first, last = job.ladder[0].name, job.ladder[-1].name
-    yield _by_threshold(f"{first} only", Decimal(0), judged, pilot, promise)
+def _policies(case: _Case) -> Iterator[Policy]:
+    pilot, promise = case.pilot, case.promise
+    first, last = case.job.ladder[0].name, case.job.ladder[-1].name
+    yield _by_threshold(f"{first} only", Decimal(0), case)
     yield Policy(
         name=f"{last} only",
         setting=f"ladder: [{last}]",
@@ -195,78 +249,69 @@ def _policies(job: Job, judged: Sequence[_Judged], pilot: Pilot, promise: Promis
         agreement=Fraction(1),
         standing=Standing.ALL,
     )
-    valid = [Scored(each.sureness, each.agrees) for each in judged if each.is_valid]
-    if (found := accept(valid, promise.allowed(len(judged))).least) is not None:
-        yield _by_threshold("threshold that held", _at_most(found, valid), judged, pilot, promise)
-    wrong = [each.score for each in valid if not each.agrees]
-    above = streaming_threshold(wrong, len(judged), promise)
+    found = accept(case.valid, promise.allowed(len(case.judged))).least
+    if found is not None:
+        yield _by_threshold("threshold that held", _at_most(found, case.valid), case)
+    wrong = [each.score for each in case.valid if not each.agrees]
+    above = streaming_threshold(wrong, len(case.judged), promise)
     if above < 1:
-        threshold = _just_above(above, valid)
-        yield _by_threshold("threshold for daily runs", threshold, judged, pilot, promise, Standing.PROMISED_ALIKE)
-    yield _certified(judged, pilot, promise)
+        below = _just_above(above, case.valid)
+        yield _by_threshold("threshold for daily runs", below, case, Standing.PROMISED_ALIKE)
+    yield _certified(case)
 
 
-def _by_threshold(
-    name: str,
-    below: Decimal,
-    judged: Sequence[_Judged],
-    pilot: Pilot,
-    promise: Promise,
-    standing: Standing | None = None,
-) -> Policy:
-    escalated = [each for each in judged if not each.is_valid or each.sureness < float(below)]
-    wrong = sum(not each.agrees for each in judged) - sum(not each.agrees for each in escalated)
-    held = Standing.HELD if wrong <= promise.allowed(len(judged)) else Standing.FAILED
+def _by_threshold(name: str, below: Decimal, case: _Case, standing: Standing | None = None) -> Policy:
+    escalated = [each for each in case.judged if not each.is_valid or each.sureness < float(below)]
+    wrong = sum(not each.agrees for each in case.judged) - sum(not each.agrees for each in escalated)
+    held = Standing.HELD if wrong <= case.promise.allowed(len(case.judged)) else Standing.FAILED
     return Policy(
         name=name,
-        setting=f"escalate: {{below: {below}}}",
-        escalated=math.ceil(Fraction(pilot.others * len(escalated), len(judged))),
-        pico=_cost(pilot, [each.pair for each in escalated]),
-        agreement=1 - Fraction(wrong, len(judged)),
+        setting=f"{case.ends}escalate: {{below: {below}}}",
+        escalated=case.of_left(len(escalated)),
+        pico=case.cost(escalated),
+        agreement=1 - Fraction(wrong, len(case.judged)),
         standing=standing or held,
     )
 
 
-def _certified(judged: Sequence[_Judged], pilot: Pilot, promise: Promise) -> Policy:
+def _certified(case: _Case) -> Policy:
     """As the pilot lets expect: where the sample's disagreements would lie if they were spread like the pilot's."""
-    planned = _plan(pilot, promise)
-    ranked = sorted(judged, key=lambda each: (each.is_valid, each.pair.confidence or 0.0), reverse=True)
-    kept = _expect_cut(ranked, planned)
-    escalated, sampled = ranked[kept:], Fraction(planned.size, planned.population)
-    beyond = (planned.population - planned.size) * Fraction(len(escalated), len(ranked))
+    planned = case.planned
+    invalid = [each for each in case.judged if not each.is_valid]
+    ranked = sorted(filter(lambda each: each.is_valid, case.judged), key=_rank, reverse=True)
+    kept = _expect_cut(ranked, planned, case.job.agreement.fields)
+    sampled = Fraction(planned.size, max(1, planned.population))
+    beyond = (planned.population - planned.size) * Fraction(len(ranked) - kept, max(1, len(ranked)))
     wrong = (1 - sampled) * sum(not each.agrees for each in ranked[:kept])
-    target, delta = (Decimal(part.numerator) / part.denominator for part in (promise.target, promise.delta))
+    target, delta = (Decimal(part.numerator) / part.denominator for part in (case.promise.target, case.promise.delta))
     return Policy(
         name="certified target",
-        setting=f"escalate: {{target: {target}, delta: {delta}}}",
-        escalated=math.ceil(planned.size + beyond),
-        pico=_cost(pilot, [each.pair for each in escalated], sampled),
-        agreement=1 - wrong / len(ranked),
+        setting=f"{case.ends}escalate: {{target: {target}, delta: {delta}}}",
+        escalated=case.of_left(len(invalid)) + math.ceil(planned.size + beyond),
+        pico=case.cost([*invalid, *ranked[kept:]], ranked[:kept], sampled),
+        agreement=1 - wrong / len(case.judged),
         standing=Standing.ALL if planned.allowance is None else Standing.PROMISED,
     )
 
 
-def _plan(pilot: Pilot, promise: Promise) -> Plan:
-    return plan(promise, pilot.documents, piloted=len(pilot.pairs))
+def _rank(each: _Judged) -> tuple[bool, float]:
+    """Without a number last, as a certificate has them."""
+    return each.pair.confidence is not None, each.pair.confidence or 0.0
 
 
-def _expect_cut(ranked: Sequence[_Judged], planned: Plan) -> int:
-    """How many of the pilot's documents, best first, would be accepted; those without an answer never are."""
-    if planned.allowance is None or not planned.size:
-        return 0 if planned.allowance is None else sum(each.is_valid for each in ranked)
+def _expect_cut(ranked: Sequence[_Judged], planned: Plan, fields: Sequence[str]) -> int:
+    """How many of the pilot's valid answers, best first, would be accepted: by the field that allows fewest."""
+    if planned.allowance is None:
+        return 0
+    if not planned.size:  # every answer may differ
+        return len(ranked)
     passed = Fraction((planned.allowance + 1) * len(ranked), planned.size)
-    wrong = accumulate(int(not each.agrees) for each in ranked)
-    return next(
-        (rank for rank, count in enumerate(wrong) if count >= passed or not ranked[rank].is_valid), len(ranked)
-    )
+    return min((_cut_by(ranked, field, passed) for field in fields), default=len(ranked))
 
 
-def _cost(pilot: Pilot, escalated: Collection[Pair], sampled: Fraction = Fraction(0)) -> int | None:
-    """Of all that the pilot left, in pico units, if such documents and a share of the others go to the last tier."""
-    first, last, usual = pilot.first_cost, pilot.share_of_last(escalated), pilot.last_cost
-    if first is None or last is None or usual is None:
-        return None
-    return math.ceil(pilot.others * (first + sampled * usual + (1 - sampled) * last))
+def _cut_by(ranked: Sequence[_Judged], field: str, passed: Fraction) -> int:
+    wrong = accumulate(int(field in each.differing) for each in ranked)
+    return next((rank for rank, count in enumerate(wrong) if count >= passed), len(ranked))
 
 
 def _at_most(score: float, valid: Sequence[Scored]) -> Decimal:
@@ -309,9 +354,12 @@ def _compare_labels(pilot: Pilot) -> Labelled | None:
     )
 
 
-def _ladder_notes(job: Job, pilot: Pilot, labels: Labelled | None) -> Iterator[str]:
+def _ladder_notes(job: Job, labels: Labelled | None) -> Iterator[str]:
     """Whether the labels say that the last tier earns its money."""
     first, last = job.ladder[0].name, job.ladder[-1].name
+    if len(job.ladder) > 2:
+        between = ", ".join(tier.name for tier in job.ladder[1:-1])
+        yield f"a pilot asks {first} and {last}, and says nothing of {between}: the policies do without"
     if labels is None:
         return
     apart = f"on {labels.better} documents only {last} is right, on {labels.worse} only {first}"
@@ -325,12 +373,9 @@ def _ladder_notes(job: Job, pilot: Pilot, labels: Labelled | None) -> Iterator[s
                 f"the labels do not show that {last} is better than {first}: {apart}; as far as {labels.first.of} "
                 f"labels tell, the ladder does not earn its money, and `ladder: [{first}]` is as good"
             )
-    if len(job.ladder) > 2:
-        between = ", ".join(tier.name for tier in job.ladder[1:-1])
-        yield f"a pilot asks {first} and {last}; it says nothing of {between}"
 
 
-def _policy_notes(policies: Sequence[Policy], pilot: Pilot, promise: Promise) -> Iterator[str]:
+def _policy_notes(case: _Case, policies: Sequence[Policy]) -> Iterator[str]:
     if not policies:
         yield "the pilot asked every document: nothing is left to choose a policy for"
         return
@@ -341,7 +386,7 @@ def _policy_notes(policies: Sequence[Policy], pilot: Pilot, promise: Promise) ->
         )
     if all(each.standing is not Standing.PROMISED_ALIKE for each in policies):
         yield "the pilot is too small, or the signal too weak, for a threshold that promises something for daily runs"
-    if told := caution(_plan(pilot, promise)):
+    if told := caution(case.planned):
         yield told
 
 

@@ -15,7 +15,7 @@ from schemas.backfills import Drift
 from schemas.engines import Engine
 from schemas.errors import ConfigurationError
 from schemas.finish_by import FinishBy
-from schemas.jobs import Job, When
+from schemas.jobs import Escalate, Job, When
 from schemas.money import Money
 from schemas.settings import Settings
 
@@ -85,7 +85,7 @@ class RunRequest(BaseModel):
             raise ConfigurationError(
                 f"the ladder of {job.name} has one tier, and a pilot compares two: write `ladder: [flash, pro]`"
             )
-        return replace(job, is_pilot=self.is_pilot)
+        return replace(job, is_pilot=True, escalate=Escalate()) if self.is_pilot else job
 
     def cap(self, job: Job) -> Money:
         """The budget of a new run: what was asked for, else the job's own."""

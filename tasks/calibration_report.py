@@ -45,6 +45,7 @@ def calibration_json(found: Calibration) -> dict[str, Any]:
         "run": pilot.run_id,
         "documents": pilot.documents,
         "sampled": len(pilot.pairs),
+        "left": found.left,
         "paid_pico": pilot.paid_pico,
         "currency": pilot.currency.value,
         "is_simulated": pilot.is_simulated,
@@ -163,7 +164,7 @@ def _policies(found: Calibration) -> Section:
     ]
     columns = ("policy", "in the job file", f"documents at {found.ladder[-1]}", "cost", "agrees", f"{_target(found)}")
     note = (
-        f"For the {found.pilot.others:,} documents that the pilot left, at what its own were booked at. "
+        f"For the {found.left:,} documents that are left to pay, at what the pilot's were booked at. "
         "* the cheapest that meets the target."
     )
     return Section("What policies would cost", columns, tuple(rows), note)

@@ -142,6 +142,41 @@ def test_a_certified_target_is_expected_to_cost_its_sample_and_what_lies_beyond_
     assert found.setting == "escalate: {target: 0.95, delta: 0.05}"
 
 
+def test_a_certified_target_is_cut_by_the_field_that_allows_fewest_and_climbs_with_what_is_invalid() -> None:
+    """Ten of 200 have no first answer; of the others every tenth differs, in one field or by turns in two."""
+    answers = [make_pair(True, 1 - number / 1000) for number in range(200)]
+    found = {}
+    for fields in (("colour",), ("colour", "note")):
+        pairs = []
+        for number, pair in enumerate(answers):
+            name = fields[number // 10 % len(fields)]
+            differs = {"first": {**(pair.last or {}), name: "blue" if name == "colour" else "b"}}
+            pairs.append(replace(pair, **differs) if number % 10 == 9 else pair)  # type: ignore[arg-type]
+        pairs = [*pairs[:190], *[replace(pair, first=None, confidence=None) for pair in pairs[190:]]]
+        job = make_job(confidence=Confidence(fields=fields, field="sure"))
+        found[len(fields)] = policy(calibrate(job, make_pilot(*pairs), USUAL), "certified target")
+    planned = plan(USUAL, 10_000, piloted=200 + 490)
+    assert planned.allowance is not None
+    rank = next(rank for rank in range(190) if (rank + 1) // 10 >= (planned.allowance + 1) * 190 / planned.size)
+    beyond = (planned.population - planned.size) * (190 - rank) / 190
+    assert found[1].escalated == pytest.approx(490 + planned.size + beyond, abs=1)
+    # Each of two fields may differ as often as the one might, at half the risk: twice as deep, but for chance's part.
+    assert found[2].escalated < 0.5 * found[1].escalated
+
+
+def test_with_tiers_between_policies_say_which_ladder_they_mean_and_reuse_nothing() -> None:
+    job = make_job(ladder=(TIERS["flash"], TIERS["flash-thinking"], TIERS["pro"]))
+    found, short = (calibrate(each, draw_pilot(), USUAL) for each in (job, make_job()))
+    assert (found.left, short.left) == (10_000, 9_800)
+    for each, other in zip(found.policies, short.policies, strict=True):
+        if each.name != "pro only":
+            assert each.setting == f"ladder: [flash, pro], {other.setting}"
+            assert each.pico is not None
+            assert other.pico is not None
+            assert 1.0 < each.pico / other.pico < 1.05
+    assert "says nothing of flash-thinking" in found.notes[0]
+
+
 def test_the_cheapest_policy_is_named_and_must_meet_the_target() -> None:
     agreeing = [make_pair(number % 50 != 49, 0.9) for number in range(100)]
     found = calibrate(make_job(), make_pilot(*agreeing), USUAL)
