@@ -53,7 +53,7 @@ class Standing(StrEnum):
     ALL = "all are the last tier's"
     PROMISED = "promised for this run"
     PROMISED_ALIKE = "promised for documents like these"
-    HELD = "held in the pilot, promises nothing"
+    HELD = "held in the pilot, no promise"
     FAILED = "not met in the pilot"
 
 
@@ -71,10 +71,6 @@ class Policy:
     pico: int | None
     agreement: Fraction
     standing: Standing
-
-    @property
-    def meets(self) -> bool:
-        return self.standing is not Standing.FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +118,18 @@ class Calibration:
     @property
     def cheapest(self) -> Policy | None:
         """Of the policies that meet the target. None: nobody knows what they cost."""
-        costs = {each.pico: each for each in reversed(self.policies) if each.pico is not None and each.meets}
-        return costs[min(costs)] if costs else None
+        return _cheapest(each for each in self.policies if each.standing is not Standing.FAILED)
+
+    @property
+    def cheapest_promised(self) -> Policy | None:
+        """Of those that do more than hold in the pilot. None: nobody knows what they cost."""
+        return _cheapest(each for each in self.policies if each.standing not in (Standing.FAILED, Standing.HELD))
+
+
+def _cheapest(policies: Iterable[Policy]) -> Policy | None:
+    """The first of the cheapest."""
+    costs = {each.pico: each for each in reversed(list(policies)) if each.pico is not None}
+    return costs[min(costs)] if costs else None
 
 
 def calibrate(job: Job, pilot: Pilot, promise: Promise) -> Calibration:

@@ -39,7 +39,8 @@ def calibration_markdown(found: Calibration) -> str:
 
 def calibration_json(found: Calibration) -> dict[str, Any]:
     """A calibration as scripts rely on it; sums in pico units. Shares of all documents have their interval."""
-    pilot, labels, cheapest = found.pilot, found.labels, found.cheapest
+    pilot, labels = found.pilot, found.labels
+    cheapest, promised = found.cheapest, found.cheapest_promised
     return {
         "job": found.job,
         "run": pilot.run_id,
@@ -70,6 +71,7 @@ def calibration_json(found: Calibration) -> dict[str, Any]:
         ],
         "policies": [_policy_json(each) for each in found.policies],
         "cheapest": None if cheapest is None else cheapest.name,
+        "cheapest_promised": None if promised is None else promised.name,
         "labels": None
         if labels is None
         else {
@@ -162,10 +164,14 @@ def _policies(found: Calibration) -> Section:
         )
         for each in found.policies
     ]
+    best = found.cheapest_promised
+    promised = (
+        "" if best is None or best == found.cheapest else f" The cheapest that does not only seem to: {best.name}."
+    )
     columns = ("policy", "in the job file", f"documents at {found.ladder[-1]}", "cost", "agrees", f"{_target(found)}")
     note = (
         f"For the {found.left:,} documents that are left to pay, at what the pilot's were booked at. "
-        "* the cheapest that meets the target."
+        f"* the cheapest that meets the target.{promised}"
     )
     return Section("What policies would cost", columns, tuple(rows), note)
 

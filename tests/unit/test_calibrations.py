@@ -182,13 +182,14 @@ def test_the_cheapest_policy_is_named_and_must_meet_the_target() -> None:
     found = calibrate(make_job(), make_pilot(*agreeing), USUAL)
     assert found.cheapest == policy(found, "flash only")
     assert found.cheapest.standing is Standing.HELD
+    assert found.cheapest_promised == policy(found, "certified target")
     differing = [make_pair(number % 10 == 0, 0.9) for number in range(100)]
     found = calibrate(make_job(), make_pilot(*differing), USUAL)
     assert policy(found, "flash only").standing is Standing.FAILED
     assert found.cheapest == policy(found, "pro only")  # what a sample could save is less than flash costs
     unknown = [replace(pair, first_pico=None, last_pico=None) for pair in agreeing]
     found = calibrate(make_job(), make_pilot(*unknown), USUAL)
-    assert found.cheapest is None
+    assert found.cheapest is found.cheapest_promised is None
     assert {each.pico for each in found.policies} == {None}
 
 
