@@ -165,9 +165,7 @@ def _policies(found: Calibration) -> Section:
         for each in found.policies
     ]
     best = found.cheapest_promised
-    promised = (
-        "" if best is None or best == found.cheapest else f" The cheapest that does not only seem to: {best.name}."
-    )
+    promised = "" if best is None or best == found.cheapest else f" The cheapest that promises it: {best.name}."
     columns = ("policy", "in the job file", f"documents at {found.ladder[-1]}", "cost", "agrees", f"{_target(found)}")
     note = (
         f"For the {found.left:,} documents that are left to pay, at what the pilot's were booked at. "
