@@ -160,8 +160,13 @@ def test_a_certified_target_is_cut_by_the_field_that_allows_fewest_and_climbs_wi
     rank = next(rank for rank in range(190) if (rank + 1) // 10 >= (planned.allowance + 1) * 190 / planned.size)
     beyond = (planned.population - planned.size) * (190 - rank) / 190
     assert found[1].escalated == pytest.approx(490 + planned.size + beyond, abs=1)
-    # Each of two fields may differ as often as the one might, at half the risk: twice as deep, but for chance's part.
-    assert found[2].escalated < 0.5 * found[1].escalated
+    # Each of two fields may differ as often as the one might, at half the risk.
+    both = plan(USUAL, 10_000, piloted=200 + 490, fields=2)
+    assert both.allowance is not None
+    assert (both.size, both.allowance) != (planned.size, planned.allowance)
+    rank = next(rank for rank in range(190) if (rank + 11) // 20 >= (both.allowance + 1) * 190 / both.size)
+    beyond = (both.population - both.size) * (190 - rank) / 190
+    assert found[2].escalated == pytest.approx(490 + both.size + beyond, abs=1)
 
 
 def test_with_tiers_between_policies_say_which_ladder_they_mean_and_reuse_nothing() -> None:
