@@ -29,6 +29,7 @@ from schemas.inert import plain_lines
 if TYPE_CHECKING:
     from decimal import Decimal
 
+    from prefect import State
     from pydantic import SecretStr, ValidationError
     from rich.console import RenderableType
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from schemas.price_files import Machine
     from schemas.pricing import Price, PriceBook
     from schemas.projections import Polled
+    from schemas.promises import Promise
     from schemas.public_prices import PublicMap
     from schemas.requests import BackfillRequest, RunRequest
     from schemas.settings import Settings
@@ -279,11 +281,12 @@ def _request(
     off_peak: bool | None = None,
     finish_by: str | None = None,
     sample: int | None = None,
+    is_pilot: bool = False,
 ) -> RunRequest:
     """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
     from pydantic import ValidationError
 
-    from schemas.requests import RunRequest
+    from schemas.requests import USUAL_PILOT, RunRequest
 
     asked = {
         "limit": limit,
@@ -292,7 +295,8 @@ def _request(
         "lanes_on": lanes_on,
         "when": _hours(off_peak),
         "finish_by": finish_by,
-        "sample": sample,
+        "sample": USUAL_PILOT if is_pilot and sample is None else sample,
+        "is_pilot": is_pilot,
     }
     try:
         return RunRequest(job=job, partitions=tuple(partitions or ()), **asked)
@@ -598,8 +602,13 @@ def _load_job(name: str, is_in_sandbox: bool = False) -> Job:
     return job
 
 
-def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> dict[str, Any]:
-    """The run itself, under Prefect, which is imported only when nothing is known to be wrong."""
+def _enrich(
+    request: RunRequest, job: Job, settings: Settings, view: View, promise: Promise | None = None
+) -> dict[str, Any]:
+    """The run itself, under Prefect, which is imported only when nothing is known to be wrong.
+
+    With a promise it is a pilot for that.
+    """
     view.phase("checking the job, the account and the ledger")
     _tell_unfinished(wait_for(_check(request, job, settings)), request, job, settings)
     view.phase("starting Prefect")
@@ -609,31 +618,46 @@ def _enrich(request: RunRequest, job: Job, settings: Settings, view: View) -> di
     if request.engine(settings) is Engine.WORKERS:
         require_lasting_server()
     server = start_temporary_server()
-    from flows.enrich import enrich  # meanwhile: both take seconds
-    from tasks.final_states import outcome_of
+    from tasks.final_states import outcome_of  # meanwhile: both take seconds
 
+    begin = _begin_run(request) if promise is None else _begin_pilot(request, promise)
     if server is not None:
         server.wait()
     view.follow(_database(settings), budget=job.budget, selection=request.selection(job))
 
     async def flow() -> dict[str, Any]:
-        return await outcome_of(
-            await enrich(
-                job=request.job,
-                partitions=list(request.partitions),
-                limit=request.limit,
-                budget=request.budget,
-                lanes=request.lanes,
-                root=str(request.root),
-                when=request.when,
-                finish_by=request.finish_by,
-                lanes_on=request.lanes_on,
-                sample=request.sample,
-                return_state=True,
-            )
-        )
+        return await outcome_of(await begin())
 
     return _despite_prefect(flow, settings, view)
+
+
+def _begin_run(request: RunRequest) -> Callable[[], Awaitable[State[Any]]]:
+    """What begins a run, under Prefect."""
+    from flows.enrich import enrich
+
+    asked = _asked_of_flow(request) | {"finish_by": request.finish_by, "sample": request.sample}
+    return lambda: enrich(**asked, return_state=True)
+
+
+def _begin_pilot(request: RunRequest, promise: Promise) -> Callable[[], Awaitable[State[Any]]]:
+    """What begins a pilot, under Prefect."""
+    from flows.calibrate import calibrate
+
+    asked = _asked_of_flow(request) | {"target": str(promise.target), "delta": str(promise.delta)}
+    return lambda: calibrate(**asked, sample=request.sample, return_state=True)
+
+
+def _asked_of_flow(request: RunRequest) -> dict[str, Any]:
+    return {
+        "job": request.job,
+        "partitions": list(request.partitions),
+        "limit": request.limit,
+        "budget": request.budget,
+        "lanes": request.lanes,
+        "root": str(request.root),
+        "when": request.when,
+        "lanes_on": request.lanes_on,
+    }
 
 
 def _despite_prefect(
@@ -833,9 +857,27 @@ def _find_history(job: Job, in_sandbox: bool) -> History | None:
 def _poll(
     request: RunRequest, job: Job, is_in_sandbox: bool, *, is_agreed: bool, is_quiet: bool
 ) -> tuple[Settings, Size, Polled]:
-    """Ask the documents of a sample, in a run of its own, unless that was done before. Raises RunPaused."""
+    """What the documents of a sample took, which are asked unless that was done before. Raises RunPaused."""
+    from tasks.ledger.history import find_polled
+
+    with _asked(request, job, is_in_sandbox, is_agreed=is_agreed, is_quiet=is_quiet) as (settings, drawn, run_id):
+        find = partial(find_polled, run_id=run_id, sample=drawn.sample)
+        return settings, drawn.size, wait_for(_ask_at(_database(settings), find, as_lane=True))
+
+
+@contextmanager
+def _asked(
+    request: RunRequest,
+    job: Job,
+    is_in_sandbox: bool,
+    *,
+    is_agreed: bool,
+    is_quiet: bool,
+    promise: Promise | None = None,
+) -> Iterator[tuple[Settings, DrawnSample, RunId]]:
+    """A sample, and the run that asked its documents, now or earlier. A pilot is for a promise. Raises RunPaused."""
     from tasks import samples
-    from tasks.ledger.history import find_polled, find_sample
+    from tasks.ledger.history import find_sample
 
     _check_cap(request, job)
     with ExitStack() as stack:
@@ -849,10 +891,9 @@ def _poll(
         run_id = wait_for(_ask_at(url, find, as_lane=True))
         if run_id is None:
             capped = _agree_to_sample(request, job, drawn, settings, now, is_agreed=is_agreed or settings.sandbox)
-            run_id = _ask_sample(capped, job, settings, is_quiet)
+            run_id = _ask_sample(capped, job, settings, is_quiet, promise)
             _require_same(run_id, wait_for(_ask_at(url, find, as_lane=True)))
-        polled = wait_for(_ask_at(url, partial(find_polled, run_id=run_id, sample=drawn.sample), as_lane=True))
-    return settings, drawn.size, polled
+        yield settings, drawn, run_id
 
 
 def _check_cap(request: RunRequest, job: Job) -> None:
@@ -878,15 +919,20 @@ def _agree_to_sample(
 
     Raises ConfigurationError where nobody is there to ask.
     """
-    from schemas.estimates import bound_sample
+    from schemas.estimates import bound_sample, expect_pilot
     from schemas.pricing import load_price_book
+    from schemas.work_hours import Asked
 
+    book = load_price_book(settings.prices)
     expected = _compute(job, request, drawn.asks, None, settings, now)
-    capped = request.capped(job, bound_sample(job, expected, max(drawn.lengths), load_price_book(settings.prices)))
+    cost = expected.cost
+    if request.is_pilot:
+        cost = expect_pilot(job, drawn.asks, book, Asked(now, request.hours(job), request.due(now)))
+    capped = request.capped(job, bound_sample(job, expected, max(drawn.lengths), book))
     most = f"{capped.cap(job)} at most"
     if job.budget_name is not None:
         most = f"and no more than {job.budget_name}, the budget that this job shares, has left"
-    what = f"{expected.to_send} documents will be asked, {expected.cost} expected, {most}"
+    what = f"{expected.to_send} documents will be asked, {cost} expected, {most}"
     if is_agreed:
         tell(what)
     elif sys.stdin.isatty():
@@ -907,13 +953,73 @@ def _require_same(asked: RunId, drawn: RunId | None) -> None:
         )
 
 
-def _ask_sample(request: RunRequest, job: Job, settings: Settings, is_quiet: bool) -> RunId:
+def _ask_sample(
+    request: RunRequest, job: Job, settings: Settings, is_quiet: bool, promise: Promise | None = None
+) -> RunId:
     """The number of the sample's run, once it is done. Raises RunPaused."""
     with _view(job.name, is_quiet) as view:
-        outcome = _resumably(lambda: _enrich(request, job, settings, view), lambda: view.has_seen_run)
+        outcome = _resumably(lambda: _enrich(request, job, settings, view, promise), lambda: view.has_seen_run)
     if outcome["state"] != "done":
         raise RunPaused(f"the sample's run {outcome['run_id']} paused: {outcome['advice']}")
     return cast("RunId", outcome["run_id"])
+
+
+@app.command()
+def calibrate(
+    job: JobName,
+    target: Annotated[
+        str, typer.Option("--target", metavar="SHARE", help="The share of answers that should be the last tier's.")
+    ] = "0.95",
+    delta: Annotated[
+        str, typer.Option("--delta", metavar="RISK", help="How likely a promise of that may fail.")
+    ] = "0.05",
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", help="Documents of the pilot, 10 to 1000. Default: 200.", show_default=False
+        ),
+    ] = None,
+    partition: Partitions = None,
+    limit: Limit = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SUM",
+            help="A hard cap on the pilot. Default: the most that you are told, or the job's if that is less.",
+        ),
+    ] = None,
+    off_peak: OffPeak = None,
+    in_sandbox: InSandbox = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the pilot is sent.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have the first and the last tier answer a sample, once, and say which policy is cheapest for the job."""
+    from tasks import calibration_report
+    from tasks.pilots import find_calibration
+
+    promise = _promise(target, delta)
+    request = _request(job, partition, limit, budget, 1, None, off_peak, None, sample, is_pilot=True)
+    loaded = request.adapt(_load_job(job, in_sandbox))
+    asked = _asked(request, loaded, in_sandbox, is_agreed=yes, is_quiet=quiet, promise=promise)
+    with asked as (settings, drawn, run_id):
+        find = partial(find_calibration, job=loaded, drawn=drawn, run_id=run_id, promise=promise)
+        found = wait_for(_ask_at(_database(settings), find, as_lane=True))
+    if as_json:
+        print_json(calibration_report.calibration_json(found))
+    else:
+        show(*calibration_report.calibration_report(found))
+
+
+def _promise(target: str, delta: str) -> Promise:
+    """Raises ConfigurationError where that is none."""
+    from schemas.promises import Promise
+
+    try:
+        return Promise.parse(target, delta)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ConfigurationError(f"--target, --delta: {error}") from None
 
 
 @app.command()

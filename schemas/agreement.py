@@ -230,7 +230,7 @@ def fold(text: str) -> str:
     """
     plain = normalize("NFKC", normalize("NFKC", text).casefold())
     kept = (_soften(plain[at], plain[at + 1 : at + 2]) for at in range(len(plain)))
-    return " ".join("".join(kept).split())
+    return " ".join(normalize("NFKC", "".join(kept)).split())  # an accent may have lost what kept it from its letter
 
 
 def _soften(character: str, following: str) -> str:

@@ -202,6 +202,14 @@ def bound_sample(job: Job, expected: Estimate, longest: int, book: PriceBook) ->
     return Money(expected.high.pico + worst, job.budget.currency)
 
 
+def expect_pilot(job: Job, size: Size, book: PriceBook, asked: Asked) -> Money:
+    """What a pilot of this size is expected to cost: each document once at the first tier, and once at the last."""
+    ends = (
+        estimate(replace(job, ladder=(tier,)), size, book, asked).cost for tier in (job.ladder[0], job.ladder[-1])
+    )
+    return _sum(ends, job.budget.currency)
+
+
 def _reserve(job: Job, tier: Tier, price: Price, length: int) -> int:
     """Of the system message, the document and an answer that was cut off once."""
     tokens = len(job.prefix.encode()) + length + TEMPLATE_TOKENS + 2 * TEMPLATE_TOKENS_PER_MESSAGE
@@ -308,10 +316,13 @@ def measure_answer(schema: Mapping[str, Any], tier: Tier) -> int:
 
 
 def design_of(job: Job, size: int) -> Design:
-    """How to draw a sample of so many: by what a document costs at the first tier, in bytes that miss the cache."""
+    """How to draw a sample of so many: by what a document costs at the first tier, in bytes that miss the cache.
+
+    A pilot's documents are drawn evenly.
+    """
     answer = measure_answer(job.answer.schema, job.ladder[0])
     fixed = FRAME_TOKENS + measure_prefix(job) // _HIT_PART + _OUTPUT_TIMES * answer
-    return Design(size, BYTES_PER_TOKEN * fixed, job.name)
+    return Design(size, BYTES_PER_TOKEN * fixed, job.name, is_even=job.is_pilot)
 
 
 def _assumed(job: Job, size: Size) -> list[TierTokens]:

@@ -228,7 +228,8 @@ class Job:
     `budget` is a hard cap for each run, or, where `budget_name` names a shared budget, for all runs that name it.
     `concurrency` bounds attempts in flight, by tier name. `tolerance` is the share of documents that may end as
     dead letters before a run counts as failed. `measure` is the answer field that `input.label` is compared with.
-    `match` says of some answer fields how two answers are compared (`agreement`).
+    `match` says of some answer fields how two answers are compared (`agreement`). A pilot is the same job run so that
+    the first and the last tier answer every document; then `escalate` is not looked at.
     """
 
     name: str
@@ -247,6 +248,7 @@ class Job:
     budget_name: str | None = None
     when: When = When.NOW
     match: Mapping[str, Match] = field(default_factory=dict)
+    is_pilot: bool = False
 
     @cached_property
     def agreement(self) -> Agreement:

@@ -43,7 +43,12 @@ def _judge_answer(job: Job, document: Document, reply: Reply, rung: int) -> Judg
     except AnswerRejected as rejection:
         return Judgement(Verdict.INVALID_ANSWER, problems=rejection.problems)
     measured = confidence(answer, content, reply.tokens, job.confidence)
-    is_last = rung + 1 >= len(job.ladder)
-    is_unsure = measured.is_below(job.escalate.below)
-    verdict = Verdict.LOW_CONFIDENCE if is_unsure and not is_last else Verdict.ACCEPTED
-    return Judgement(verdict, answer, measured)
+    return Judgement(_weigh(job, measured, is_last=rung + 1 >= len(job.ladder)), answer, measured)
+
+
+def _weigh(job: Job, measured: Measured, *, is_last: bool) -> Verdict:
+    if is_last:
+        return Verdict.ACCEPTED
+    if job.is_pilot:
+        return Verdict.CALIBRATION
+    return Verdict.LOW_CONFIDENCE if measured.is_below(job.escalate.below) else Verdict.ACCEPTED

@@ -26,6 +26,7 @@ class Verdict(StrEnum):
     ACCEPTED = "accepted"
     INVALID_ANSWER = "invalid_answer"
     LOW_CONFIDENCE = "low_confidence"
+    CALIBRATION = "calibration"  # valid, and however sure: the last tier is to answer the same document
     BLANK = "blank"
     TRUNCATED = "truncated"
 
@@ -127,6 +128,8 @@ def _weigh(now: Position, verdict: Verdict, rungs: int) -> Step:
             return Accept()
         case Verdict.LOW_CONFIDENCE:
             return _climb(now, verdict.value, rungs)
+        case Verdict.CALIBRATION:
+            return _climb(replace(now, rung=max(now.rung, rungs - 2)), verdict.value, rungs)
         case Verdict.INVALID_ANSWER | Verdict.BLANK | Verdict.TRUNCATED if verdict in now.amended:
             return _climb(now, verdict.value, rungs)
         case Verdict.INVALID_ANSWER | Verdict.BLANK | Verdict.TRUNCATED:

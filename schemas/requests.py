@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -12,8 +13,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from schemas.backfills import Drift
 from schemas.engines import Engine
+from schemas.errors import ConfigurationError
 from schemas.finish_by import FinishBy
-from schemas.jobs import Job, When
+from schemas.jobs import Escalate, Job, When
 from schemas.money import Money
 from schemas.settings import Settings
 
@@ -45,6 +47,8 @@ Limit = Annotated[str | None, AfterValidator(_check_limit)]
 
 #: How many documents a sample may have: fewer say nothing, and each is a shard of its own.
 MIN_SAMPLE, MAX_SAMPLE = 10, 1000
+#: How many documents a pilot has where nobody says.
+USUAL_PILOT = 200
 
 
 class RunRequest(BaseModel):
@@ -56,7 +60,8 @@ class RunRequest(BaseModel):
     `when` overrides the job's, for this start of the run only. `finish_by` (an instant, or a time of every day, with
     its zone) lets it wait for off-peak prices, and pay peak prices only as it must to be done by then. `backfill` is
     the number of the backfill that the run is a part of, whose budget it draws on. `sample` takes so many documents,
-    drawn at random, for an estimate of what all of them cost.
+    drawn at random, for an estimate of what all of them cost, or as a pilot: each is answered by the first and the
+    last tier.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +77,15 @@ class RunRequest(BaseModel):
     finish_by: FinishByText = None
     backfill: int | None = None
     sample: int | None = Field(default=None, ge=MIN_SAMPLE, le=MAX_SAMPLE)
+    is_pilot: bool = False
+
+    def adapt(self, job: Job) -> Job:
+        """The job as this request runs it. Raises ConfigurationError where a pilot of it has nothing to compare."""
+        if self.is_pilot and len(job.ladder) < 2:
+            raise ConfigurationError(
+                f"the ladder of {job.name} has one tier, and a pilot compares two: write `ladder: [flash, pro]`"
+            )
+        return replace(job, is_pilot=True, escalate=Escalate()) if self.is_pilot else job
 
     def cap(self, job: Job) -> Money:
         """The budget of a new run: what was asked for, else the job's own."""
@@ -85,6 +99,12 @@ class RunRequest(BaseModel):
         if self.budget is not None or job.budget_name is not None or not 0 < most.pico < job.budget.pico:
             return self
         return self.model_copy(update={"budget": most.exact})
+
+    @model_validator(mode="after")
+    def _pilots_a_sample(self) -> Self:
+        if self.is_pilot and self.sample is None:
+            raise ValueError("a pilot is a sample: say of how many documents")
+        return self
 
     @model_validator(mode="after")
     def _waits_if_it_has_time(self) -> Self:
@@ -113,8 +133,8 @@ class RunRequest(BaseModel):
 
     def selection(self, job: Job) -> dict[str, Any]:
         """Which documents are meant, as plain values: runs of the same selection resume one another."""
-        drawn = {} if self.sample is None else {"sample": self.sample}
-        return drawn | {
+        drawn: dict[str, Any] = {} if self.sample is None else {"sample": self.sample}
+        return (drawn | {"pilot": True} if self.is_pilot else drawn) | {
             "path": job.input.path,
             "id": job.input.id,
             "text": job.input.text,
@@ -144,7 +164,8 @@ class LaneRequest(BaseModel):
 
 def spell_command(job: str, selection: Mapping[str, Any], *, is_simulated: bool) -> str:
     """The command that resumes the run of a selection, as a shell takes it."""
-    words = ["farthing", "estimate" if "sample" in selection else "run", job]
+    command = "calibrate" if "pilot" in selection else "estimate" if "sample" in selection else "run"
+    words = ["farthing", command, job]
     for partition in selection.get("partitions", ()):
         words += ["--partition", partition]
     if selection.get("limit") is not None:

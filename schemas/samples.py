@@ -6,6 +6,9 @@ a random number u in (0, 1] has the priority w/u, and the n largest of all are t
 holds n + 1 documents. The weight follows what a document costs at the first tier, so that a few that are very long,
 and make up much of the bill, are drawn as often as they matter. The random number is made of the document's id: the
 same input has the same sample, on every machine, and a longer input keeps most of it, whose answers are reused.
+
+A pilot asks how often something is so, and not what it costs: it is drawn evenly, each document with the same chance
+(all weights being 1, the n largest of 1/u are a simple random sample).
 """
 
 from __future__ import annotations
@@ -23,11 +26,15 @@ _NUMBERS = 2**64
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """How to draw: so many documents, each weighing its bytes and `fixed` more, by random numbers of `key`."""
+    """How to draw: so many documents, each weighing its bytes and `fixed` more, by random numbers of `key`.
+
+    An even draw does not care what they weigh.
+    """
 
     size: int
     fixed: int
     key: str
+    is_even: bool = False
 
     def number(self, document_id: str) -> int:
         """A document's random number, from 1 to 2**64."""
@@ -61,7 +68,8 @@ class Drawn:
 class Sample:
     """Documents drawn of a population of `documents` with `weight` together; `drawn` are in the input's order.
 
-    Those of more than `threshold` are all in it; of the others, each was drawn with the chance weight/threshold.
+    Those of more than `threshold` are all in it; of the others, each was drawn with the chance weight/threshold, or,
+    where the draw was even, all with the same.
     """
 
     documents: int
@@ -80,6 +88,7 @@ class Draw:
     """A sample while it is being drawn. It does not matter in which order documents are offered."""
 
     size: int
+    is_even: bool = False
     _documents: int = 0
     _weight: int = 0
     _kept: list[tuple[float, Place, int]] = field(default_factory=list)
@@ -88,7 +97,7 @@ class Draw:
         """One more document of the population, with its random number from 1 to 2**64. False: it is not drawn."""
         self._documents += 1
         self._weight += weight
-        entry = (weight * _NUMBERS / number, place, weight)
+        entry = ((1 if self.is_even else weight) * _NUMBERS / number, place, weight)
         if len(self._kept) <= self.size:  # one more than is drawn: it is the threshold
             heappush(self._kept, entry)
             return True

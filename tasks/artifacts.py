@@ -22,14 +22,18 @@ from prefect.artifacts import (
 from schemas.inert import escape_markdown
 from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
+from schemas.promises import Promise
+from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import report
+from tasks.calibration_report import calibration_markdown
 from tasks.enrichment import require_database
 from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
 from tasks.ledger.proof import Proof
 from tasks.ledger.runs import Run
 from tasks.pages import find_page, publish_page
+from tasks.pilots import recall_calibration
 
 log = structlog.get_logger("farthing.artifacts")
 
@@ -85,6 +89,19 @@ async def show_audit(audit: spend.Audit, proofs: list[Proof], settings: Settings
         )
     except Exception as error:
         log.warning("prefect shows no audit", job=audit.job, error=type(error).__name__)
+
+
+async def show_calibration(request: RunRequest, run: Run, promise: Promise, settings: Settings) -> None:
+    """Publish what follows from a pilot that is done."""
+    try:
+        found = await recall_calibration(request, settings, run.run_id, promise)
+        await acreate_markdown_artifact(
+            calibration_markdown(found),
+            key=f"run-{run.run_id}-calibration",
+            description=f"What the pilot, run {run.run_id}, says",
+        )
+    except Exception as error:
+        log.warning("prefect shows no calibration", run=run.run_id, error=type(error).__name__)
 
 
 async def leave_page(

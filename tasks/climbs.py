@@ -247,6 +247,7 @@ class Climber:
         is_stored = reply.content is not None and judgement.verdict in (
             Verdict.INVALID_ANSWER,
             Verdict.LOW_CONFIDENCE,
+            Verdict.CALIBRATION,
         )
         measured = judgement.measured
         return Outcome(

@@ -84,7 +84,7 @@ class Provider:
 async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> Run:
     """Check everything, then resume or open the run. Raises ConfigurationError, UnknownPrice and the like: exit 2."""
     telemetry.require(settings)
-    job = load_job(request.job, request.root)
+    job = request.adapt(load_job(request.job, request.root))
     book = load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
@@ -169,7 +169,7 @@ async def work_lane(
 
     `shown_as` is what the lane is called by whoever started it elsewhere, and looks for it in the ledger.
     """
-    job, book = load_job(request.job, request.root), load_price_book(settings.prices)
+    job, book = request.adapt(load_job(request.job, request.root)), load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
         lane_ledger(settings, times.answer_within_s, pool_size=LANE_CONNECTIONS) as ledger,
@@ -237,7 +237,7 @@ async def work_elsewhere(
 
 async def _join_run(asked: LaneRequest, settings: Settings) -> Run:
     """The run, once it is certain that this machine may work on it, and what earlier lanes left here is recorded."""
-    job = load_job(asked.run.job, asked.run.root)
+    job = asked.run.adapt(load_job(asked.run.job, asked.run.root))
     async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger, Bulkhead() as bulkhead:
         run = await runs.find_run(ledger, RunId(asked.run_id))
         if run.job != job.name or await runs.find_mark(ledger, run.run_id) != asked.mark:

@@ -534,7 +534,7 @@ class Lane:
     @property
     def _reusable(self) -> Reusable:
         job, run = self.plan.job, self.plan.run
-        policy = (job.ladder[-1].name, job.escalate.below)
+        policy = (job.ladder[-1].name, None if job.is_pilot else job.escalate.below)
         return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses)
 
 

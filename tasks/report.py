@@ -350,16 +350,22 @@ def sections(audit: Audit) -> list[Section]:
 
 def audit_report(audit: Audit) -> list[RenderableType]:
     """An audit for a terminal."""
+    made = section_tables(sections(audit))
+    return [*made, Text(SIMULATED, "yellow"), ""] if audit.is_simulated else made
+
+
+def section_tables(parts: Iterable[Section]) -> list[RenderableType]:
+    """Parts of a report for a terminal."""
     made: list[RenderableType] = []
-    for part in sections(audit):
+    for part in parts:
         made.append(table(part.title, part.columns, part.rows, part.note or None))
         made += [""] if part.note else []  # a table ends with an empty line, its caption does not
-    return [*made, Text(SIMULATED, "yellow"), ""] if audit.is_simulated else made
+    return made
 
 
 def markdown(audit: Audit) -> str:
     """An audit as markdown, for a Prefect artifact."""
-    parts = [_markdown(part) for part in sections(audit)]
+    parts = [section_markdown(part) for part in sections(audit)]
     return "\n\n".join([*parts, f"> {SIMULATED}"] if audit.is_simulated else parts)
 
 
@@ -368,7 +374,9 @@ def cells(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[dict[st
     return [dict(zip(columns, map(plain, row), strict=True)) for row in rows]
 
 
-def _markdown(part: Section) -> str:
+def section_markdown(part: Section) -> str:
+    """A part of a report as markdown."""
+
     def line(cells: Sequence[str]) -> str:
         whole = [escape_markdown(cell).replace(" %", "\u00a0%") for cell in cells]  # or a narrow column breaks there
         return f"| {' | '.join(whole)} |"

@@ -32,7 +32,7 @@ def draw(
 
     Memory holds a few rows and the sample. Raises what `read_shard` raises.
     """
-    found, number = Draw(design.size), 0
+    found, number = Draw(design.size, design.is_even), 0
     duplicates = {duplicate.document_no for duplicate in manifest.duplicates}
     with reading_faults():
         store = find_place(input.path, root, filesystem)

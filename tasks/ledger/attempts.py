@@ -27,13 +27,13 @@ from tasks.ledger.rows import append, as_json, storable
 class Reusable:
     """Which earlier results count as answers: same prompt version, and sure enough for today's policy.
 
-    Simulated answers count for simulated runs only, and real ones for real runs. `models` says by tier which model
-    must have served them; None, or a tier that is not in it: any.
+    Simulated answers count for simulated runs only, and real ones for real runs. Without `below` only the last tier's
+    count. `models` says by tier which model must have served them; None, or a tier that is not in it: any.
     """
 
     prompt_version: str
     last_tier: str
-    below: Decimal
+    below: Decimal | None
     is_simulated: bool = False
     models: Mapping[str, str] | None = None
 
@@ -75,7 +75,8 @@ _REUSABLE = text("""
     FROM document d JOIN run r USING (run_id)
     WHERE d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
       AND r.prompt_version = :prompt_version AND r.is_simulated = :is_simulated
-      AND (d.tier = :last_tier OR d.confidence IS NULL OR d.confidence >= :below)
+      AND (d.tier = :last_tier
+           OR :has_below AND (d.confidence IS NULL OR d.confidence >= CAST(:below AS double precision)))
       AND (CAST(:models AS jsonb) ->> d.tier IS NULL OR EXISTS (
           SELECT FROM attempt_outcome o
           WHERE o.run_id = d.run_id AND o.document_no = d.document_no AND o.attempt_no = d.attempt_no
@@ -250,7 +251,8 @@ async def find_results(
             "digests": list(digests),
             "prompt_version": reusable.prompt_version,
             "last_tier": reusable.last_tier,
-            "below": float(reusable.below),
+            "has_below": reusable.below is not None,
+            "below": None if reusable.below is None else float(reusable.below),
             "is_simulated": reusable.is_simulated,
             "models": as_json(reusable.models),
         },

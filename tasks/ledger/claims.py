@@ -161,8 +161,10 @@ CLAIMS: Mapping[str, Claim] = {
             WHERE i.run_id = :run_id AND i.attempt_no = 1
               AND (s.run_id, s.document_no) <> (d.run_id, d.document_no)
               AND e.prompt_version = r.prompt_version AND e.is_simulated = r.is_simulated
-              AND (s.tier = r.policy -> 'ladder' ->> -1 OR s.confidence IS NULL
-                   OR s.confidence >= (r.policy -> 'escalate' ->> 'below')::double precision)
+              AND (s.tier = r.policy -> 'ladder' ->> -1
+                   OR r.policy -> 'escalate' ->> 'below' IS NOT NULL AND (
+                       s.confidence IS NULL
+                       OR s.confidence >= (r.policy -> 'escalate' ->> 'below')::double precision))
               AND (r.reuses ->> s.tier IS NULL OR EXISTS (
                   SELECT FROM attempt_outcome m WHERE m.run_id = s.run_id AND m.document_no = s.document_no
                   AND m.attempt_no = s.attempt_no AND m.served_model = r.reuses ->> s.tier))

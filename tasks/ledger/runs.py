@@ -395,7 +395,7 @@ def policy(job: Job) -> dict[str, Any]:
     """The decisions a run is bound to, besides its prompt version: JSON values only."""
     return {
         "ladder": [tier.name for tier in job.ladder],
-        "escalate": job.escalate.model_dump(mode="json"),
+        "escalate": {"pilot": True} if job.is_pilot else job.escalate.model_dump(mode="json"),
         "confidence": job.confidence.model_dump(mode="json"),
         "measure": job.measure,
         "tolerance": str(job.tolerance),

@@ -280,6 +280,22 @@ def test_a_sample_is_not_sent_before_somebody_agreed_to_its_price(
     assert "nothing is sent without --sample" in left.stderr
 
 
+def test_a_pilot_is_not_sent_before_somebody_agreed_to_its_price(
+    farthing: Terminal, tickets: Path, ledger_url: str
+) -> None:
+    nowhere = {"DEEPSEEK_API_KEY": SECRET, "DEEPSEEK_BASE_URL": "http://127.0.0.1:1"}
+    left = farthing("calibrate", "tickets", FARTHING_DATABASE_URL=ledger_url, **nowhere)
+    assert left.exit_code == 2
+    assert "3 documents will be asked, $0." in left.stderr
+    assert "say --yes" in left.stderr
+    left = farthing("calibrate", "tickets", "--target", "95 %", FARTHING_DATABASE_URL=ledger_url, **nowhere)
+    assert (left.exit_code, "--target, --delta: " in left.stderr) == (2, True)
+    job = tickets / "job.yaml"
+    job.write_text(job.read_text().replace("[flash, pro]", "[flash]").replace(", pro: {max_tokens: 256}", ""))
+    left = farthing("calibrate", "tickets", FARTHING_DATABASE_URL=ledger_url, **nowhere)
+    assert (left.exit_code, "a pilot compares two" in left.stderr) == (2, True)
+
+
 def test_the_sandbox_s_runs_give_a_real_estimate_no_interval(
     farthing: Terminal, tickets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -123,6 +123,7 @@ def test_these_do_not(match: Match, one: object, other: object) -> None:
 
 
 @given(st.text())
+@example("C.\u0327")
 def test_what_is_folded_stays_so(text: str) -> None:
     assert fold(fold(text)) == fold(text)
 

@@ -24,6 +24,7 @@ from schemas.estimates import (
     PastTier,
     Size,
     estimate,
+    expect_pilot,
     measure_answer,
     measure_prefix,
 )
@@ -215,6 +216,16 @@ def test_a_tier_that_history_never_reached_is_expected_to_stay_unused() -> None:
 def test_simulated_history_is_called_so() -> None:
     found = estimate(make_job(), SIZE, load_price_book(), Asked(OFF_PEAK), replace(HISTORY, is_simulated=True))
     assert any("simulated" in line for line in found.assumptions)
+
+
+def test_a_pilot_is_expected_to_ask_each_document_at_both_ends_of_the_ladder() -> None:
+    job = make_job(ladder=(TIERS["flash"], TIERS["flash-thinking"], TIERS["pro"]))
+    book, asked = load_price_book(), Asked(OFF_PEAK)
+    usual = estimate(make_job(), SIZE, book, asked)
+    (flash, pro) = usual.tiers
+    found = expect_pilot(job, SIZE, book, asked)
+    assert 0.99 * (flash.cost.pico + 5 * pro.cost.pico) < found.pico < flash.cost.pico + 5 * pro.cost.pico
+    assert found.pico < usual.high.pico  # by which a pilot is capped
 
 
 def test_an_answer_is_measured_by_its_schema() -> None:

@@ -224,6 +224,18 @@ def test_a_draw_does_not_depend_on_the_order_and_is_by_weight() -> None:
     assert sum(drawn) / len(drawn) > sum(weight for _, weight, _ in offers) / 500
 
 
+def test_an_even_draw_does_not_care_what_documents_weigh() -> None:
+    """Of 20,000 documents, a tenth of which are giants, so are about a tenth of those that are drawn."""
+    random, draw = Random(8), Draw(2_000, is_even=True)
+    numbers = {row: random.getrandbits(64) + 1 for row in range(20_000)}
+    for row, number in numbers.items():
+        draw.offer(Place(0, row), 10**6 if row % 10 == 0 else 1, number)
+    sample = draw.end()
+    giants = sum(each.weight > 1 for each in sample.drawn)
+    assert abs(giants - 200) < 4 * sqrt(2_000 * 0.1 * 0.9)
+    assert {each.place.row for each in sample.drawn} == set(sorted(numbers, key=numbers.__getitem__)[:2_000])
+
+
 def run_of(random: Random, documents: int, spread: float, differs: float) -> PastRun:
     """A run of documents that cost about as much as those of another day."""
     mean = exp(random.gauss(0, differs)) * max(0.1, random.gauss(1, sqrt(spread / documents)))

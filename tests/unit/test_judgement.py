@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -55,6 +56,16 @@ def test_a_sure_answer_is_accepted_with_its_confidence() -> None:
 def test_an_unsure_answer_escalates_and_is_kept() -> None:
     judged = judge(JOB, DOCUMENT, answered(0.8), rung=0)
     assert (judged.verdict, judged.answer) == (Verdict.LOW_CONFIDENCE, {"colour": "red"})
+
+
+def test_a_pilot_escalates_even_a_sure_answer_and_one_without_a_number_but_not_the_last_tier_s() -> None:
+    pilot = replace(JOB, is_pilot=True)
+    silent = Reply(Signal.ANSWERED, NOW, NOW, 200, content='{"colour":"red"}')
+    for reply in (answered(0.99), answered(0.1), silent):
+        judged = judge(pilot, DOCUMENT, reply, rung=0)
+        assert (judged.verdict, judged.answer) == (Verdict.CALIBRATION, {"colour": "red"})
+        assert judge(pilot, DOCUMENT, reply, rung=1).verdict is Verdict.ACCEPTED
+    assert judge(pilot, DOCUMENT, answered(0.9, content="red"), rung=0).verdict is Verdict.INVALID_ANSWER
 
 
 def test_on_the_last_tier_an_unsure_answer_is_accepted() -> None:

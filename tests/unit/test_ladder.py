@@ -86,6 +86,15 @@ def test_low_confidence_goes_one_tier_up_with_its_reason() -> None:
     assert position.is_entry
 
 
+def test_an_answer_of_a_pilot_goes_to_the_last_tier_whatever_lies_between() -> None:
+    calibration = (Signal.ANSWERED, Verdict.CALIBRATION)
+    position = position_after(calibration, rungs=4)
+    assert (position.rung, position.purpose, position.reason) == (3, Purpose.ANSWER, "calibration")
+    assert stands(first(calibration), on=LADDER).rung == 3
+    assert position_after(INVALID, INVALID, calibration, rungs=4).rung == 3  # the tier between had to answer first
+    assert after(calibration, calibration, rungs=2) == DeadLetter("calibration")  # nothing is above: it ends
+
+
 @pytest.mark.parametrize(
     ("signal", "verdict"),
     [

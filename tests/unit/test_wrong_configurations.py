@@ -52,6 +52,7 @@ JOB: dict[str, Any] = {
     "shard_rows": 20,
     "concurrency": {"flash": 3, "pro": 9},
     "measure": "topic",
+    "match": {"topic": "exact", "score": {"tolerance": 0.1}},
 }
 QUICK = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
