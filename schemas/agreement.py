@@ -2,7 +2,7 @@
 
 A difference that means nothing costs an escalation, so what may be normalised is; a difference that means something
 and is overlooked breaks a promise. So in doubt answers differ: punctuation before a digit belongs to a number and
-counts, and numbers are compared as they were written, never as floats.
+counts, a dash counts unless it joins two words, and numbers are compared by the decimals that JSON's parser shows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from functools import partial
 from typing import Any, TypeAlias
-from unicodedata import category, normalize
+from unicodedata import category, decomposition, normalize
 
 #: English, as models write where nobody says otherwise.
 _MONTHS = (
@@ -28,6 +28,8 @@ _BY_DOTS = re.compile(r"(?P<day>\d{1,2})\.\s?(?P<month>\d{1,2})\.\s?(?P<year>\d{
 _BY_SLASHES = re.compile(r"(?P<year>\d{4})/(?P<month>\d{1,2})/(?P<day>\d{1,2})")
 #: Punctuation that a word loses, and that which is as good as a letter; all other parts words.
 _LOST, _MEANT = ".'’", "%‰&@#*/\\§"
+#: A dash between two letters.
+_JOINING = re.compile(r"(?<=[^\W\d_])-+(?=[^\W\d_])")
 #: References that are followed, one behind another.
 _DEEPEST = 20
 #: What is beyond 10 to this power, or below its inverse, is no number that anybody compares.
@@ -90,20 +92,27 @@ def default_match(field: object, schema: Mapping[str, Any]) -> Match:
     """How values of a field are compared where the job does not say, by its part of an answer's JSON Schema.
 
     What can only be one of a few values, and numbers, exactly, but 1.0 is 1; numbers that may be text by their value;
-    dates as dates; other text as text; lists, and objects with all that is in them, as sets.
+    dates as dates; other text as text; lists, and objects with all that is in them, as sets, unless
+    two of a few values that they may have would be one there.
     """
     parts = list(_alternatives(field, schema))
     if any("enum" in part or "const" in part for part in parts):
         return Rule.EXACT
     kinds = {kind for part in parts for kind in _kinds(part)}
     if kinds & _COMPARES[Rule.SET] or not kinds:
-        return Rule.SET
+        return Rule.EXACT if any(_folds_two(part, schema) for part in parts) else Rule.SET
     if "string" not in kinds:
         return Rule.EXACT
     if "number" in kinds:  # how pydantic has a Decimal
         return Tolerance(Decimal(0))
     is_date = all(part.get("format") in ("date", "date-time") for part in parts if "string" in _kinds(part))
     return Rule.DATE if is_date else Rule.TEXT
+
+
+def _folds_two(part: Mapping[str, Any], schema: Mapping[str, Any]) -> bool:
+    """Whether a list's items can be one of a few values, of which two would be one to a set."""
+    few = [each for item in _alternatives(part.get("items"), schema) for each in item.get("enum", ())]
+    return len({_normal(each, fold, tuple) for each in few}) < len(few)
 
 
 def refusal(match: Match, field: object, schema: Mapping[str, Any]) -> str | None:
@@ -211,7 +220,7 @@ def _normal(value: object, spell: Callable[[str], str], gather: Callable[[list[H
     match value:
         case dict():
             entries = ((name, _normal(inner, spell, gather)) for name, inner in value.items() if inner is not None)
-            return frozenset(entries)
+            return ("object", frozenset(entries))
         case list():
             return gather([_normal(inner, spell, gather) for inner in value])
         case str():
@@ -226,14 +235,23 @@ def _normal(value: object, spell: Callable[[str], str], gather: Callable[[list[H
 def fold(text: str) -> str:
     """A text without what rarely means anything: NFKC, case, punctuation and spaces.
 
-    What stands before a digit stays: it may be a sign or a decimal point.
+    What stands before a digit stays: it may be a sign or a decimal point. So does a dash that joins no two words, as
+    in A-, and a power stays one.
     """
-    plain = normalize("NFKC", normalize("NFKC", text).casefold())
-    kept = (_soften(plain[at], plain[at + 1 : at + 2]) for at in range(len(plain)))
-    return " ".join(normalize("NFKC", "".join(kept)).split())  # an accent may have lost what kept it from its letter
+    plain = normalize("NFKC", normalize("NFKC", "".join(map(_lift, text))).casefold())
+    kept = "".join(_soften(plain[at], plain[at + 1 : at + 2]) for at in range(len(plain)))
+    composed = normalize("NFKC", kept)  # an accent may have lost what kept it from its letter
+    return " ".join(_JOINING.sub(" ", composed).split())
+
+
+def _lift(character: str) -> str:
+    """NFKC makes an ordinary digit of a raised or lowered one."""
+    return f"^{character}" if decomposition(character).startswith(("<super>", "<sub>")) else character
 
 
 def _soften(character: str, following: str) -> str:
+    if category(character) == "Pd":
+        return "-"
     if not category(character).startswith("P") or following.isdigit() or character in _MEANT:
         return character
     return "" if character in _LOST else " "

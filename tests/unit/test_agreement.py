@@ -112,6 +112,12 @@ def test_these_say_the_same(match: Match, one: object, other: object) -> None:
         (Rule.TEXT, "C#", "C"),
         (Rule.TEXT, "New York", "Newyork"),
         (Rule.TEXT, "", None),
+        (Rule.TEXT, "A-", "A"),
+        (Rule.TEXT, "5-", "5"),
+        (Rule.TEXT, "- 5 EUR", "5 EUR"),
+        (Rule.TEXT, "10²", "102"),
+        (Rule.SET, ["BBB-"], ["BBB"]),
+        (Rule.SET, {}, []),
         (Rule.SET, ["a"], ["a", "b"]),
         (Rule.SET, ["a"], "a"),
         (Rule.SET, {"a": "x"}, {"b": "x"}),
@@ -122,8 +128,17 @@ def test_these_do_not(match: Match, one: object, other: object) -> None:
     assert not agree(match, other, one)
 
 
+def test_a_list_of_a_few_values_is_a_set_unless_two_of_them_fold_into_one() -> None:
+    def of(*values: str) -> dict[str, object]:
+        return {"type": "array", "items": {"$ref": "#/$defs/few"}, "$defs": {"few": {"enum": list(values)}}}
+
+    assert default_match(of("A", "B"), of("A", "B")) is Rule.SET
+    assert default_match(of("Pro", "pro"), of("Pro", "pro")) is Rule.EXACT
+
+
 @given(st.text())
 @example("C.\u0327")
+@example("a.-b")
 def test_what_is_folded_stays_so(text: str) -> None:
     assert fold(fold(text)) == fold(text)
 
