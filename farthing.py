@@ -611,6 +611,9 @@ def _enrich(
     """
     view.phase("checking the job, the account and the ledger")
     _tell_unfinished(wait_for(_check(request, job, settings)), request, job, settings)
+    if job.promise is not None and request.sample is None:
+        size, known = wait_for(_measure(job, request)), _find_history(job, settings.sandbox)
+        _tell_promise(job, _compute(job, request, size, known, settings, _now(settings, settings.sandbox)))
     view.phase("starting Prefect")
     _prepare_prefect(settings)
     from tasks.prefect_server import require_lasting_server, start_temporary_server
@@ -813,6 +816,7 @@ def estimate(
     else:
         settings, size, known = _poll(request, loaded, in_sandbox, is_agreed=yes, is_quiet=quiet)
     found = _compute(loaded, request, size, known, settings, _now(settings, in_sandbox))
+    _tell_promise(loaded, found)
     if as_json:
         print_json(report.estimate_json(found))
     else:
@@ -828,6 +832,14 @@ def _compute(
 
     asked = Asked(now, request.hours(job), request.due(now))
     return compute(job, size, load_price_book(settings.prices), asked, known)
+
+
+def _tell_promise(job: Job, found: Estimate) -> None:
+    """What a promise will take, before any money moves."""
+    from schemas.estimates import forecast
+
+    for line in forecast(job, found):
+        tell(line)
 
 
 async def _measure(job: Job, request: RunRequest) -> Size:

@@ -171,6 +171,18 @@ class Agreement:
         rules = {name: default_match(properties.get(name), schema) for name in counted} | dict(said)
         return cls(tuple((name, rule) for name, rule in sorted(rules.items()) if rule is not Rule.IGNORE))
 
+    @classmethod
+    def from_json(cls, rules: Mapping[str, object]) -> Agreement:
+        """As `to_json` wrote it."""
+        return cls(tuple((name, parse_match(rule)) for name, rule in sorted(rules.items())))
+
+    def to_json(self) -> dict[str, Any]:
+        """The rules by field, as a job file writes them: what a certificate of a run rests on."""
+        return {
+            name: {"tolerance": str(rule.most)} if isinstance(rule, Tolerance) else rule.value
+            for name, rule in self.rules
+        }
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that are compared: those that a promise covers, sorted."""

@@ -1,16 +1,18 @@
 """What keeps the promise of a run, and proves later that it was kept by the rule: alone responsible for the cut.
 
-The order of all documents is frozen first, then the sample is drawn, then Pro answers it, then the cut follows. The
-coming `escalate: {target, delta}` decides by this. The proof that the promise holds is in docs/guarantee.md.
+The order of all documents is frozen first, then the sample is drawn, then Pro answers it, then the cut follows.
+`escalate: {target, delta}` decides by this. The proof that the promise holds is in docs/guarantee.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
+from enum import StrEnum
 from hashlib import sha256
 from itertools import pairwise
+from typing import Any
 
 from schemas.promises import Plan, allowance, draw
 
@@ -32,13 +34,54 @@ def _unsureness(one: Candidate) -> tuple[bool, float]:
     return one.confidence is None, -(one.confidence or 0.0)
 
 
+@dataclass
+class OrderDigest:
+    """What names an order, while its documents go by: it need not be in memory."""
+
+    _digest: Any = field(default_factory=sha256)
+
+    def add(self, document: str) -> None:
+        encoded = document.encode()
+        self._digest.update(len(encoded).to_bytes(4, "big") + encoded)  # so that no two orders are the same bytes
+
+    @property
+    def name(self) -> str:
+        return f"sha256:{self._digest.hexdigest()}"
+
+
 def order_hash(documents: Iterable[str]) -> str:
     """What names an order; it is stored before the first document of the sample is sent."""
-    digest = sha256()
+    digest = OrderDigest()
     for document in documents:
-        name = document.encode()
-        digest.update(len(name).to_bytes(4, "big") + name)  # so that no two orders are the same bytes
-    return f"sha256:{digest.hexdigest()}"
+        digest.add(document)
+    return digest.name
+
+
+class Fate(StrEnum):
+    """What becomes of a first answer that waits; of those that climb, the reason."""
+
+    WAIT = "wait"
+    SAMPLE = "certified_sample"
+    ACCEPT = "accept"
+    ESCALATE = "not_certified"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a waiting document stands: its rank once the order is frozen, and the cut once there is one."""
+
+    rank: int | None = None
+    is_sampled: bool = False
+    cut: int | None = None
+
+    @property
+    def fate(self) -> Fate:
+        if self.is_sampled:
+            return Fate.SAMPLE
+        if self.cut is None:
+            return Fate.WAIT
+        is_above = self.rank is not None and self.rank < self.cut
+        return Fate.ACCEPT if is_above else Fate.ESCALATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +93,12 @@ class Finding:
 
     field: str
     ranks: tuple[int, ...]
+
+
+def gather_findings(fields: Sequence[str], differing: Mapping[int, Sequence[str]]) -> tuple[Finding, ...]:
+    """By field, from the fields on which the tiers disagree about a document, by its rank."""
+    ranks = sorted(differing)
+    return tuple(Finding(name, tuple(rank for rank in ranks if name in differing[rank])) for name in fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +125,11 @@ class Certificate:
     tail: Decimal | None
     cut: int
     score_at_cut: float | None
+
+    @property
+    def disagreements(self) -> int:
+        """Sampled documents on which the tiers disagree about some field."""
+        return len({rank for one in self.findings for rank in one.ranks})
 
 
 def certify(

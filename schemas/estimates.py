@@ -17,12 +17,14 @@ from typing import Any
 
 from schemas.calls import MORE_TOKENS, TEMPLATE_TOKENS, TEMPLATE_TOKENS_PER_MESSAGE
 from schemas.errors import UnknownPrice
+from schemas.forecasts import spell_plan
 from schemas.intervals import LEVEL, Interval, PastCost, predict_mean, weigh
 from schemas.jobs import Job, Tier
 from schemas.money import Currency, Money
 from schemas.off_peak import tariff_of
 from schemas.pricing import Price, PriceBook, reservation
 from schemas.projections import MILLION, Polled, TierTokens, project
+from schemas.promises import plan
 from schemas.samples import Design
 from schemas.work_hours import Asked, Rows, Stretch, bands_of, begins, rows_at, share_out
 
@@ -187,6 +189,16 @@ def estimate(
         sampled=len(known.sample.drawn) if isinstance(known, Polled) else None,
         lasts=lasts or None,
     )
+
+
+def forecast(job: Job, expected: Estimate) -> list[str]:
+    """What the job's promise will take of a run that is expected to be this, in words; nothing for a threshold."""
+    promise = job.promise
+    if promise is None:
+        return []
+    last = expected.tiers[-1]
+    each = Money(-(-last.cost.pico // last.attempts), last.cost.currency) if last.attempts else None
+    return spell_plan(plan(promise, expected.to_send, fields=len(job.agreement.fields)), last.tokens.tier, each)
 
 
 def bound_sample(job: Job, expected: Estimate, longest: int, book: PriceBook) -> Money:

@@ -123,7 +123,10 @@ class Draft:
         for name, match in file.match.items():
             if why := refusal(match, properties.get(name), answer.schema):
                 self.add(("match", name), why)
-        if file.match and not find_agreement(answer, file.confidence, file.match).fields:
+        is_compared = bool(find_agreement(answer, file.confidence, file.match).fields)
+        if file.escalate.promise is not None and not is_compared:
+            self.add(("escalate",), "nothing of the answer is compared, so that a promise about it says nothing")
+        elif file.match and not is_compared:
             self.add(("match",), "ignores every field, so that any two answers agree; leave one to compare")
 
     def _check_label(self, measure: object, fields: Sequence[str]) -> None:
@@ -231,6 +234,14 @@ def _ladder_is_a_ladder(ladder: tuple[Tier, ...]) -> tuple[Tier, ...]:
     return ladder
 
 
+def _promise_fits_ladder(escalate: Escalate, info: ValidationInfo) -> Escalate:
+    """A tier between the two would give answers that nobody promised anything about."""
+    ladder = info.data.get("ladder", ())
+    if escalate.promise is not None and ladder and len(ladder) != 2:
+        raise ValueError("a promise is about two tiers, the first and the last; write `ladder: [flash, pro]`")
+    return escalate
+
+
 def _spread_concurrency(given: object, info: ValidationInfo) -> object:
     """One number is that number for every tier of the ladder; a tier that is not named gets the default."""
     names = [tier.name for tier in info.data.get("ladder", ())]
@@ -261,7 +272,7 @@ class JobFile(BaseModel):
         Field(min_length=1),
         AfterValidator(_ladder_is_a_ladder),
     ]
-    escalate: Escalate = Escalate()
+    escalate: Annotated[Escalate, AfterValidator(_promise_fits_ladder)] = Escalate()
     confidence: Confidence = Confidence()
     budget: Annotated[Budget, BeforeValidator(_read_budget)]
     tolerance: Decimal = Field(default=Decimal("0.01"), ge=0, le=1)
@@ -295,8 +306,6 @@ def _explain_missing(item: ErrorDetails, loc: Loc) -> str:
 
 
 def _explain_extra(item: ErrorDetails, loc: Loc) -> str:
-    if loc in (("escalate", "target"), ("escalate", "delta")):
-        return "thresholds with a guarantee are not built yet; write `escalate: {below: 0.85}`"
     return f"unknown key{suggest(str(loc[-1]), _known_keys(loc[:-1]))}"
 
 

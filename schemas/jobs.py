@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
 from enum import StrEnum
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -24,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from schemas.agreement import Agreement, Match
 from schemas.answers import Answer, AnswerRejected, canonical_json
 from schemas.money import Money
+from schemas.promises import Promise
 
 __all__ = ["TIERS", "Answer", "AnswerRejected", "Budget", "Confidence", "Escalate", "Input", "Job", "Tier", "When"]
 
@@ -198,9 +200,33 @@ class Input(_Part):
 
 
 class Escalate(_Part):
-    """The rule for going one tier up: an answer whose confidence is below `below`."""
+    """The rule for going one tier up: an answer whose confidence is below `below`.
 
-    below: Decimal = Field(default=Decimal("0.85"), ge=0, le=1)
+    Or, with `target` and `delta`, what keeps that promise over all documents of a run (schemas/promises.py); the
+    answers of the first tier then wait until the run is certified.
+    """
+
+    below: Decimal | None = Field(default=None, ge=0, le=1)
+    target: Decimal | None = Field(default=None, ge=0, le=1)
+    delta: Decimal | None = Field(default=None, gt=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_rule(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not {"target", "delta"} & given.keys():
+            return {"below": Decimal("0.85"), **given} if isinstance(given, dict) else given
+        if "below" in given:
+            raise ValueError("a threshold or a promise: write `{below: 0.85}`, or `{target: 0.95, delta: 0.05}`")
+        if not {"target", "delta"} <= given.keys():
+            raise ValueError("a promise has both: write `{target: 0.95, delta: 0.05}`")
+        return given
+
+    @property
+    def promise(self) -> Promise | None:
+        """What a run has to keep; None: a threshold decides."""
+        if self.target is None or self.delta is None:
+            return None
+        return Promise(Fraction(self.target), Fraction(self.delta))
 
 
 class Confidence(_Part):
@@ -249,6 +275,11 @@ class Job:
     when: When = When.NOW
     match: Mapping[str, Match] = field(default_factory=dict)
     is_pilot: bool = False
+
+    @property
+    def promise(self) -> Promise | None:
+        """What a run has to keep; None: a threshold decides, or it is a pilot, which asks both ends anyway."""
+        return None if self.is_pilot else self.escalate.promise
 
     @cached_property
     def agreement(self) -> Agreement:

@@ -1,4 +1,4 @@
-"""Judging a reply: is it a valid answer, and is it sure enough to be accepted at this tier?"""
+"""Judging a reply: is it a valid answer, and is it sure enough to be accepted at this tier, or does it wait?"""
 
 from __future__ import annotations
 
@@ -51,4 +51,6 @@ def _weigh(job: Job, measured: Measured, *, is_last: bool) -> Verdict:
         return Verdict.ACCEPTED
     if job.is_pilot:
         return Verdict.CALIBRATION
+    if job.escalate.below is None:
+        return Verdict.HELD
     return Verdict.LOW_CONFIDENCE if measured.is_below(job.escalate.below) else Verdict.ACCEPTED

@@ -29,6 +29,7 @@ class Verdict(StrEnum):
     CALIBRATION = "calibration"  # valid, and however sure: the last tier is to answer the same document
     BLANK = "blank"
     TRUNCATED = "truncated"
+    HELD = "held"  # valid, and waits until its run is certified
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ class Accept:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """The answer waits for the certificate of its run, which makes it the result or sends the document up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Again:
     """Another attempt, from this position."""
 
@@ -82,7 +88,7 @@ class Stop:
     reason: str
 
 
-Step = Accept | Again | DeadLetter | Stop
+Step = Accept | Hold | Again | DeadLetter | Stop
 
 
 def advance(position: Position, signal: Signal, verdict: Verdict | None, rungs: int) -> Step:
@@ -126,6 +132,8 @@ def _weigh(now: Position, verdict: Verdict, rungs: int) -> Step:
     match verdict:
         case Verdict.ACCEPTED:
             return Accept()
+        case Verdict.HELD:
+            return Hold()
         case Verdict.LOW_CONFIDENCE:
             return _climb(now, verdict.value, rungs)
         case Verdict.CALIBRATION:
@@ -185,7 +193,8 @@ def stand(history: Iterable[PastAttempt], ladder: Sequence[str]) -> Step:
     not made from where that reply leads. So each attempt is weighed from the position that it *was* made from, and
     the document stands where the furthest of them leads, of equals the latest. One that is overtaken only counts
     (attempts, unknowns, interruptions on its tier): it takes no tier and no amendment away. What a reply ended is
-    over, whatever came after it, and an accepted answer is not paid for again (G5).
+    over, whatever came after it, and an accepted answer is not paid for again (G5). Nor is one that is held, while
+    nothing was tried above it.
 
     Raises ValueError for a row that no lane makes: a tier off the ladder, a repair of no verdict.
     """
@@ -193,17 +202,33 @@ def stand(history: Iterable[PastAttempt], ladder: Sequence[str]) -> Step:
     if any(attempt.verdict is Verdict.ACCEPTED for attempt in past):
         return Accept()
     made = furthest = Position()
+    is_held = False
     for attempt in past:
         made = _made_from(attempt, ladder.index(attempt.tier), made)
         step = advance(made, attempt.signal, attempt.verdict, len(ladder))
         made = _count(made, attempt.signal)
         if isinstance(step, Stop):  # the run was paused and is resumed: the same attempt once more
             step = _retry(made, made, attempt.signal)
+        if isinstance(step, Hold):
+            is_held = True
+            continue
         if not isinstance(step, Again):
             return step
         furthest = max(step.position, furthest, key=_progress)
+    if is_held and furthest.rung == 0:
+        return Hold()
     interruptions = made.interruptions if made.rung == furthest.rung else furthest.interruptions
     return Again(replace(furthest, attempts=made.attempts, unknowns=made.unknowns, interruptions=interruptions))
+
+
+def release(history: Iterable[PastAttempt], ladder: Sequence[str], reason: str) -> Step:
+    """Where a document stands whose held answer is not the last word: on the last tier, as it was left there."""
+    past = list(history)
+    if any(attempt.tier == ladder[-1] for attempt in past):
+        return stand(past, ladder)
+    unknowns = sum(attempt.signal in UNKNOWN_BILLING for attempt in past)
+    attempts = max((attempt.attempt_no for attempt in past), default=0)
+    return Again(Position(rung=len(ladder) - 1, attempts=attempts, unknowns=unknowns, reason=reason))
 
 
 def _made_from(attempt: PastAttempt, rung: int, before: Position) -> Position:

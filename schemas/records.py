@@ -84,6 +84,17 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """A first answer that waits for its run's certificate: of the document's own attempt, or an earlier result."""
+
+    document_no: int
+    lease: Lease
+    confidence: float | None
+    attempt_no: int | None = None
+    of: ResultKey | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """What an attempt came to. `cost` is None while unknown, and then `bound` is the most it can be."""
 
@@ -100,7 +111,13 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What becomes durable together for one document: an attempt's outcome, its ending, or both."""
+    """What becomes durable together for one document: an attempt's outcome, and its ending or that it waits."""
 
     outcome: Outcome | None = None
     ending: Ending | None = None
+    held: Held | None = None
+
+    @property
+    def lease(self) -> Lease | None:
+        """What the shard has to be held by for all of it to be kept; None: an outcome is a fact without."""
+        return self.ending.lease if self.ending else self.held.lease if self.held else None

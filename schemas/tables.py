@@ -1,9 +1,9 @@
 """The ledger's tables as SQLAlchemy sees them. The migrations make them; a test holds the two together.
 
-Money is BIGINT pico units of the run's currency. Intents, outcomes, unknowns, answers, grants, closes,
-adjustments, closed months, sums and events are only ever appended; `run`, `backfill`, `shard`, `lane` and `budget`
-have named columns that change. A document that is not terminal has no row in `document`: what is missing is the
-shard's range less the rows.
+Money is BIGINT pico units of the run's currency. Intents, outcomes, unknowns, answers, what is held, orders and
+certificates, grants, closes, adjustments, closed months, sums and events are only ever appended; `run`, `backfill`,
+`shard`, `lane` and `budget` have named columns that change. A document that is not terminal has no row in `document`:
+what is missing is the shard's range less the rows.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ LANE_COUNTERS = (
     "hit",
     "miss",
     "output",
+    "held",
 )
 metadata = MetaData(schema=SCHEMA)
 
@@ -307,6 +308,53 @@ document = Table(
     Column("of_run_id", BigInteger),
     Column("of_document_no", BigInteger),
     _instant("recorded_at", default=True),
+)
+
+held = Table(
+    "held",
+    metadata,
+    *_document_key(),
+    Column("attempt_no", SmallInteger),
+    Column("confidence", Double),
+    Column("of_run_id", BigInteger),
+    Column("of_document_no", BigInteger),
+    _instant("recorded_at", default=True),
+)
+
+ranked = Table(
+    "ranked",
+    metadata,
+    *_document_key(),
+    Column("rank", BigInteger, nullable=False),
+    Column("is_sampled", Boolean, nullable=False),
+    UniqueConstraint("run_id", "rank"),
+)
+
+frozen_order = Table(
+    "frozen_order",
+    metadata,
+    Column("run_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("documents", BigInteger, nullable=False),
+    Column("piloted", BigInteger, nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("allowance", BigInteger),
+    Column("fields", ARRAY(Text), nullable=False),
+    Column("salt", LargeBinary, nullable=False),
+    Column("seed", LargeBinary, nullable=False),
+    Column("order_digest", Text, nullable=False),
+    _instant("frozen_at", default=True),
+)
+
+certified = Table(
+    "certified",
+    metadata,
+    Column("run_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("findings", JSONB, nullable=False),
+    Column("cut", BigInteger, nullable=False),
+    Column("score_at_cut", Double),
+    Column("tail", Numeric),
+    Column("served", JSONB, nullable=False),
+    _instant("certified_at", default=True),
 )
 
 label = Table(

@@ -22,9 +22,9 @@ from schemas.documents import Document
 from schemas.errors import KeyRefused, LeaseLost, ProviderStopped
 from schemas.jobs import Job
 from schemas.judgement import Judgement, judge
-from schemas.ladder import Accept, Again, DeadLetter, Position, Step, Stop, Verdict, advance
+from schemas.ladder import Accept, Again, DeadLetter, Hold, Position, Step, Stop, Verdict, advance
 from schemas.pricing import Price, PriceBook, reservation
-from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
+from schemas.records import DocumentState, Ending, Held, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.completions import Completions
 from tasks.drains import Draining, rest
 from tasks.failpoints import reach
@@ -226,7 +226,8 @@ class Climber:
         """Judge the reply, and make what it came to durable."""
         judgement = judge(self.job, work.document, reply, work.position.rung)
         step = advance(work.position, reply.signal, judgement.verdict, len(self.job.ladder))
-        record = Record(self._outcome(work, reply, booking, judgement), self._ending(work, step, judgement))
+        outcome = self._outcome(work, reply, booking, judgement)
+        record = Record(outcome, self._ending(work, step, judgement), self._held(work, step, judgement))
         try:
             is_kept = await self.records.put(record)
         except PoisonValue:
@@ -248,6 +249,7 @@ class Climber:
             Verdict.INVALID_ANSWER,
             Verdict.LOW_CONFIDENCE,
             Verdict.CALIBRATION,
+            Verdict.HELD,
         )
         measured = judgement.measured
         return Outcome(
@@ -284,8 +286,14 @@ class Climber:
                 )
             case DeadLetter(reason):
                 return end_of(work, DocumentState.DEAD_LETTER, reason=reason, tier=tier)
-            case Again() | Stop():
+            case Hold() | Again() | Stop():
                 return None
+
+    def _held(self, work: Work, step: Step, judgement: Judgement) -> Held | None:
+        if not isinstance(step, Hold):
+            return None
+        confidence = judgement.measured.value if judgement.measured else None
+        return Held(work.document.document_no, work.lease, confidence, work.position.attempts + 1)
 
     async def _end(self, work: Work, ending: Ending) -> None:
         if not await self.records.put(Record(ending=ending)):

@@ -27,6 +27,8 @@ STEPS = (
     "intend",
     "record",
     "finish",
+    "freeze",
+    "certify",
     "fail",
     "leave",
     "bury",

@@ -23,7 +23,7 @@ prompt: prompt.md            # the same for every document, so that the provider
 answer: answer.py:Answer     # a pydantic model, or a JSON Schema file (answer.schema.json)
 
 ladder: [flash, pro]         # the cheap model first; known: flash, flash-thinking, pro
-escalate: {below: 0.85}      # go one tier up when confidence is below this
+escalate: {below: 0.85}      # go one tier up below this; or promise: {target: 0.95, delta: 0.05}
 confidence: {signal: logprobs, fields: [topic, urgency]}
 # Until an answer comes, the longest that it may be is set aside of the budget.
 tiers: {flash: {max_tokens: 256}, pro: {max_tokens: 256}}

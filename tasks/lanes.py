@@ -38,7 +38,7 @@ from tasks.completions import Completions
 from tasks.drains import Draining, unless
 from tasks.finish_by import Haste
 from tasks.grants import Grants
-from tasks.ledger import attempts, leases, runs
+from tasks.ledger import attempts, certification, leases, runs
 from tasks.ledger.attempts import Permit, Reusable, Withheld
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import USUAL_TIMES, ClaimedShard, LeaseTimes, Orders
@@ -342,8 +342,17 @@ class Lane:
                 await self._start(claimed, shards)
             elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
                 await self._pause()  # our own last shards, or another lane's: should it die, they come back
-            else:
+            elif not await self._begin_phase():
                 return
+
+    async def _begin_phase(self) -> bool:
+        """Begin the next phase of a run that keeps a promise, or wait for who does. False: there is none."""
+        if self.plan.job.promise is None:
+            return False
+        is_begun = await self._patience.ask(certification.advance, self.ledger, self.plan.run.run_id, self.plan.job)
+        if is_begun is False:
+            await self._pause()
+        return is_begun is not None
 
     async def _start(self, claimed: ClaimedShard, shards: asyncio.TaskGroup) -> None:
         """Set a shard going; returns when every document of it is under way."""
@@ -381,7 +390,7 @@ class Lane:
         if self.telemetry is not None:
             endings = [record.ending for record in records if record.ending is not None]
             self.telemetry.see_endings([ending for ending in endings if ending.lease not in lost])
-        return [record.ending is None or record.ending.lease not in lost for record in records]
+        return [record.lease is None or record.lease not in lost for record in records]
 
     async def _beat(self) -> None:
         """Show that the lane lives, hear orders, bury the dead; fence oneself when Postgres is away too long."""
@@ -535,7 +544,8 @@ class Lane:
     def _reusable(self) -> Reusable:
         job, run = self.plan.job, self.plan.run
         policy = (job.ladder[-1].name, None if job.is_pilot else job.escalate.below)
-        return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses)
+        first = job.ladder[0].name
+        return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses, first_tier=first)
 
 
 async def _let_go(*tasks: asyncio.Task[Any]) -> None:

@@ -84,10 +84,10 @@ def project(progress: Progress) -> Money | None:
     """What the whole run comes to if the rest costs what the documents so far did, those reused for nothing apart.
 
     None while a lane says that it primes a tier: the documents that wait to climb there are the dear ones, and they
-    are not paid yet.
+    are not paid yet. None, too, in the phases of a run with a promise, which end its documents in no even order.
     """
     paid = progress.done - progress.reused
-    if paid <= 0 or PRIMING in (progress.waiting_because or ""):
+    if paid <= 0 or progress.phase or PRIMING in (progress.waiting_because or ""):
         return None
     rest = -(-progress.cost_pico * (progress.documents - progress.done) // paid)
     return Money(progress.cost_pico + rest, Currency(progress.currency))
@@ -107,6 +107,7 @@ def line(progress: Progress, pace: Pace) -> str:
         f"escalated {share(progress.escalated, progress.done)}",
         f"dead {progress.dead_letters:,}",
         f"in flight {progress.in_flight:,}",
+        f"phase {progress.phase}" if progress.phase else None,
         f"waiting: {_wait(progress)}" if _wait(progress) else None,
     ]
     return plain(f"{progress.name}: " + " · ".join(part for part in parts if part))
@@ -121,6 +122,8 @@ def panel(progress: Progress, pace: Pace) -> RenderableType:
     name = Text(plain(f"{progress.job} · {progress.name}"), "bold")
     head.add_row(name, bar, f"{progress.done:,}/{progress.documents:,}", rate, f"{left} left" if left else "")
     parts: list[RenderableType] = [head, _figures(progress)]
+    if progress.phase:
+        parts.append(Text(plain(f"phase {progress.phase}")))
     if progress.is_simulated:
         parts.append(Text("sandbox: prices are real, the answers are simulated", "dim"))
     if reason := _wait(progress):
@@ -169,6 +172,8 @@ def _wait(progress: Progress) -> str | None:
 
 def _left(progress: Progress, pace: Pace) -> str | None:
     """How long the rest takes; None where that is not known, and where a run that drains will not do the rest."""
+    if progress.phase:  # documents end in none of its phases at the pace of another
+        return None
     seconds = None if (_wait(progress) or "").startswith("draining") else pace.remaining_s(progress.documents)
     return None if seconds is None else duration(seconds)
 

@@ -344,7 +344,7 @@ class Section:
 
 def sections(audit: Audit) -> list[Section]:
     """The report of an audit; parts with nothing to say are left out."""
-    made = (totals, tiers, token_costs, cache, escalations, accuracy, dearest, slowest, dead_letters, waste)
+    made = (totals, tiers, token_costs, cache, promises, escalations, accuracy, dearest, slowest, dead_letters, waste)
     return [part for make in made if (part := make(audit)).rows]
 
 
@@ -567,6 +567,28 @@ def _lost(audit: Audit) -> str:
         return told
     partly = audit.lost_pico - audit.lost_whole_pico
     return f"{told}: {_money(audit, audit.lost_whole_pico)} none of it hit, {_money(audit, partly)} a part did"
+
+
+def promises(audit: Audit) -> Section:
+    """What runs promised of their answers, and the certificates that keep it."""
+    rows = [
+        (
+            f"run {each.run}: {float(each.target):g} of {each.documents:,}, but for {float(each.delta):g}",
+            count(each.may_differ),
+            count(each.sampled),
+            "—" if each.disagreements is None else count(each.disagreements),
+            "not certified yet" if each.cut is None else count(each.cut),
+            "—" if each.score_at_cut is None else f"{each.score_at_cut:.4f}",
+            "—" if each.tail is None else f"{float(each.tail):.4f}",
+        )
+        for each in audit.certificates
+    ]
+    columns = ("what", "may differ", "drawn", "of these differ", "accepted above place", "confidence there")
+    return Section("What was promised", (*columns, "chance to fail"), tuple(rows), _agreement_note(audit))
+
+
+def _agreement_note(audit: Audit) -> str:
+    return "Agreement is not truth: where both tiers make the same mistake, they agree." if audit.certificates else ""
 
 
 def escalations(audit: Audit) -> Section:
@@ -807,6 +829,7 @@ def progress_table(progress: Progress) -> Table:
         ("state", progress.state),
         ("documents", f"{progress.done:,} of {progress.documents:,} ({share(progress.done, progress.documents)})"),
         ("waits because", progress.waiting_because or "—"),
+        *([("phase", progress.phase)] if progress.phase else []),
         ("in flight", f"{progress.in_flight:,} in {progress.lanes} lane(s)" + _most(progress)),
         ("dead letters", f"{progress.dead_letters:,}"),
         ("escalated", f"{progress.escalated:,}"),
@@ -1044,8 +1067,9 @@ def run_report(audit: Audit, proof: Proof) -> list[RenderableType]:
 def proof_line(proof: Proof) -> Text:
     """Whether the ledger proves, in one line."""
     if proof.proved:
-        names = list(proof.guarantees)
-        return Text(f"The ledger proves: {names[0]} to {names[-1]} hold, to the last unit.", "bold green")
+        names = [name for name in proof.guarantees if name != "G18"]
+        promise = " and the promise (G18)" if "G18" in proof.guarantees else ""
+        return Text(f"The ledger proves: {names[0]} to {names[-1]}{promise} hold, to the last unit.", "bold green")
     broken = ", ".join(name for name, holds in proof.guarantees.items() if not holds)
     return Text(f"The ledger does NOT prove: {broken}. See `farthing verify {proof.run}`.", "bold red")
 

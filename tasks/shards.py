@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 
 from schemas.calls import RejectedAnswer
+from schemas.certificates import Fate
 from schemas.documents import Document, UnfitDocument
 from schemas.errors import (
     BudgetExhausted,
@@ -21,13 +22,14 @@ from schemas.errors import (
     ProviderStopped,
     UnknownPrice,
 )
-from schemas.ladder import Accept, Again, DeadLetter, PastAttempt, Stop, Verdict, stand
-from schemas.records import DocumentState, Ending, Record, ResultKey
+from schemas.ladder import Accept, Again, DeadLetter, Hold, PastAttempt, Stop, Verdict, release, stand
+from schemas.records import DocumentState, Ending, Held, Record, ResultKey
 from tasks.bulkhead import Bulkhead
 from tasks.climbs import Climber, Work, end_of
 from tasks.drains import Draining, unless
-from tasks.ledger import attempts, leases, runs
-from tasks.ledger.attempts import PaidAnswer, Reusable
+from tasks.ledger import attempts, certification, leases, runs
+from tasks.ledger.attempts import FirstAnswer, PaidAnswer, Reusable
+from tasks.ledger.certification import HeldAnswer
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import ClaimedShard
 from tasks.patience import Patience
@@ -113,32 +115,75 @@ class ShardWork:
         ended = await self.patience.ask(attempts.find_endings, *span)
         fresh = [document for document in block if document.document_no not in ended]
         history = await self.patience.ask(attempts.find_past_attempts, *span) if fresh else {}
-        endings, climbing = await self._sort(fresh, history)
-        if endings:
-            climbs.create_task(self._record(endings))
-        for document in climbing:
+        held = await self.patience.ask(certification.find_held, *span) if fresh and self._is_certified else {}
+        records, climbing = await self._sort([d for d in fresh if d.document_no not in held], history)
+        released, due = self._release(fresh, held)
+        if records + released:
+            climbs.create_task(self._record(records + released))
+        for document, reason in (*((document, None) for document in climbing), *due):
             await self.slots.acquire()
             if self._is_over:
                 self.slots.release()
                 return
-            climbs.create_task(self._climb(document, history.get(document.document_no, [])))
+            climbs.create_task(self._climb(document, history.get(document.document_no, []), reason))
+
+    @property
+    def _is_certified(self) -> bool:
+        return self.climber.job.promise is not None
+
+    def _release(
+        self, fresh: Sequence[Document | UnfitDocument], held: Mapping[int, HeldAnswer]
+    ) -> tuple[list[Record], list[tuple[Document, str]]]:
+        """Of the documents whose first answers wait: those that end by it now, and those that climb, with why."""
+        accepted: list[Record] = []
+        climbing: list[tuple[Document, str]] = []
+        for document in fresh:
+            answer = held.get(document.document_no)
+            if answer is None or not isinstance(document, Document):
+                continue
+            match answer.place.fate:
+                case Fate.ACCEPT:
+                    accepted.append(Record(ending=self._accept(Work(document, self.claimed.lease), answer)))
+                case Fate.SAMPLE | Fate.ESCALATE as fate:
+                    climbing.append((document, fate.value))
+                case Fate.WAIT:
+                    pass
+        return accepted, climbing
+
+    def _accept(self, work: Work, answer: HeldAnswer) -> Ending:
+        """The first answer, now that it is certified."""
+        if answer.of is not None:
+            return end_of(work, DocumentState.REUSED, of=answer.of)
+        if answer.attempt_no is None or answer.stored is None:
+            return end_of(work, DocumentState.DEAD_LETTER, reason="answer_missing")
+        tier = self.climber.job.ladder[0].name
+        return _end_as_paid(work, PaidAnswer(tier, answer.attempt_no, answer.stored))
 
     async def _sort(
         self, fresh: Sequence[Document | UnfitDocument], history: dict[int, list[PastAttempt]]
-    ) -> tuple[list[Ending], list[Document]]:
-        """Split what ends without an attempt (unfit, duplicate, answered before) from what has to climb."""
+    ) -> tuple[list[Record], list[Document]]:
+        """Split what needs no attempt (unfit, duplicate, answered before) from what has to climb."""
         texts = {d.text_digest for d in fresh if isinstance(d, Document) and d.document_no not in history}
         answered = await self.patience.ask(attempts.find_results_now, self.ledger, texts, self.reusable)
-        endings: list[Ending] = []
+        said = await self._find_first_answers(texts - answered.keys())
+        records: list[Record] = []
         climbing: list[Document] = []
         for document in fresh:
             is_begun = document.document_no in history
             ending = self._end_without_attempt(document, {} if is_begun else answered)
             if ending is not None:
-                endings.append(ending)
+                records.append(Record(ending=ending))
+            elif isinstance(document, Document) and not is_begun and document.text_digest in said:
+                first, lease = said[document.text_digest], self.claimed.lease
+                records.append(Record(held=Held(document.document_no, lease, first.confidence, of=first.of)))
             elif isinstance(document, Document):
                 climbing.append(document)
-        return endings, climbing
+        return records, climbing
+
+    async def _find_first_answers(self, texts: Collection[bytes]) -> dict[bytes, FirstAnswer]:
+        if not self._is_certified:
+            return {}
+        return await self.patience.ask(attempts.find_first_answers, self.ledger, texts, self.reusable)
 
     def _end_without_attempt(
         self, document: Document | UnfitDocument, answered: dict[bytes, ResultKey]
@@ -158,15 +203,15 @@ class ShardWork:
             return end_of(work, DocumentState.REUSED, of=earlier)
         return None
 
-    async def _record(self, endings: Sequence[Ending]) -> None:
-        kept = await asyncio.gather(*(self.climber.records.put(Record(ending=ending)) for ending in endings))
+    async def _record(self, records: Sequence[Record]) -> None:
+        kept = await asyncio.gather(*(self.climber.records.put(record) for record in records))
         if not all(kept):
             self._lose()
 
-    async def _climb(self, document: Document, history: list[PastAttempt]) -> None:
-        """Finish one document; what stops the whole lane becomes a drain here."""
+    async def _climb(self, document: Document, history: list[PastAttempt], reason: str | None) -> None:
+        """Finish one document, one that waited for that `reason`; what stops the whole lane becomes a drain here."""
         try:
-            work = await self._resume(Work(document, self.claimed.lease), history)
+            work = await self._resume(Work(document, self.claimed.lease), history, reason)
             if work is not None:
                 await self.climber.finish(work)
         except Draining:
@@ -184,16 +229,19 @@ class ShardWork:
         finally:
             self.slots.release()
 
-    async def _resume(self, work: Work, history: list[PastAttempt]) -> Work | None:
-        """Where a document stands after its past attempts. None: it has ended just now, at no further cost."""
-        match stand(history, [tier.name for tier in self.climber.job.ladder]):
+    async def _resume(self, work: Work, history: list[PastAttempt], reason: str | None) -> Work | None:
+        """Where a document stands after its past attempts. None: it ends or waits just now, at no further cost."""
+        ladder = [tier.name for tier in self.climber.job.ladder]
+        match stand(history, ladder) if reason is None else release(history, ladder, reason):
             case Again(position):
                 rejected = await self._find_rejected(work) if position.amends is Verdict.INVALID_ANSWER else None
                 return Work(work.document, work.lease, position, rejected)
             case Accept():
-                await self._record([await self._end_paid(work)])
-            case DeadLetter(reason) | Stop(reason):
-                await self._record([end_of(work, DocumentState.DEAD_LETTER, reason=reason)])
+                await self._record([Record(ending=await self._end_paid(work))])
+            case Hold():
+                await self._record([await self._hold_paid(work)])
+            case DeadLetter(why) | Stop(why):
+                await self._record([Record(ending=end_of(work, DocumentState.DEAD_LETTER, reason=why))])
         return None
 
     async def _find_rejected(self, work: Work) -> RejectedAnswer | None:
@@ -206,15 +254,15 @@ class ShardWork:
         paid = await self._find_paid_answer(work, Verdict.ACCEPTED)
         if paid is None:
             return end_of(work, DocumentState.DEAD_LETTER, reason="answer_missing")
-        return end_of(
-            work,
-            DocumentState.RESULT,
-            tier=paid.tier,
-            attempt_no=paid.attempt_no,
-            answer=paid.stored.answer,
-            confidence=paid.stored.confidence,
-            confidence_signal=paid.stored.confidence_signal,
-        )
+        return _end_as_paid(work, paid)
+
+    async def _hold_paid(self, work: Work) -> Record:
+        """As `_end_paid`, of a first answer that waits."""
+        paid = await self._find_paid_answer(work, Verdict.HELD)
+        if paid is None:
+            return Record(ending=end_of(work, DocumentState.DEAD_LETTER, reason="answer_missing"))
+        number = work.document.document_no
+        return Record(held=Held(number, work.lease, paid.stored.confidence, paid.attempt_no))
 
     async def _find_paid_answer(self, work: Work, verdict: Verdict) -> PaidAnswer | None:
         key = (self.ledger, self.climber.run.run_id, work.document.document_no, verdict)
@@ -224,6 +272,18 @@ class ShardWork:
         if not self._is_lost:
             log.warning("lease lost", shard=self.claimed.lease.shard_no, epoch=self.claimed.lease.epoch)
         self._is_lost = True
+
+
+def _end_as_paid(work: Work, paid: PaidAnswer) -> Ending:
+    return end_of(
+        work,
+        DocumentState.RESULT,
+        tier=paid.tier,
+        attempt_no=paid.attempt_no,
+        answer=paid.stored.answer,
+        confidence=paid.stored.confidence,
+        confidence_signal=paid.stored.confidence_signal,
+    )
 
 
 async def _take(blocks: AsyncIterator[Sequence[Document | UnfitDocument]]) -> Sequence[Document | UnfitDocument]:

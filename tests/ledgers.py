@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from pydantic import SecretStr
+from sqlalchemy import text
 
 from schemas.answers import Answer
 from schemas.attempts import LaneId, Purpose, Reply, Signal, Usage
@@ -20,7 +21,7 @@ from schemas.jobs import TIERS, Confidence, Input, Job
 from schemas.ladder import Verdict
 from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
-from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
+from schemas.records import DocumentState, Ending, Held, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.ledger import attempts, budgets, leases, runs
 from tasks.ledger.attempts import Permit, Permitted, Reusable
 from tasks.ledger.connection import Ledger, Role, opened
@@ -55,6 +56,15 @@ MONTH_CLOSE = """
                              until)
     VALUES ('2026-08-01', false, 'USD', 0, 0, 0, 0, '[]', 'sha256:0', now())
 """
+
+#: Rows as a certificate has them, of a run that promised nothing.
+CERTIFICATE = (
+    "INSERT INTO ranked (run_id, document_no, rank, is_sampled) VALUES (:run_id, 1, 0, true)",
+    """INSERT INTO frozen_order (run_id, documents, piloted, size, allowance, fields, salt, seed, order_digest)
+       VALUES (:run_id, 500, 1, 1, 0, '{colour}', 'salt', 'seed', 'sha256:0')""",
+    """INSERT INTO certified (run_id, findings, cut, score_at_cut, tail, served)
+       VALUES (:run_id, '{"colour": [0]}', 0, 0.4, 0.05, '{"pro": ["deepseek-v4-pro"]}')""",
+)
 
 #: A backfill that nobody works on, with its budget.
 BACKFILL = """
@@ -219,8 +229,8 @@ class Hand:
 async def run_everything(ledger: Ledger) -> Run:
     """A finished run in which a bit of everything happened: six documents, two shards, two lanes.
 
-    0 result · 1 escalated to pro · 2 lost, then a result · 3 refused: dead letter · 4 in flight when its lane
-    ended, repaired by the next one · 5 a duplicate of 0. Document 0 has a label that its result equals.
+    0 result · 1 held, then escalated to pro · 2 lost, then a result · 3 refused: dead letter · 4 in flight when its
+    lane ended, repaired by the next one · 5 a duplicate of 0. Document 0 has a label that its result equals.
     """
     manifest = make_manifest(duplicates=[Duplicate(5, 0, is_same_text=True)])
     run = await runs.open_run(ledger, opening(manifest=manifest))
@@ -233,6 +243,9 @@ async def run_everything(ledger: Ledger) -> Run:
     second = await Hand.join(ledger, run)
     await _work_second_shard(second)
     await second.leave()
+    async with ledger.transaction() as connection:
+        for statement in CERTIFICATE:
+            await connection.execute(text(statement), {"run_id": run.run_id})
     assert await runs.settle(ledger, run.run_id) is not None
     return run
 
@@ -242,7 +255,8 @@ async def _work_first_shard(hand: Hand) -> None:
     await hand.answer(lease, 0)
     await hand.intend(hand.intent(lease, 1, purpose=Purpose.PRIMING))
     unsure = StoredAnswer('{"colour":"green"}', {"colour": "green"}, 0.4, "logprobs")
-    await hand.record(Record(hand.outcome(1, verdict=Verdict.LOW_CONFIDENCE, answer=unsure)))
+    held = Held(1, lease, 0.4, attempt_no=1)
+    await hand.record(Record(hand.outcome(1, verdict=Verdict.LOW_CONFIDENCE, answer=unsure), held=held))
     await hand.intend(hand.intent(lease, 1, 2, "pro", reason="low_confidence"))
     rescued = hand.outcome(1, 2, tier="pro", is_escalated=True)
     await hand.record(Record(rescued, hand.result(lease, 1, 2, "pro", answer={"colour": "blue"})))

@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from schemas import tables
 from schemas.attempts import LaneId, Purpose, RunId, Signal
 from schemas.ladder import PastAttempt, Verdict
-from schemas.records import DocumentState, Ending, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
+from schemas.records import DocumentState, Ending, Held, Intent, Lease, Outcome, Record, ResultKey, StoredAnswer
 from tasks.ledger.budgets import settle_grants
 from tasks.ledger.connection import Ledger
 from tasks.ledger.leases import lock_lanes
@@ -27,8 +27,12 @@ from tasks.ledger.rows import append, as_json, storable
 class Reusable:
     """Which earlier results count as answers: same prompt version, and sure enough for today's policy.
 
-    Simulated answers count for simulated runs only, and real ones for real runs. Without `below` only the last tier's
-    count. `models` says by tier which model must have served them; None, or a tier that is not in it: any.
+    Without a threshold (`below`) only the last tier's do: that a result was accepted in another run, by a threshold
+    or by a certificate, says nothing here, since a promise is about the documents of this run. What the first tier
+    said there it would say here, too, so such an answer is taken for one of `first_tier`, and waits like any other.
+
+    Simulated answers count for simulated runs only, and real ones for real runs. `models` says by tier which model
+    must have served them; None, or a tier that is not in it: any.
     """
 
     prompt_version: str
@@ -36,6 +40,7 @@ class Reusable:
     below: Decimal | None
     is_simulated: bool = False
     models: Mapping[str, str] | None = None
+    first_tier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,14 @@ class PaidAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class FirstAnswer:
+    """A result of the first tier in some run, with its confidence."""
+
+    of: ResultKey
+    confidence: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Withheld:
     """The lane drains: no intent was made, nothing may be sent."""
 
@@ -70,20 +83,28 @@ _LEASES = text("""
     FOR SHARE
 """)
 
-_REUSABLE = text("""
-    SELECT d.text_digest, min(d.run_id) AS run_id, min(d.document_no) AS document_no
-    FROM document d JOIN run r USING (run_id)
-    WHERE d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
+_SAME_QUESTION = """d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
       AND r.prompt_version = :prompt_version AND r.is_simulated = :is_simulated
-      AND (d.tier = :last_tier
-           OR :has_below AND (d.confidence IS NULL OR d.confidence >= CAST(:below AS double precision)))
       AND (CAST(:models AS jsonb) ->> d.tier IS NULL OR EXISTS (
           SELECT FROM attempt_outcome o
           WHERE o.run_id = d.run_id AND o.document_no = d.document_no AND o.attempt_no = d.attempt_no
-            AND o.served_model = CAST(:models AS jsonb) ->> d.tier))
+            AND o.served_model = CAST(:models AS jsonb) ->> d.tier))"""
+
+_REUSABLE = text(f"""
+    SELECT d.text_digest, min(d.run_id) AS run_id, min(d.document_no) AS document_no
+    FROM document d JOIN run r USING (run_id)
+    WHERE {_SAME_QUESTION} AND (d.tier = :last_tier OR CAST(:below AS float) IS NOT NULL
+                                AND (d.confidence IS NULL OR d.confidence >= :below))
     GROUP BY d.text_digest, d.run_id
     ORDER BY d.run_id
-""")
+""")  # noqa: S608 (made of our own constants)
+
+_FIRST_ANSWERS = text(f"""
+    SELECT DISTINCT ON (d.text_digest) d.text_digest, d.run_id, d.document_no, d.confidence
+    FROM document d JOIN run r USING (run_id)
+    WHERE {_SAME_QUESTION} AND d.tier = :first_tier
+    ORDER BY d.text_digest, d.run_id, d.document_no
+""")  # noqa: S608 (made of our own constants)
 
 _MINE = text("""
     SELECT document_no, attempt_no FROM attempt_intent
@@ -168,6 +189,7 @@ _ANSWER_COLUMNS = (
     "confidence",
     "confidence_signal",
 )
+_HELD_COLUMNS = ("run_id", "document_no", "attempt_no", "confidence", "of_run_id", "of_document_no")
 _ENDING_COLUMNS = (
     "run_id",
     "document_no",
@@ -213,9 +235,9 @@ async def intend(
 
 
 async def record(ledger: Ledger, run_id: RunId, lane_id: LaneId, records: Sequence[Record]) -> set[Lease]:
-    """Make outcomes and endings durable; returns the leases that turned out to be lost.
+    """Make outcomes, endings and what is held durable; returns the leases that turned out to be lost.
 
-    Outcomes are facts and always appended. An ending needs the lease: without it, only the outcome and the
+    Outcomes are facts and always appended. The others need the lease: without it, only the outcome and the
     paid answer are kept, and the shard's new owner finds them.
 
     Safe to repeat, with all records or with one at a time; the lane's counters do not take a mixture of records that
@@ -224,19 +246,24 @@ async def record(ledger: Ledger, run_id: RunId, lane_id: LaneId, records: Sequen
     async with ledger.transaction("record") as connection:
         has_ended = lane_id in await lock_lanes(connection, [lane_id])
         endings = [record.ending for record in records if record.ending is not None]
-        held = await _held_leases(connection, run_id, lane_id, {ending.lease.shard_no for ending in endings})
+        leases = {record.lease for record in records if record.lease is not None}
+        held = await _held_leases(connection, run_id, lane_id, {lease.shard_no for lease in leases})
         kept = [ending for ending in endings if ending.lease in held]
+        waiting = [record.held for record in records if record.held is not None and record.held.lease in held]
         outcomes = [_with_fenced_answer(record, held) for record in records if record.outcome is not None]
         declared = await _find_declared(connection, run_id, outcomes) if has_ended else (0, 0)
         appended = await _append_outcomes(connection, run_id, outcomes)
         if kept:
             rows = [_ending_row(run_id, ending) for ending in kept]
             appended += await append(connection, tables.document, _ENDING_COLUMNS, rows)
+        if waiting:
+            rows = [_held_row(run_id, one) for one in waiting]
+            appended += await append(connection, tables.held, _HELD_COLUMNS, rows)
         if appended:  # nothing new: this is the repetition of a commit whose answer was lost
-            await connection.execute(_COUNT, _counts(outcomes, kept, declared) | {"lane_id": lane_id})
+            await connection.execute(_COUNT, _counts(outcomes, kept, waiting, declared) | {"lane_id": lane_id})
             if has_ended:  # its grants were closed by the bounds of what is known now
                 await settle_grants(connection, run_id, lanes=[lane_id])
-    return {ending.lease for ending in endings} - held
+    return leases - held
 
 
 async def find_results(
@@ -245,18 +272,11 @@ async def find_results(
     """Committed results by text digest; of several the oldest run's."""
     if not digests:
         return {}
-    rows = await connection.execute(
-        _REUSABLE,
-        {
-            "digests": list(digests),
-            "prompt_version": reusable.prompt_version,
-            "last_tier": reusable.last_tier,
-            "has_below": reusable.below is not None,
-            "below": None if reusable.below is None else float(reusable.below),
-            "is_simulated": reusable.is_simulated,
-            "models": as_json(reusable.models),
-        },
-    )
+    asked = _question(digests, reusable) | {
+        "last_tier": reusable.last_tier,
+        "below": None if reusable.below is None else float(reusable.below),
+    }
+    rows = await connection.execute(_REUSABLE, asked)
     found: dict[bytes, ResultKey] = {}
     for digest, run_id, document_no in rows:
         found.setdefault(bytes(digest), ResultKey(run_id, document_no))
@@ -267,6 +287,30 @@ async def find_results_now(ledger: Ledger, digests: Collection[bytes], reusable:
     """`find_results` in a transaction of its own."""
     async with ledger.transaction() as connection:
         return await find_results(connection, digests, reusable)
+
+
+async def find_first_answers(
+    ledger: Ledger, digests: Collection[bytes], reusable: Reusable
+) -> dict[bytes, FirstAnswer]:
+    """What the first tier said of these texts in any run, and was accepted there by the policy of then."""
+    if not digests:
+        return {}
+    async with ledger.transaction() as connection:
+        asked = _question(digests, reusable) | {"first_tier": reusable.first_tier}
+        rows = await connection.execute(_FIRST_ANSWERS, asked)
+        return {
+            bytes(digest): FirstAnswer(ResultKey(run_id, number), confidence)
+            for digest, run_id, number, confidence in rows
+        }
+
+
+def _question(digests: Collection[bytes], reusable: Reusable) -> dict[str, object]:
+    return {
+        "digests": list(digests),
+        "prompt_version": reusable.prompt_version,
+        "is_simulated": reusable.is_simulated,
+        "models": as_json(reusable.models),
+    }
 
 
 async def find_endings(ledger: Ledger, run_id: RunId, first: int, last: int) -> set[int]:
@@ -451,7 +495,14 @@ def _ending_row(run_id: RunId, ending: Ending) -> tuple[object, ...]:
     )
 
 
-def _counts(outcomes: Sequence[Outcome], endings: Sequence[Ending], declared: tuple[int, int]) -> dict[str, int]:
+def _held_row(run_id: RunId, held: Held) -> tuple[object, ...]:
+    of = (held.of.run_id, held.of.document_no) if held.of else (None, None)
+    return (run_id, held.document_no, held.attempt_no, held.confidence, *of)
+
+
+def _counts(
+    outcomes: Sequence[Outcome], endings: Sequence[Ending], waiting: Sequence[Held], declared: tuple[int, int]
+) -> dict[str, int]:
     """What these rows add to the lane's counters (`schemas.tables.LANE_COUNTERS`), which have `declared` already."""
     counted, bounds = declared
     usages = [outcome.reply.usage for outcome in outcomes if outcome.reply.usage is not None]
@@ -468,4 +519,5 @@ def _counts(outcomes: Sequence[Outcome], endings: Sequence[Ending], declared: tu
         "hit": sum(usage.hit for usage in usages),
         "miss": sum(usage.miss for usage in usages),
         "output": sum(usage.output for usage in usages),
+        "held": len(waiting),
     }

@@ -93,7 +93,10 @@ CLAIMS: Mapping[str, Claim] = {
             LEFT JOIN attempt_intent i USING (run_id, document_no, attempt_no)
             LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
             WHERE d.run_id = :run_id AND d.state = 'result'
-              AND (i.tier IS DISTINCT FROM d.tier OR o.verdict IS DISTINCT FROM 'accepted')
+              AND (i.tier IS DISTINCT FROM d.tier OR o.verdict IS DISTINCT FROM 'accepted' AND NOT (
+                  o.verdict IS NOT DISTINCT FROM 'held' AND EXISTS (
+                      SELECT FROM ranked k JOIN certified c USING (run_id) WHERE k.run_id = d.run_id
+                      AND k.document_no = d.document_no AND k.rank < c.cut AND NOT k.is_sampled)))
             """,
             """
             SELECT format('document %s.%s: reuses %s.%s, which is no result of the same prompt and text', d.run_id,
@@ -366,11 +369,13 @@ CLAIMS: Mapping[str, Claim] = {
             """
             SELECT format('lane: the run''s lanes counted %s documents; the rows say %s', counted, found)
             FROM (SELECT ROW(coalesce(sum(done), 0), coalesce(sum(results), 0), coalesce(sum(dead_letters), 0),
-                             coalesce(sum(reused), 0))::text AS counted
+                             coalesce(sum(reused), 0),
+                             coalesce(sum(held), 0))::text AS counted
                   FROM lane WHERE run_id = :run_id) l,
                  (SELECT ROW(count(*), count(*) FILTER (WHERE state = 'result'),
                              count(*) FILTER (WHERE state = 'dead_letter'),
-                             count(*) FILTER (WHERE state = 'reused'))::text AS found
+                             count(*) FILTER (WHERE state = 'reused'),
+                             (SELECT count(*) FROM held WHERE run_id = :run_id))::text AS found
                   FROM document WHERE run_id = :run_id) d
             WHERE counted <> found
             """,

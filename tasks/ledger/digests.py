@@ -72,6 +72,20 @@ _ROWS = text(
         UNION ALL
         SELECT 9, 0, 0, ROW(backfill_id, reuses)::text
         FROM run WHERE run_id = :run_id AND num_nonnulls(backfill_id, reuses) > 0
+        UNION ALL
+        SELECT 10, document_no, 0,
+               ROW(document_no, attempt_no, encode(float8send(confidence), 'hex'), of_run_id, of_document_no,
+                   extract(epoch FROM recorded_at))::text
+        FROM held WHERE run_id = :run_id AND recorded_at <= :until
+        UNION ALL
+        SELECT 11, document_no, 0, ROW(document_no, rank, is_sampled)::text FROM ranked WHERE run_id = :run_id
+        UNION ALL
+        SELECT 12, 0, 0,
+               ROW(f.documents, f.piloted, f.size, f.allowance, f.fields, encode(f.salt, 'hex'),
+                   encode(f.seed, 'hex'), f.order_digest, extract(epoch FROM f.frozen_at), c.findings, c.cut,
+                   encode(float8send(c.score_at_cut), 'hex'), c.tail, c.served,
+                   extract(epoch FROM c.certified_at))::text
+        FROM frozen_order f LEFT JOIN certified c USING (run_id) WHERE f.run_id = :run_id
     )"""  # noqa: S608 (made of our own constants)
     + _BUCKETS
 )

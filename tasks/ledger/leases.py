@@ -137,6 +137,20 @@ _FINISH = text("""
            AND d.document_no < s.first_document_no + s.document_count) = s.document_count
 """)
 
+#: A document is due that waits for nothing any more: the lot drew it, or its run is certified (`Place.fate`).
+_LET_WAIT = text("""
+    UPDATE shard s SET state = 'held'
+    WHERE run_id = :run_id AND shard_no = :shard_no AND lease_epoch = :epoch AND lane_id = :lane_id
+      AND state IN ('leased', 'held') AND NOT EXISTS (SELECT FROM certified c WHERE c.run_id = s.run_id)
+      AND (SELECT count(*) FROM document d WHERE d.run_id = s.run_id AND d.document_no >= s.first_document_no
+           AND d.document_no < s.first_document_no + s.document_count)
+        + (SELECT count(*) FROM held h WHERE h.run_id = s.run_id AND h.document_no >= s.first_document_no
+           AND h.document_no < s.first_document_no + s.document_count
+           AND NOT EXISTS (SELECT FROM document d WHERE d.run_id = h.run_id AND d.document_no = h.document_no)
+           AND NOT EXISTS (SELECT FROM ranked k WHERE k.run_id = h.run_id AND k.document_no = h.document_no
+                           AND k.is_sampled)) = s.document_count
+""")
+
 _FAIL = text("""
     UPDATE shard SET state = 'failed'
     WHERE run_id = :run_id AND shard_no = :shard_no AND lease_epoch = :epoch AND lane_id = :lane_id
@@ -337,9 +351,15 @@ async def claim(
 
 
 async def finish(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease) -> bool:
-    """Mark a shard done. False if the lease is lost or a document of it has no terminal row. Safe to repeat."""
+    """Mark a shard done; or held, where the documents that have not ended wait for their run's certificate.
+
+    False if the lease is lost or something is left to do for a document of it. Safe to repeat.
+    """
     async with ledger.transaction("finish") as connection:
-        return bool((await connection.execute(_FINISH, _key(run_id, lane_id, lease))).rowcount)
+        key = _key(run_id, lane_id, lease)
+        if (await connection.execute(_FINISH, key)).rowcount:
+            return True
+        return bool((await connection.execute(_LET_WAIT, key)).rowcount)
 
 
 async def fail(ledger: Ledger, run_id: RunId, lane_id: LaneId, lease: Lease, reason: str) -> bool:
@@ -405,7 +425,7 @@ async def _find_with_lanes(ledger: Ledger, *such: ColumnElement[bool]) -> list[R
 
 
 async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
-    """Whether any shard of the run is neither done nor failed."""
+    """Whether any shard of the run is to be worked on, or is being."""
     shard = tables.shard.c
     query = select(shard.shard_no).where(shard.run_id == run_id, shard.state.in_(["open", "leased"])).limit(1)
     async with ledger.transaction() as connection:

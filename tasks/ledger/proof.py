@@ -1,4 +1,4 @@
-"""The proof: the guarantees G1 to G10, recomputed for one run from the ledger's rows (G17).
+"""The proof: the guarantees G1 to G10, and a promise's G18, recomputed for one run from the ledger's rows (G17).
 
 Each guarantee is a handful of queries that return the rows which break it, in words that name them. The rest
 (the manifest's digest, the ledger's digest, the price book) is recomputed in Python by the code that made it. All
@@ -25,6 +25,7 @@ from schemas.errors import ConfigurationError, UnknownPrice
 from schemas.ladder import UNKNOWN_RETRIES
 from schemas.money import Currency
 from schemas.pricing import PriceBook
+from tasks.ledger import promises
 from tasks.ledger.claims import CLAIMS, COMMIT_SLACK_S, Claim
 from tasks.ledger.connection import Ledger
 from tasks.ledger.digests import compute_answers_digest, compute_digest, count_purged
@@ -78,7 +79,7 @@ class Proof:
 
 _RUN = text("""
     SELECT r.job, r.state, r.currency, r.documents, r.manifest_digest, r.ledger_digest, r.finished_at, r.policy,
-           v.ladder, (SELECT count(*) FROM document d WHERE d.run_id = r.run_id) AS ended
+           r.prompt_version, v.ladder, (SELECT count(*) FROM document d WHERE d.run_id = r.run_id) AS ended
     FROM run r JOIN prompt_version v USING (prompt_version) WHERE r.run_id = :run_id
 """)
 
@@ -138,6 +139,8 @@ async def prove(ledger: Ledger, run_id: int, book: PriceBook) -> Proof:
         evidence["G1"] = _more(evidence["G1"], await _check_manifest(connection, run_id, run.manifest_digest))
         evidence["G3"] = await _check_digest(connection, run_id, run)
         evidence["G7"] = _more(evidence["G7"], await _check_prices(connection, run_id, run, book))
+        if "target" in run.policy["escalate"]:
+            evidence["G18"] = await _check_promise(connection, run_id, run)
         order = sorted(evidence, key=lambda name: int(name[1:]))
         return Proof(run_id, run.job, run.state, {name: evidence[name] for name in order})
 
@@ -160,6 +163,19 @@ async def _examine(connection: AsyncConnection, run_id: int, claim: Claim, run: 
     if claim is CLAIMS["G2"] and run.state != "done":
         says += f"; {run.documents - run.ended} of {run.documents} documents have not ended yet"
     return Evidence(checked, tuple(violations), says)
+
+
+async def _check_promise(connection: AsyncConnection, run_id: int, run: Row[Any]) -> Evidence:
+    key = {
+        "run_id": run_id,
+        "salt": await promises.find_salt(connection, run_id),
+        "last_tier": run.policy["ladder"][-1],
+    }
+    violations = [what async for what in promises.find_broken(connection, run_id, run)]
+    for broken in promises.BROKEN:
+        rows = await connection.execute(text(f"SELECT * FROM ({broken}) broken LIMIT {SHOWN}"), key)  # noqa: S608 (ours)
+        violations += rows.scalars()
+    return Evidence(await promises.count_ranked(connection, run_id), tuple(violations), promises.SAYS)
 
 
 def _more(evidence: Evidence, violations: Iterable[str]) -> Evidence:

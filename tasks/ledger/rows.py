@@ -23,6 +23,7 @@ BULK_TABLES: tuple[Table, ...] = (
     tables.attempt_unknown,
     tables.answer,
     tables.document,
+    tables.held,
     tables.shard,
     tables.duplicate,
     tables.label,

@@ -395,11 +395,11 @@ def policy(job: Job) -> dict[str, Any]:
     """The decisions a run is bound to, besides its prompt version: JSON values only."""
     return {
         "ladder": [tier.name for tier in job.ladder],
-        "escalate": {"pilot": True} if job.is_pilot else job.escalate.model_dump(mode="json"),
+        "escalate": {"pilot": True} if job.is_pilot else job.escalate.model_dump(mode="json", exclude_none=True),
         "confidence": job.confidence.model_dump(mode="json"),
         "measure": job.measure,
         "tolerance": str(job.tolerance),
-    }
+    } | ({} if job.promise is None else {"match": job.agreement.to_json()})
 
 
 async def _insert_run(connection: AsyncConnection, opening: Opening) -> int:

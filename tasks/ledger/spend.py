@@ -154,6 +154,26 @@ class SharedBudget:
     left_pico: int
 
 
+@dataclass(frozen=True, slots=True)
+class CertifiedRun:
+    """What a run promised, and by what. Without a `cut` its sample is not answered yet.
+
+    `target`, `delta` and `tail`, the chance to fail, are decimals as text. `sampled` is how many were drawn;
+    `disagreements` of these the tiers disagree about; `may_differ` is how many of the others may.
+    """
+
+    run: int
+    target: str
+    delta: str
+    documents: int
+    may_differ: int
+    sampled: int
+    disagreements: int | None
+    cut: int | None
+    score_at_cut: float | None
+    tail: str | None
+
+
 @dataclass(frozen=True)
 class Audit:
     """The spend of a run, of a job's runs, or of the whole ledger.
@@ -220,6 +240,7 @@ class Audit:
     lines: tuple[Line, ...] = ()
     balances: tuple[Paid, ...] = ()
     slowest: tuple[SlowDocument, ...] = ()
+    certificates: tuple[CertifiedRun, ...] = ()
 
     @property
     def high_pico(self) -> int:
@@ -275,8 +296,9 @@ class Progress:
     """How far a run is, as of its lanes' last commits. `lanes` is how many of them live.
 
     `ceilings` are how many requests may be in flight, by tier and over all lanes; `concurrency` is the job's word
-    on it, which an operator may have overruled. With `partitions` it is about a backfill: all its runs together, of
-    which `run` is the newest.
+    on it, which an operator may have overruled. Of a run with a promise, `held` first answers wait, or waited, for
+    its certificate, and `phase` says in words how far that is. With `partitions` it is about a backfill: all its runs
+    together, of which `run` is the newest.
     """
 
     run: int
@@ -310,6 +332,8 @@ class Progress:
     selection: dict[str, Any] = field(default_factory=dict)
     backfill_id: int | None = None
     partitions: Partitions | None = None
+    held: int = 0
+    phase: str | None = None
 
     @property
     def name(self) -> str:
@@ -485,7 +509,7 @@ _SUMS = """
            coalesce(sum(escalated), 0) AS escalated, coalesce(sum(attempts), 0) AS attempts,
            coalesce(sum(cost_pico), 0) AS cost_pico, coalesce(sum(unknown_pico), 0) AS unknown_pico,
            coalesce(sum(hit_tokens), 0) AS hit_tokens, coalesce(sum(miss_tokens), 0) AS miss_tokens,
-           coalesce(sum(output_tokens), 0) AS output_tokens,
+           coalesce(sum(output_tokens), 0) AS output_tokens, coalesce(sum(held), 0) AS held,
            coalesce(sum(in_flight) FILTER (WHERE is_alive), 0) AS in_flight,
            count(*) FILTER (WHERE is_alive) AS lanes,
            string_agg(DISTINCT waiting_because, '; ') FILTER (WHERE is_alive) AS lanes_wait
@@ -501,8 +525,10 @@ _SUMS_OF_BACKFILL = f"""
 _PROGRESS = text(f"""
     SELECT o.run_id AS run, o.job, o.state, o.reason, o.documents, o.budget_pico, o.currency, o.is_simulated,
            o.opened_at, o.finished_at, o.budget_name, o.ladder, o.ceilings, o.concurrency, o.selection,
-           o.backfill_id, o.closed_pico, o.closed_bound_pico, s.*
-    FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s WHERE o.run_id = :run
+           o.backfill_id, o.closed_pico, o.closed_bound_pico, o.escalates_below IS NULL AS is_promised,
+           c.size AS drawn, c.certified_at, s.*
+    FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s LEFT JOIN certificate c ON c.run_id = o.run_id
+    WHERE o.run_id = :run
 """)  # noqa: S608 (made of our own constants)
 
 _LIVING_LANES = text("""
@@ -522,6 +548,14 @@ _RUNS = text(f"""
     FROM run_overview o CROSS JOIN LATERAL ({_SUMS_OF_RUN}) s
     WHERE o.job = coalesce(CAST(:job AS text), o.job) ORDER BY o.run_id DESC
 """)  # noqa: S608 (made of our own constants)
+
+_CERTIFICATES = text("""
+    SELECT run_id AS run, target::text, delta::text, documents, floor((1 - target) * documents) AS may_differ,
+           size AS sampled, cut, score_at_cut, tail::text,
+           CASE WHEN cut IS NOT NULL THEN (SELECT count(DISTINCT x.rank) FROM jsonb_each(findings) f
+                                           CROSS JOIN jsonb_array_elements(f.value) x (rank)) END AS disagreements
+    FROM certificate WHERE run_id = ANY(:runs) ORDER BY run_id
+""")
 
 _PAUSED = text("""
     SELECT run_id, selection FROM run_overview
@@ -594,6 +628,7 @@ async def read_audit(
         document_costs=await read_document_costs(connection, runs, top, spent["cost_pico"]),
         **await _read_totals(connection, runs),
         **spent,
+        certificates=await _read_rows(connection, _CERTIFICATES, CertifiedRun, {"runs": runs}),
         distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
         balances=await read_paid(connection, runs),
         slowest=await read_slowest(connection, runs, top),
@@ -616,12 +651,26 @@ async def progress(ledger: Ledger, run_id: int, *, counts_open: bool = False) ->
             row["attempts"] += left["attempts"]
             row["unknown_pico"] += left["bounds"]
         row["waiting_because"] = _waiting_because(row["state"], row["reason"], row["lanes"], row.pop("lanes_wait"))
+        row["phase"] = _spell_phase(row)
         ladder = row.pop("ladder")
         for name in ("ceilings", "concurrency"):
             row[name] = {tier: row[name][tier] for tier in ladder if tier in row[name]}  # jsonb keeps no order
         events = await _read_rows(connection, _EVENTS, Event, {"run": run_id, "most": RECENT_EVENTS})
         shared = await _read_shared(connection, row.pop("budget_name"), row["is_simulated"], [run_id])
         return Progress(events=events, shared_budget=shared, **row)
+
+
+def _spell_phase(row: dict[str, Any]) -> str | None:
+    is_promised, drawn, certified_at = (row.pop(name) for name in ("is_promised", "drawn", "certified_at"))
+    if not is_promised or row["state"] in ("done", "superseded"):
+        return None
+    if drawn is None and not row["held"]:
+        return None
+    if drawn is None:
+        return f"1 of 3: first answers, {row['held']:,} wait for the certificate"
+    if certified_at is None:
+        return f"2 of 3: {drawn:,} drawn documents go to the last tier"
+    return "3 of 3: certified; what is not accepted goes to the last tier"
 
 
 async def list_events(ledger: Ledger, run_id: int, kinds: Sequence[str]) -> tuple[RunEvent, ...]:

@@ -1,7 +1,7 @@
 """The independent checker: whether a run kept its promise, decided without a line of the product's code.
 
 It reads Postgres as its superuser, the provider's bill as text, and the input as Parquet, each by itself, and
-says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix") the rows break:
+says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix"), and of I15, the rows break:
 
     I1  one terminal row per document, of the right id and text      I8  in flight <= limit (the provider's own peak)
     I2  every billed attempt has an intent, and is billed once       I9  retries within what the retry budget allows
@@ -10,8 +10,9 @@ says which of the design's invariants I1 to I14 (ledger.md, "Fault matrix") the 
     I5  nothing is paid for again without a reason                   I12 no row that was there before has changed
     I6  no open intent or grant; granted = known + bounds            I13 no canary in a log, event or detail
     I7  no budget's bill, over all runs that share it, passes its cap
+    I15 of a run with a promise, the cut is the rule's, and only what is above it keeps its first answer
 
-I1 to I7 and I12 are decided from rows, bill and input alone. I8, I10, I12 and I13 need what only the harness has:
+I1 to I7, I12, I15 are decided from rows, bill and input alone. I8, I10, I12 and I13 need what only the harness has:
 the provider's peaks, a fault-free run's results, a snapshot from before, the log files (`Beside`); without them
 they are not decided. Of I11 only sessions that hold a lock show here: exit codes, deadlines and orphan processes are
 the harness's to assert. I14 (memory and descriptors) leaves no rows and is wholly the harness's.
@@ -25,7 +26,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from fractions import Fraction
 from functools import cached_property
+from math import comb
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +66,10 @@ APPEND_ONLY = {
     "run_event": "event_id",
     "price": "price_id",
     "run_sums": "run_id, late",
+    "held": "run_id, document_no",
+    "ranked": "run_id, document_no",
+    "frozen_order": "run_id",
+    "certified": "run_id",
 }
 
 Snapshot = Mapping[str, str]
@@ -131,6 +138,8 @@ class Evidence:
     texts: Sequence[Row]
     locks: Sequence[Row]
     orphans: Sequence[Row]
+    orders: Sequence[Row]
+    places: Sequence[Row]
     rows: Snapshot
     bill: Sequence[Line]
     beside: Beside
@@ -256,6 +265,24 @@ QUERIES = {
         SELECT l.pid, l.objid, a.state FROM pg_locks l JOIN pg_stat_activity a USING (pid)
         WHERE l.locktype = 'advisory'
           AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    """,
+    "orders": """
+        SELECT f.*, c.findings, c.cut, c.run_id IS NOT NULL AS is_certified, r.policy, r.state
+        FROM frozen_order f JOIN run r USING (run_id) LEFT JOIN certified c USING (run_id) WHERE $only
+    """,
+    "places": """
+        SELECT k.*, h.confidence, h.attempt_no, coalesce(e.answer, a.answer) AS first, d.state AS became,
+               d.attempt_no AS by_attempt, coalesce(d.tier, s.tier) AS tier, coalesce(d.answer, s.answer) AS answer,
+               (SELECT min(i.intended_at) FROM attempt_intent i WHERE i.run_id = k.run_id
+                AND i.document_no = k.document_no AND i.tier <> r.policy -> 'ladder' ->> 0) AS climbed_at
+        FROM ranked k
+        JOIN run r USING (run_id)
+        LEFT JOIN held h USING (run_id, document_no)
+        LEFT JOIN answer a ON a.run_id = h.run_id AND a.document_no = h.document_no AND a.attempt_no = h.attempt_no
+        LEFT JOIN document e ON e.run_id = h.of_run_id AND e.document_no = h.of_document_no
+        LEFT JOIN document d ON d.run_id = k.run_id AND d.document_no = k.document_no
+        LEFT JOIN document s ON s.run_id = d.of_run_id AND s.document_no = d.of_document_no
+        WHERE k.$only ORDER BY k.run_id, k.rank
     """,
     "orphans": """
         SELECT x.kind, x.run_id, x.document_no, x.attempt_no FROM (
@@ -413,6 +440,8 @@ def _paid_after_result(e: Evidence) -> Iterator[str]:
         if a.intended_at > own.recorded_at:
             yield f"attempt {_name(a)} was intended after its document had ended"
         paid = first.get(_question(runs[a.run_id], own))
+        if paid is not None and "below" not in runs[a.run_id].policy["escalate"] and paid.tier != a.tier:
+            paid = None  # accepted elsewhere: here it is one first answer of many, and the lot or the cut decides
         if a.attempt_no == 1 and paid is not None and a.intended_at > paid.recorded_at + COMMIT_SLACK:
             yield f"attempt {_name(a)} asks what {paid.run_id}.{paid.document_no} had answered"
 
@@ -433,8 +462,10 @@ def _question(run: Row, document: Row) -> tuple[str, bool, bytes]:
 
 def _is_sure(run: Row, document: Row) -> bool:
     """Whether the result is good enough for its own run's policy; a stricter one may ask again."""
-    below = float(run.policy["escalate"]["below"])
-    return document.tier == run.policy["ladder"][-1] or document.confidence is None or document.confidence >= below
+    if document.tier == run.policy["ladder"][-1]:
+        return True
+    below = run.policy["escalate"].get("below")  # without one, a promise is about the documents of one run
+    return below is not None and (document.confidence is None or document.confidence >= float(below))
 
 
 def nothing_open(e: Evidence) -> Iterator[str]:
@@ -542,6 +573,66 @@ def no_canary_told(e: Evidence) -> Iterator[str]:
                 yield f"{place} tells a canary"  # not which: this line is printed
 
 
+def promise_kept(e: Evidence) -> Iterator[str]:
+    """I15: the sample and the cut are what the rule says, and only ranks above the cut keep their first answer."""
+    for order in e.orders:
+        places = [place for place in e.places if place.run_id == order.run_id]
+        yield from _misplaced(order, places)
+        if order.is_certified:
+            yield from _miscut(order, places)
+        for place in places:
+            last = order.policy["ladder"][-1]
+            is_above = order.is_certified and place.rank < order.cut and not place.is_sampled
+            name = f"document {place.run_id}.{place.document_no}"
+            if place.became in ("result", "reused") and place.tier != last and not is_above:
+                yield f"{name} keeps its first answer, and nothing allows that"
+            elif place.became == "result" and place.tier != last and place.by_attempt != place.attempt_no:
+                yield f"{name} keeps another answer than the one that was ranked"
+            if place.climbed_at is not None and place.climbed_at < order.frozen_at:
+                yield f"{name} climbed before the order was frozen"
+
+
+def _misplaced(order: Row, places: Sequence[Row]) -> Iterator[str]:
+    def due(place: Row) -> tuple[bool, float, bytes]:
+        tie = hashlib.sha256(bytes(order.salt) + str(place.document_no).encode()).digest()
+        return place.confidence is None, -(place.confidence or 0.0), tie
+
+    if [place.document_no for place in sorted(places, key=due)] != [place.document_no for place in places]:
+        yield f"run {order.run_id}: its order is not that of its confidences"
+    if [place.rank for place in places] != list(range(order.documents - order.piloted)):
+        yield f"run {order.run_id}: its ranks are not 0 to {order.documents - order.piloted - 1}"
+    if sum(place.is_sampled for place in places) != order.size:
+        yield f"run {order.run_id}: {order.size} were to be drawn"
+
+
+def _miscut(order: Row, places: Sequence[Row]) -> Iterator[str]:
+    """Fields are compared as they are: the harness's jobs have choices only."""
+    population = order.documents - order.piloted
+    promised = order.policy["escalate"]
+    allowed = int((1 - Fraction(promised["target"])) * order.documents)
+    delta = Fraction(promised["delta"]) / len(order.fields)
+    most = min(order.size, population - allowed - 1)  # negative: every document may differ
+    fits = [c for c in range(most + 1) if _chance(population, allowed + 1 + c, order.size, c) <= delta]
+    passed = max(fits, default=None) if most >= 0 else order.size
+    cut = population if passed is not None else 0
+    for name in order.fields if passed is not None else ():
+        found = [place.rank for place in places if place.is_sampled and _differs(order, place, name)]
+        cut = min(cut, found[passed]) if len(found) > passed else cut
+    if (passed, cut) != (order.allowance, order.cut):
+        yield f"run {order.run_id} passes {order.allowance} and is cut at {order.cut}, not {passed} and {cut}"
+
+
+def _chance(population: int, marked: int, drawn: int, most: int) -> Fraction:
+    """How likely at most so many of the marked are drawn."""
+    ways = sum(comb(marked, x) * comb(population - marked, drawn - x) for x in range(min(most, drawn) + 1))
+    return Fraction(ways, comb(population, drawn))
+
+
+def _differs(order: Row, place: Row, name: str) -> bool:
+    is_last = place.became in ("result", "reused") and place.tier == order.policy["ladder"][-1]
+    return not is_last or place.first[name] != place.answer[name]
+
+
 INVARIANTS: Mapping[str, Callable[[Evidence], Iterator[str]]] = {
     "I1": one_ending_per_document,
     "I2": billed_within_intents,
@@ -556,6 +647,7 @@ INVARIANTS: Mapping[str, Callable[[Evidence], Iterator[str]]] = {
     "I11": nothing_left_behind,
     "I12": earlier_rows_unchanged,
     "I13": no_canary_told,
+    "I15": promise_kept,
 }
 
 

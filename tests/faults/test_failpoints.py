@@ -19,7 +19,9 @@ TIGHT, AMPLE = {"request": {"budget": "0.0005 USD"}}, {"request": {"budget": "1 
 
 #: Of people who keep the books: tests/integration/test_books.py kills them.
 STEPS_OF_BOOKS = ("book_closings", "close_month")
-POINTS_OF_RUNS = [point for point in POINTS if point.partition(".")[0] not in STEPS_OF_BOOKS]
+#: Of runs with a promise: tests/faults/test_certified.py kills them.
+STEPS_OF_PROMISES = ("freeze", "certify")
+POINTS_OF_RUNS = [point for point in POINTS if point.partition(".")[0] not in (*STEPS_OF_BOOKS, *STEPS_OF_PROMISES)]
 STEPS_OF_BACKFILLS, BACKFILL = ("open_backfill", "change_backfill"), {"backfills": True}
 
 

@@ -30,7 +30,7 @@ NOT_PROMISED = {
         **dict.fromkeys(
             ("host", "pid", "started_at", "heartbeat_at", "ended_at", "ended_because"), "who worked, not what it cost"
         ),
-        **dict.fromkeys(("in_flight", "waiting_because"), "progress of the moment"),
+        **dict.fromkeys(("in_flight", "waiting_because", "places"), "progress of the moment"),
     },
     "shard": dict.fromkeys(("lease_epoch", "lane_id"), "the last lease; those at work are in the intents (G10)"),
     "run_event": dict.fromkeys(
@@ -70,6 +70,9 @@ SPELT = {
     ("cost_adjustment", "corrected_price_id"): (
         f"{_SOME_PRICE}, hit = 1, miss = 0, output = 0, amount = 0, billed_on = now()"
     ),
+    ("held", "of_run_id"): "1, of_document_no = 1, attempt_no = NULL",
+    ("held", "of_document_no"): "1, of_run_id = 1, attempt_no = NULL",
+    ("certified", "tail"): "tail + 1",
     ("month_close", "month"): "month + interval '1 month'",
     ("month_close", "cost"): "cost + 1",
     ("month_close", "unknown"): "unknown + 1",

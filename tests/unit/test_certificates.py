@@ -23,7 +23,9 @@ import pytest
 from schemas.certificates import (
     Candidate,
     Certificate,
+    Fate,
     Finding,
+    Place,
     Subject,
     certify,
     check,
@@ -426,3 +428,18 @@ def test_people_are_told_where_a_guarantee_eats_the_saving(documents: int, targe
     said = caution(planned)
     assert (said is not None) == is_warned
     assert said is None or f"{planned.size:,} of {documents:,}" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "fate"),
+    [
+        (Place(), Fate.WAIT),
+        (Place(rank=3), Fate.WAIT),
+        (Place(rank=3, is_sampled=True), Fate.SAMPLE),
+        (Place(rank=3, cut=4), Fate.ACCEPT),
+        (Place(rank=4, cut=4), Fate.ESCALATE),
+        (Place(rank=3, is_sampled=True, cut=4), Fate.SAMPLE),
+    ],
+)
+def test_what_becomes_of_a_waiting_document_follows_from_its_place(place: Place, fate: Fate) -> None:
+    assert place.fate is fate

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from schemas.answers import Answer
 from schemas.errors import ConfigurationError
 from schemas.jobs import TIERS, ConfidenceSignal, Input, Job, Tier, When
 from schemas.money import PICO, Currency, Money
+from schemas.promises import Promise
 from schemas.requests import RunRequest
 from tasks.jobs import list_jobs, load_job, write_new_job
 
@@ -112,6 +114,18 @@ def test_a_job_is_found_by_name_folder_and_file(tmp_path: Path, name: str) -> No
     assert load_job(name, tmp_path).name == "tick"
 
 
+def test_a_promise_is_read_exactly_and_is_about_two_tiers(tmp_path: Path) -> None:
+    promised = GOOD + "escalate: {target: 0.95, delta: 0.05}\n"
+    write_job(tmp_path, promised)
+    job = load_job("tick", tmp_path)
+    assert job.escalate.promise == Promise(Fraction(95, 100), Fraction(5, 100))
+    assert job.escalate.below is None
+    write_job(tmp_path, promised.replace("ladder: [flash, pro]", "ladder: [flash, flash-thinking, pro]"))
+    assert problems_of(tmp_path) == [
+        "job.yaml:5: escalate: a promise is about two tiers, the first and the last; write `ladder: [flash, pro]`"
+    ]
+
+
 def test_everything_a_job_may_say_is_read(tmp_path: Path) -> None:
     full = GOOD.replace("text: text}", "text: text, partition: day, label: topic, filter: [[n, '>=', 3]]}")
     write_job(
@@ -135,7 +149,16 @@ def test_everything_a_job_may_say_is_read(tmp_path: Path) -> None:
         ("escalate:\n  belw: 0.5", "job.yaml:6: escalate.belw: unknown key; did you mean below?"),
         ("tiers:\n  flash:\n    temprature: 1", "job.yaml:7: tiers.flash.temprature: unknown key; did you mean temp"),
         ("budget: 6 USD", "job.yaml:5: budget: given twice; keep one"),
-        ("escalate: {target: 0.95}", "job.yaml:5: escalate.target: thresholds with a guarantee are not built yet"),
+        ("escalate: {target: 0.95}", "job.yaml:5: escalate: a promise has both: write `{target: 0.95, delta: 0.05}`"),
+        (
+            "escalate: {target: 1.1, delta: 0.05}",
+            "job.yaml:5: escalate.target: Input should be less than or equal to 1",
+        ),
+        ("escalate: {target: 0.9, delta: 0}", "job.yaml:5: escalate.delta: Input should be greater than 0"),
+        (
+            "escalate: {below: 0.8, delta: 0.1}",
+            "job.yaml:5: escalate: a threshold or a promise: write `{below: 0.85}`, or",
+        ),
         ("escalate: {below: 1.5}", "job.yaml:5: escalate.below: Input should be less than or equal to 1"),
         ("escalate: {below: .nan}", "job.yaml:5: escalate.below: Input should be a valid decimal"),
         ("escalate: 0.9", "job.yaml:5: escalate: must be a mapping"),

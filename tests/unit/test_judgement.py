@@ -68,6 +68,12 @@ def test_a_pilot_escalates_even_a_sure_answer_and_one_without_a_number_but_not_t
     assert judge(pilot, DOCUMENT, answered(0.9, content="red"), rung=0).verdict is Verdict.INVALID_ANSWER
 
 
+def test_where_a_run_keeps_a_promise_every_valid_first_answer_waits() -> None:
+    job = replace(JOB, escalate=Escalate(target=Decimal("0.9"), delta=Decimal("0.05")))
+    assert [judge(job, DOCUMENT, answered(sure), rung=0).verdict for sure in (0.1, 0.99)] == [Verdict.HELD] * 2
+    assert judge(job, DOCUMENT, answered(0.1), rung=1).verdict is Verdict.ACCEPTED
+
+
 def test_on_the_last_tier_an_unsure_answer_is_accepted() -> None:
     assert judge(JOB, DOCUMENT, answered(0.1), rung=1).verdict is Verdict.ACCEPTED
 

@@ -16,12 +16,14 @@ from schemas.ladder import (
     Accept,
     Again,
     DeadLetter,
+    Hold,
     PastAttempt,
     Position,
     Step,
     Stop,
     Verdict,
     advance,
+    release,
     stand,
 )
 
@@ -379,3 +381,31 @@ def test_whatever_comes_late_no_tier_is_skipped_and_none_is_asked_too_often(
     assert relay.unknowns <= UNKNOWN_RETRIES + 1
     is_won = any(row.verdict is Verdict.ACCEPTED for row in relay.rows)
     assert (relay.take_over() == Accept()) == is_won
+
+
+def held(*after: PastAttempt) -> list[PastAttempt]:
+    return [PastAttempt(1, "flash", Purpose.ANSWER, None, Signal.ANSWERED, Verdict.HELD), *after]
+
+
+def test_a_held_answer_waits_and_is_not_paid_for_again() -> None:
+    assert advance(Position(), Signal.ANSWERED, Verdict.HELD, 2) == Hold()
+    assert stand(held(), ["flash", "pro"]) == Hold()
+    lost = PastAttempt(1, "flash", Purpose.ANSWER, None, Signal.LOST, None)
+    answered = PastAttempt(2, "flash", Purpose.RETRY, "lost", Signal.ANSWERED, Verdict.HELD)
+    assert stand([lost, answered], ["flash", "pro"]) == Hold()
+
+
+def test_a_released_document_climbs_to_the_last_tier_once_and_stands_there_as_it_was_left() -> None:
+    first = release(held(), ["flash", "pro"], "certified_sample")
+    assert first == Again(Position(rung=1, attempts=1, reason="certified_sample"))
+    lost = PastAttempt(2, "pro", Purpose.ANSWER, "certified_sample", Signal.LOST, None)
+    again = release(held(lost), ["flash", "pro"], "certified_sample")
+    assert isinstance(again, Again)
+    assert (again.position.rung, again.position.attempts, again.position.purpose) == (1, 2, Purpose.RETRY)
+    assert again.position.unknowns == 1
+    answered = PastAttempt(2, "pro", Purpose.ANSWER, "certified_sample", Signal.ANSWERED, Verdict.ACCEPTED)
+    assert release(held(answered), ["flash", "pro"], "certified_sample") == Accept()
+
+
+def test_a_reused_first_answer_climbs_with_its_first_attempt() -> None:
+    assert release([], ["flash", "pro"], "not_certified") == Again(Position(rung=1, reason="not_certified"))

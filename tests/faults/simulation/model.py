@@ -512,4 +512,6 @@ def _identity(opening: Opening) -> tuple[Any, ...]:
 
 def _is_sure(ending: Ending, reusable: Reusable) -> bool:
     is_last = ending.tier == reusable.last_tier
-    return is_last or ending.confidence is None or ending.confidence >= float(reusable.below)
+    if is_last or reusable.below is None:
+        return is_last
+    return ending.confidence is None or ending.confidence >= float(reusable.below)
