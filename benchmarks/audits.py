@@ -4,10 +4,11 @@
     a job     the rest, in twenty runs of another job
     ledger    all of it
 
-Each is audited by the command that people type, from its start to its exit, and by the function behind it; then the
-stored sums are taken away, the same is read from the rows, and both must say the same. The plans of all that is asked
-about the one run are in the JSON: whatever reads a table of attempts or documents, and how. The ledger is made up
-(`benchmarks.big_ledgers`) in a Postgres of its own. Writes `benchmarks/results/audits.json`.
+Each is audited by the command that people type, from its start to its exit, and by the function behind it, and the
+one run by a report page, too; then the stored sums are taken away, the same is read from the rows, and both must say
+the same (`--stored` leaves that out: of ten million attempts it takes most of an hour). The plans of all that is
+asked about the one run are in the JSON: whatever reads a table of attempts or documents, and how. The ledger is made
+up (`benchmarks.big_ledgers`) in a Postgres of its own. Writes `benchmarks/results/audits.json`.
 """
 
 from __future__ import annotations
@@ -54,48 +55,65 @@ def main() -> None:
     parser.add_argument(
         "--home", type=Path, help="keep the ledger there, and measure it again if it is there already"
     )
+    parser.add_argument("--stored", action="store_true", help="only what is read from stored sums")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         home = options.home or Path(folder)
         with postgres.running(home, throwaway=options.home is None, durable=False) as server:
-            result = measure(server.url, options.attempts)
+            result = measure(server.url, options.attempts, only_stored=options.stored)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(render(result))
 
 
-def measure(url: str, attempts: int) -> dict[str, Any]:
+def measure(url: str, attempts: int, *, only_stored: bool) -> dict[str, Any]:
     """Every measurement, as the JSON that is written."""
     upgrade(SecretStr(url))
     settled = {} if _count(url, "run") else _make(url, attempts)
     stored = {name: asyncio.run(audited(url, **scope)) for name, scope in SCOPES.items()}
     commands = {name: command(url, scope) for name, scope in SCOPES.items()}
     plans = asyncio.run(explain(url))
-    top_s = {"stored": command(url, SCOPES["run"], 50), "from_rows": command(url, SCOPES["run"], MANY, repeat=1)}
-    sums_bytes = _size(url, "run_sums")
-    sql(url, "DELETE FROM run_sums")
-    rows = {name: asyncio.run(audited(url, repeat=1, **scope)) for name, scope in SCOPES.items()}
-    began = time.perf_counter()
-    sql(url, "SELECT sum_up(run_id) FROM run")
-    return {
+    result = {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "attempts": _count(url, "attempt_intent"),
         "runs": _count(url, "run"),
         "settle_s": settled,
-        "sum_up_s": round(time.perf_counter() - began, 2),
-        "sums_bytes": sums_bytes,
+        "sums_bytes": _size(url, "run_sums"),
         "attempts_bytes": sum(_size(url, table) for table in BIG),
         "command_s": commands,
-        "command_top_s": top_s,
+        "command_top_s": {"stored": command(url, SCOPES["run"], "--top", "50")},
+        "page": page(url),
         "audit_s": {name: seconds for name, (seconds, _) in stored.items()},
-        "audit_by_rows_s": {name: seconds for name, (seconds, _) in rows.items()},
-        "is_same": {name: stored[name][1] == rows[name][1] for name in SCOPES},
         "seq_scans_of_a_run": sorted(
             {read for plan in plans for read in plan["reads"] if read.startswith("Seq Scan")}
         ),
         "plans": plans,
     }
+    return result if only_stored else result | measure_rows(url, {name: said for name, (_, said) in stored.items()})
+
+
+def measure_rows(url: str, stored: dict[str, Any]) -> dict[str, Any]:
+    """The same without stored sums, and whether it is the same."""
+    from_rows_s = command(url, SCOPES["run"], "--top", str(MANY), repeat=1)
+    sql(url, "DELETE FROM run_sums")
+    rows = {name: asyncio.run(audited(url, repeat=1, **scope)) for name, scope in SCOPES.items()}
+    began = time.perf_counter()
+    sql(url, "SELECT sum_up(run_id) FROM run")
+    return {
+        "sum_up_s": round(time.perf_counter() - began, 2),
+        "command_top_from_rows_s": from_rows_s,
+        "audit_by_rows_s": {name: seconds for name, (seconds, _) in rows.items()},
+        "is_same": {name: stored[name] == said for name, (_, said) in rows.items()},
+    }
+
+
+def page(url: str) -> dict[str, float]:
+    """Seconds that the report page of the one run takes, by the command, and its bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "run.html"
+        seconds = command(url, SCOPES["run"], "--html", str(file))
+        return {"s": seconds, "bytes": file.stat().st_size}
 
 
 def render(result: dict[str, Any]) -> str:
@@ -103,17 +121,23 @@ def render(result: dict[str, Any]) -> str:
     lines = [f"{result['attempts']:,} attempts in {result['runs']} runs", ""]
     lines.append(f"{'seconds':<10}{'farthing audit':>16}{'the audit in it':>18}{'from rows':>12}{'the same':>10}")
     for name in SCOPES:
-        figures = (result[key][name] for key in ("command_s", "audit_s", "audit_by_rows_s"))
-        command, audit, rows = figures
-        lines.append(f"{name:<10}{command:>16.2f}{audit:>18.3f}{rows:>12.2f}{result['is_same'][name]!s:>10}")
-    top = result["command_top_s"]
+        from_rows = f"{result['audit_by_rows_s'][name]:.2f}" if "is_same" in result else "–"
+        is_same = str(result["is_same"][name]) if "is_same" in result else "–"
+        took = f"{result['command_s'][name]:>16.2f}{result['audit_s'][name]:>18.3f}"
+        lines.append(f"{name:<10}{took}{from_rows:>12}{is_same:>10}")
+    made = result["page"]
     lines += [
         "",
-        f"the 50 dearest documents of the run, stored: {top['stored']:.2f} s; the {MANY} dearest, from rows: "
-        f"{top['from_rows']:.2f} s",
-        f"adding up: {result['sum_up_s']:.1f} s, {result['sums_bytes']:,} bytes of {result['attempts_bytes']:,}",
+        f"the 50 dearest documents of the run, stored: {result['command_top_s']['stored']:.2f} s",
+        f"its report page: {made['s']:.2f} s, {made['bytes']:,} bytes",
+        f"stored sums: {result['sums_bytes']:,} bytes beside {result['attempts_bytes']:,}",
         f"sequential scans for the one run: {', '.join(result['seq_scans_of_a_run']) or 'none'}",
     ]
+    if "is_same" in result:
+        lines.append(
+            f"adding up: {result['sum_up_s']:.1f} s; the {MANY} dearest documents, from rows: "
+            f"{result['command_top_from_rows_s']:.2f} s"
+        )
     return "\n".join(lines)
 
 
@@ -128,9 +152,9 @@ async def audited(url: str, *, repeat: int = REPEAT, **scope: Any) -> tuple[floa
     return round(statistics.median(took), 3), found.to_json()
 
 
-def command(url: str, scope: dict[str, Any], top: int = 5, *, repeat: int = REPEAT) -> float:
+def command(url: str, scope: dict[str, Any], *options: str, repeat: int = REPEAT) -> float:
     """Seconds that `farthing audit` takes, in the median, from start to exit."""
-    told = [sys.executable, "-m", "farthing", "audit", *map(str, scope.values()), "--top", str(top), "--json"]
+    told = [sys.executable, "-m", "farthing", "audit", *map(str, scope.values()), *options, "--json"]
     took = []
     for _ in range(repeat):
         began = time.perf_counter()
