@@ -215,7 +215,7 @@ class _Case:
         climbing = self.of_left(sum(not each.is_valid for each in self.judged))
         documents = self.pilot.documents
         piloted = documents - self.left + climbing
-        return plan(self.promise, documents, piloted=piloted, fields=max(1, len(self.job.agreement.fields)))
+        return plan(self.promise, documents, piloted=piloted)
 
     def of_left(self, count: int) -> int:
         """How many of the documents that are left such are expected to be, of which the pilot has so many."""
@@ -285,7 +285,7 @@ def _certified(case: _Case) -> Policy:
     planned = case.planned
     invalid = [each for each in case.judged if not each.is_valid]
     ranked = sorted(filter(lambda each: each.is_valid, case.judged), key=_rank, reverse=True)
-    kept = _expect_cut(ranked, planned, case.job.agreement.fields)
+    kept = _expect_cut(ranked, planned)
     sampled = Fraction(planned.size, max(1, planned.population))
     beyond = (planned.population - planned.size) * Fraction(len(ranked) - kept, max(1, len(ranked)))
     wrong = (1 - sampled) * sum(not each.agrees for each in ranked[:kept])
@@ -305,18 +305,14 @@ def _rank(each: _Judged) -> tuple[bool, float]:
     return each.pair.confidence is not None, each.pair.confidence or 0.0
 
 
-def _expect_cut(ranked: Sequence[_Judged], planned: Plan, fields: Sequence[str]) -> int:
-    """How many of the pilot's valid answers, best first, would be accepted: by the field that allows fewest."""
+def _expect_cut(ranked: Sequence[_Judged], planned: Plan) -> int:
+    """How many of the pilot's valid answers, best first, would be accepted."""
     if planned.allowance is None:
         return 0
     if not planned.size:  # every answer may differ
         return len(ranked)
     passed = Fraction((planned.allowance + 1) * len(ranked), planned.size)
-    return min((_cut_by(ranked, field, passed) for field in fields), default=len(ranked))
-
-
-def _cut_by(ranked: Sequence[_Judged], field: str, passed: Fraction) -> int:
-    wrong = accumulate(int(field in each.differing) for each in ranked)
+    wrong = accumulate(int(not each.agrees) for each in ranked)
     return next((rank for rank, count in enumerate(wrong) if count >= passed), len(ranked))
 
 

@@ -6,7 +6,7 @@ The order of all documents is frozen first, then the sample is drawn, then Pro a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
@@ -84,21 +84,19 @@ class Place:
         return Fate.ACCEPT if is_above else Fate.ESCALATE
 
 
+#: What a run's one finding is about: an answer differs where any of its fields that are compared does.
+WHOLE = "answer"
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The ranks, from 0, of sampled documents on which the tiers disagree about one field.
+    """The ranks, from 0, of sampled documents on which the tiers disagree: about one field, or WHOLE answers.
 
     A document for which the last tier gave no answer is a disagreement.
     """
 
     field: str
     ranks: tuple[int, ...]
-
-
-def gather_findings(fields: Sequence[str], differing: Mapping[int, Sequence[str]]) -> tuple[Finding, ...]:
-    """By field, from the fields on which the tiers disagree about a document, by its rank."""
-    ranks = sorted(differing)
-    return tuple(Finding(name, tuple(rank for rank in ranks if name in differing[rank])) for name in fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,7 +198,7 @@ def forecast(job: Job, expected: Estimate) -> list[str]:
         return []
     last = expected.tiers[-1]
     each = Money(-(-last.cost.pico // last.attempts), last.cost.currency) if last.attempts else None
-    return spell_plan(plan(promise, expected.to_send, fields=len(job.agreement.fields)), last.tokens.tier, each)
+    return spell_plan(plan(promise, expected.to_send), last.tokens.tier, each)
 
 
 def bound_sample(job: Job, expected: Estimate, longest: int, book: PriceBook) -> Money:

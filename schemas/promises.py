@@ -49,7 +49,10 @@ class Promise:
         return math.floor((1 - self.target) * documents)
 
     def shared_by(self, fields: int) -> Promise:
-        """What each field of an answer is held to, so that all of them together keep this promise."""
+        """What each of several fields is held to by itself, so that, but for delta, none of them breaks the promise.
+
+        Whole answers may then differ more often, since each field may elsewhere: a run promises whole answers.
+        """
         return Promise(self.target, self.delta / fields)
 
 

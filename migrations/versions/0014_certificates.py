@@ -118,14 +118,14 @@ COMMENT ON COLUMN frozen_order.documents IS 'Documents that the promise is about
 COMMENT ON COLUMN frozen_order.piloted IS 'Those that had the last tier''s answer already and are not drawn from';
 COMMENT ON COLUMN frozen_order.size IS 'How many are drawn';
 COMMENT ON COLUMN frozen_order.allowance IS 'Disagreements in the sample that the cut may pass; null: nothing can be certified';
-COMMENT ON COLUMN frozen_order.fields IS 'The answer fields that the promise is about; they share delta';
+COMMENT ON COLUMN frozen_order.fields IS 'The answer fields that are compared: an answer differs where any of them does';
 COMMENT ON COLUMN frozen_order.salt IS 'What orders ties';
 COMMENT ON COLUMN frozen_order.seed IS 'What draws the sample';
 COMMENT ON COLUMN frozen_order.order_digest IS 'SHA-256 of the document numbers in their order';
 COMMENT ON COLUMN frozen_order.frozen_at IS 'When it was written';
 COMMENT ON TABLE certified IS 'What the sample found, and the cut that follows: ranks below it keep the first answer';
 COMMENT ON COLUMN certified.run_id IS 'The run';
-COMMENT ON COLUMN certified.findings IS 'By field, the ranks of drawn documents on which the tiers disagree';
+COMMENT ON COLUMN certified.findings IS 'The ranks of drawn documents on which the tiers disagree: about the whole answer';
 COMMENT ON COLUMN certified.cut IS 'Ranks below it were accepted unless they were drawn';
 COMMENT ON COLUMN certified.score_at_cut IS 'Confidence of the first document that was not accepted; null: all were, or it has none';
 COMMENT ON COLUMN certified.tail IS 'The chance that the promise fails, for each field, rounded up; null: nothing was accepted';
@@ -141,13 +141,13 @@ COMMENT ON COLUMN certificate.documents IS 'Documents that the promise is about'
 COMMENT ON COLUMN certificate.piloted IS 'Those that had the last tier''s answer before the order was frozen';
 COMMENT ON COLUMN certificate.size IS 'How many were drawn';
 COMMENT ON COLUMN certificate.allowance IS 'Disagreements in the sample that the cut may pass; null: nothing can be certified';
-COMMENT ON COLUMN certificate.fields IS 'The answer fields that the promise is about';
+COMMENT ON COLUMN certificate.fields IS 'The answer fields that are compared';
 COMMENT ON COLUMN certificate.order_digest IS 'SHA-256 of the document numbers in their order';
 COMMENT ON COLUMN certificate.frozen_at IS 'When the order was frozen';
 COMMENT ON COLUMN certificate.cut IS 'Ranks below it were accepted unless they were drawn; null: not certified yet';
 COMMENT ON COLUMN certificate.score_at_cut IS 'Confidence of the first document that was not accepted';
 COMMENT ON COLUMN certificate.tail IS 'The chance that the promise fails, for each field, rounded up';
-COMMENT ON COLUMN certificate.findings IS 'By field, the ranks of drawn documents on which the tiers disagree';
+COMMENT ON COLUMN certificate.findings IS 'The ranks of drawn documents on which the tiers disagree: about the whole answer';
 COMMENT ON COLUMN certificate.served IS 'By tier, the models that had served it';
 COMMENT ON COLUMN certificate.certified_at IS 'When it was certified';
 """

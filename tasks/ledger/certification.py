@@ -30,13 +30,13 @@ from schemas import tables
 from schemas.agreement import Agreement
 from schemas.attempts import RunId
 from schemas.certificates import (
+    WHOLE,
     Certificate,
     Finding,
     OrderDigest,
     Place,
     Subject,
     find_cut,
-    gather_findings,
 )
 from schemas.certificates import certify as certify_sample
 from schemas.jobs import Job
@@ -191,8 +191,7 @@ async def freeze(ledger: Ledger, run_id: RunId, job: Job) -> bool:
         if not await _is_due(connection, run_id, is_frozen=False):
             return False
         waiting, piloted = (await connection.execute(_POPULATION, {"run_id": run_id})).one()
-        fields = job.agreement.fields
-        planned = plan(promise, waiting + piloted, piloted=piloted, fields=len(fields))
+        planned = plan(promise, waiting + piloted, piloted=piloted)
         salt, seed = token_bytes(32), token_bytes(32)
         ranks = list(draw(seed, planned.population, planned.size))
         await connection.execute(_RANK, {"run_id": run_id, "salt": salt, "ranks": ranks})
@@ -202,7 +201,7 @@ async def freeze(ledger: Ledger, run_id: RunId, job: Job) -> bool:
             "piloted": planned.piloted,
             "size": planned.size,
             "allowance": planned.allowance,
-            "fields": list(fields),
+            "fields": list(job.agreement.fields),
             "salt": salt,
             "seed": seed,
             "order_digest": await compute_order(connection, _ORDER, {"run_id": run_id}),
@@ -264,11 +263,11 @@ async def read_certification(connection: AsyncConnection, run_id: int) -> Certif
         return None
     said = row.policy["escalate"]
     promise = Promise.parse(said["target"], said["delta"])
-    planned = Plan(promise, row.documents, row.piloted, row.size, row.allowance, fields=len(row.fields))
+    planned = Plan(promise, row.documents, row.piloted, row.size, row.allowance)
     certificate = None
     if row.is_certified:
         subject = Subject(tuple(tier["model"] for tier in row.ladder), row.prompt_version)
-        findings = tuple(Finding(name, tuple(row.findings.get(name, ()))) for name in row.fields)
+        findings = (Finding(WHOLE, tuple(row.findings.get(WHOLE, ()))),)
         tail = None if row.tail is None else Decimal(row.tail)
         certificate = Certificate(
             planned, subject, row.order_digest, row.seed.hex(), findings, tail, row.cut, row.score_at_cut
@@ -287,14 +286,10 @@ async def read_certification(connection: AsyncConnection, run_id: int) -> Certif
 async def find_disagreements(
     connection: AsyncConnection, run_id: int, agreement: Agreement, last_tier: str
 ) -> tuple[Finding, ...]:
-    """What the sample came to, by field. A document without an answer of the last tier disagrees about all fields."""
+    """What the sample came to: whole answers that differ. One without an answer of the last tier does, too."""
     key = {"run_id": run_id, "last_tier": last_tier}
-    differing = {
-        rank: agreement.differing(first, last)
-        async for rank, first, last in _stream(connection, _SAMPLE, key)
-        if agreement.differing(first, last)
-    }
-    return gather_findings(agreement.fields, differing)
+    found = _stream(connection, _SAMPLE, key)
+    return (Finding(WHOLE, tuple([rank async for rank, first, last in found if agreement.differing(first, last)])),)
 
 
 async def compute_order(connection: AsyncConnection, query: TextClause, key: dict[str, Any]) -> str:

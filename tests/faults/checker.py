@@ -610,14 +610,14 @@ def _miscut(order: Row, places: Sequence[Row]) -> Iterator[str]:
     population = order.documents - order.piloted
     promised = order.policy["escalate"]
     allowed = int((1 - Fraction(promised["target"])) * order.documents)
-    delta = Fraction(promised["delta"]) / len(order.fields)
+    delta = Fraction(promised["delta"])
     most = min(order.size, population - allowed - 1)  # negative: every document may differ
     fits = [c for c in range(most + 1) if _chance(population, allowed + 1 + c, order.size, c) <= delta]
     passed = max(fits, default=None) if most >= 0 else order.size
     cut = population if passed is not None else 0
-    for name in order.fields if passed is not None else ():
-        found = [place.rank for place in places if place.is_sampled and _differs(order, place, name)]
-        cut = min(cut, found[passed]) if len(found) > passed else cut
+    if passed is not None:
+        found = [place.rank for place in places if place.is_sampled and _differs(order, place)]
+        cut = found[passed] if len(found) > passed else cut
     if (passed, cut) != (order.allowance, order.cut):
         yield f"run {order.run_id} passes {order.allowance} and is cut at {order.cut}, not {passed} and {cut}"
 
@@ -628,9 +628,9 @@ def _chance(population: int, marked: int, drawn: int, most: int) -> Fraction:
     return Fraction(ways, comb(population, drawn))
 
 
-def _differs(order: Row, place: Row, name: str) -> bool:
+def _differs(order: Row, place: Row) -> bool:
     is_last = place.became in ("result", "reused") and place.tier == order.policy["ladder"][-1]
-    return not is_last or place.first[name] != place.answer[name]
+    return not is_last or any(place.first[name] != place.answer[name] for name in order.fields)
 
 
 INVARIANTS: Mapping[str, Callable[[Evidence], Iterator[str]]] = {

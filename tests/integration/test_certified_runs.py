@@ -114,7 +114,7 @@ async def test_a_sampled_document_that_the_last_tier_does_not_answer_disagrees(w
     assert run.state == "done"
     allowance, cut, findings = world.sql("SELECT allowance, cut, findings FROM certificate")[0]
     ranks = [rank for (rank,) in world.sql("SELECT rank FROM ranked WHERE is_sampled ORDER BY rank")]
-    assert findings == {"colour": ranks}
+    assert findings == {"answer": ranks}
     assert cut == ranks[allowance]
     assert world.value("SELECT count(*) FROM dead_letter") == FEW - world.value(
         f"SELECT count(*) FROM ranked WHERE rank < {cut} AND NOT is_sampled"
@@ -127,7 +127,7 @@ TAMPERED = {
     "the sample": ("UPDATE ranked SET is_sampled = NOT is_sampled WHERE rank < 9", "its sample is not the one that"),
     "the order": ("UPDATE frozen_order SET order_digest = 'sha256:0'", "was certified"),
     "the cut": ("UPDATE certified SET cut = cut + 1", "the cut is at"),
-    "a finding": ("""UPDATE certified SET findings = '{"colour": []}'""", "its disagreements are not those of the"),
+    "a finding": ("""UPDATE certified SET findings = '{"answer": []}'""", "its disagreements are not those of the"),
     "the allowance": ("UPDATE frozen_order SET allowance = allowance + 1", "the sample allows"),
     "an answer": ("""UPDATE document SET tier = 'flash', attempt_no = 1 WHERE document_no = (
                        SELECT document_no FROM ranked WHERE is_sampled LIMIT 1)""",

@@ -142,10 +142,13 @@ def test_a_certified_target_is_expected_to_cost_its_sample_and_what_lies_beyond_
     assert found.setting == "escalate: {target: 0.95, delta: 0.05}"
 
 
-def test_a_certified_target_is_cut_by_the_field_that_allows_fewest_and_climbs_with_what_is_invalid() -> None:
+def test_a_certified_target_is_about_whole_answers_and_climbs_with_what_is_invalid() -> None:
     """Ten of 200 have no first answer; of the others every tenth differs, in one field or by turns in two."""
     answers = [make_pair(True, 1 - number / 1000) for number in range(200)]
-    found = {}
+    planned = plan(USUAL, 10_000, piloted=200 + 490)
+    assert planned.allowance is not None
+    rank = next(rank for rank in range(190) if (rank + 1) // 10 >= (planned.allowance + 1) * 190 / planned.size)
+    beyond = (planned.population - planned.size) * (190 - rank) / 190
     for fields in (("colour",), ("colour", "note")):
         pairs = []
         for number, pair in enumerate(answers):
@@ -154,19 +157,8 @@ def test_a_certified_target_is_cut_by_the_field_that_allows_fewest_and_climbs_wi
             pairs.append(replace(pair, **differs) if number % 10 == 9 else pair)  # type: ignore[arg-type]
         pairs = [*pairs[:190], *[replace(pair, first=None, confidence=None) for pair in pairs[190:]]]
         job = make_job(confidence=Confidence(fields=fields, field="sure"))
-        found[len(fields)] = policy(calibrate(job, make_pilot(*pairs), USUAL), "certified target")
-    planned = plan(USUAL, 10_000, piloted=200 + 490)
-    assert planned.allowance is not None
-    rank = next(rank for rank in range(190) if (rank + 1) // 10 >= (planned.allowance + 1) * 190 / planned.size)
-    beyond = (planned.population - planned.size) * (190 - rank) / 190
-    assert found[1].escalated == pytest.approx(490 + planned.size + beyond, abs=1)
-    # Each of two fields may differ as often as the one might, at half the risk.
-    both = plan(USUAL, 10_000, piloted=200 + 490, fields=2)
-    assert both.allowance is not None
-    assert (both.size, both.allowance) != (planned.size, planned.allowance)
-    rank = next(rank for rank in range(190) if (rank + 11) // 20 >= (both.allowance + 1) * 190 / both.size)
-    beyond = (both.population - both.size) * (190 - rank) / 190
-    assert found[2].escalated == pytest.approx(490 + both.size + beyond, abs=1)
+        found = policy(calibrate(job, make_pilot(*pairs), USUAL), "certified target")
+        assert found.escalated == pytest.approx(490 + planned.size + beyond, abs=1)
 
 
 def test_with_tiers_between_policies_say_which_ladder_they_mean_and_reuse_nothing() -> None:
