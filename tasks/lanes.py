@@ -430,11 +430,12 @@ class Lane:
 
     async def _bury_dead(self) -> None:
         times = self.plan.times
+        bury = {"grace_s": times.grace_s, "dead_after_s": times.dead_after_s}
         try:
             async with asyncio.timeout(times.beat_within_s):
-                await leases.bury_dead(
-                    self.ledger, self.plan.run.run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s
-                )
+                await leases.bury_dead(self.ledger, self.plan.run.run_id, **bury)
+                if self._is_short:  # of a backfill's other runs nobody may be left to bury who holds what is missing
+                    await leases.bury_sharing(self.ledger, self.plan.run.run_id, **bury)
         except (TimeoutError, LedgerUnavailable) as error:  # the next heartbeat tries again
             log.warning("no dead lane could be buried", lane=self.lane_id, error=type(error).__name__)
 
@@ -466,9 +467,14 @@ class Lane:
         self._held = let_go(self._held, allowed, {name: limiter.in_flight for name, limiter in limiters.items()})
         return self._held
 
+    @property
+    def _is_short(self) -> bool:
+        """Whether the lane is to have more than it holds."""
+        return any(self._held.get(name, 0) < mine for name, mine in self._shares.items())
+
     async def _take_places(self, session: leases.Session, orders: Orders) -> None:
         """Hold what the lane is to have, as soon as others let go of it."""
-        if any(self._held.get(name, 0) < mine for name, mine in self._shares.items()) and not self.is_draining:
+        if self._is_short and not self.is_draining:
             ceilings = self._ceilings(orders)
             self._held = await leases.hold(session, self.lane_id, self._shares, self._held, ceilings)
             self._allow(max(self._expected, orders.lanes))

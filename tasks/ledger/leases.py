@@ -383,12 +383,17 @@ async def bury_superseded(ledger: Ledger, job: str | None = None) -> None:
         await bury_dead(ledger, run_id)
 
 
-async def bury_sharing(ledger: Ledger, run_id: RunId) -> None:
-    """End the dead lanes of the other runs that draw on this run's budget: their grants are waited for."""
+async def bury_sharing(
+    ledger: Ledger, run_id: RunId, *, grace_s: float = GRACE_S, dead_after_s: float = DEAD_AFTER_S
+) -> None:
+    """End the dead lanes of the other runs that draw on this run's budget, as those of one backfill do.
+
+    Their grants are waited for, or their places.
+    """
     run = tables.run.c
     budget = select(run.budget_id).where(run.run_id == run_id).scalar_subquery()
     for other in await _find_with_lanes(ledger, run.budget_id == budget, run.run_id != run_id):
-        await bury_dead(ledger, other)
+        await bury_dead(ledger, other, grace_s=grace_s, dead_after_s=dead_after_s)
 
 
 async def _find_with_lanes(ledger: Ledger, *such: ColumnElement[bool]) -> list[RunId]:

@@ -395,6 +395,32 @@ async def test_an_interrupted_backfill_pauses_its_runs_and_the_same_request_goes
     }
 
 
+@dataclass
+class Doomed(Here):
+    """Its first partition's lane takes all places and dies, and nobody comes for that run again."""
+
+    async def work(self, request: RunRequest) -> PartitionEnded:
+        if request.partitions[0] != DAYS[0]:
+            return await super().work(request)
+        run = await enrichment.open_run(request, self.settings)
+        async with enrichment.lane_ledger(self.settings, 30) as ledger:
+            lane_id = await leases.register(ledger, run.run_id)
+            async with leases.alive(ledger, lane_id) as session:
+                held = await leases.hold(session, lane_id, run.ceilings, {}, run.ceilings)
+        assert held == run.ceilings
+        raise ChildProcessError
+
+
+async def test_places_of_a_dead_lane_of_a_run_that_nobody_works_on_are_for_the_others(world: World) -> None:
+    class Ill(Crew):
+        def _start(self, pools: ExitStack) -> Here:
+            return Doomed(world.settings)
+
+    crew = Ill(world, {"last": DAYS[1], "parallel": 1})
+    await asyncio.wait_for(crew.run(), 30)
+    assert crew.states == {DAYS[0]: "failed", DAYS[1]: "done"}
+
+
 @pytest.mark.long
 async def test_a_partition_that_fails_is_told_of_and_the_others_go_on(world: World) -> None:
     class Careless(Crew):
