@@ -216,7 +216,7 @@ _BEAT = text(f"""
 """)  # noqa: S608 (made of our own constants)
 
 _HOLD_LOCK = text("""
-    SELECT pg_advisory_xact_lock(:space, CAST(coalesce(-r.backfill_id, r.run_id) AS integer))
+    SELECT pg_try_advisory_xact_lock(:space, CAST(coalesce(-r.backfill_id, r.run_id) AS integer))
     FROM lane m JOIN run r USING (run_id) WHERE m.lane_id = :lane_id
 """)
 
@@ -299,9 +299,12 @@ async def hold(
 ) -> dict[str, int]:
     """Raise what the lane holds to its shares, as far as no other lane holds that; returns what it holds then.
 
-    `ceilings` are its run's. Of a backfill whose runs have several, the highest is that of all together.
+    `ceilings` are its run's. Of a backfill whose runs have several, the highest is that of all together. While
+    another lane does the same nothing changes: it may be stuck, and the session has heartbeats to send.
     """
-    await session.execute(_HOLD_LOCK, {"space": HOLD_SPACE, "lane_id": lane_id})
+    if not (await session.execute(_HOLD_LOCK, {"space": HOLD_SPACE, "lane_id": lane_id})).scalar():
+        await session.rollback()
+        return dict(held)
     others = [(taken, theirs) for taken, theirs in await session.execute(_HELD, {"lane_id": lane_id})]
     most = {tier: max([ceiling, *(o.get(tier, 0) for _, o in others)]) for tier, ceiling in ceilings.items()}
     taken = take(shares, held, [taken for taken, _ in others], most)
