@@ -231,9 +231,9 @@ class Lane:
             raise _first_error(group) from group
         finally:
             with self.spill or nullcontext():  # closed even where a cancellation ends what is awaited here
-                await _let_go(work)
+                await _cancel(work)
                 await self.climber.watch.close()
-                await _let_go(*helpers)
+                await _cancel(*helpers)
                 self._keep(self.climber.records.pending)
                 await self._leave()
         return self._ended or Ended("done")
@@ -461,9 +461,12 @@ class Lane:
         self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
 
     def _let_go(self) -> dict[str, int]:
-        """What the lane holds from here on: what it may not use, and is not in flight, is for the others."""
+        """What the lane holds from here on: what it may not use, and is not in flight, is for the others.
+
+        Once it drains it may use nothing: whoever is past the last look at that has a place, and counts as in flight.
+        """
         limiters = self.climber.limiters
-        allowed = {name: limiter.ceiling for name, limiter in limiters.items()}
+        allowed = {name: 0 if self.is_draining else limiter.ceiling for name, limiter in limiters.items()}
         self._held = let_go(self._held, allowed, {name: limiter.in_flight for name, limiter in limiters.items()})
         return self._held
 
@@ -544,7 +547,7 @@ class Lane:
         return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses)
 
 
-async def _let_go(*tasks: asyncio.Task[Any]) -> None:
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     """Cancel these tasks and give them a moment to end, whatever they end in."""
     for task in tasks:
         task.cancel()

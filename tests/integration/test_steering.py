@@ -260,6 +260,18 @@ async def test_the_ceiling_holds_though_lanes_come_whenever_they_like_and_replie
     assert_all_is_well(world, run.run_id)
 
 
+async def test_a_lane_that_drains_holds_no_more_than_it_has_in_flight(world: World) -> None:
+    """Others do not wait for its last reply."""
+    left = """SELECT count(*) FROM lane WHERE ended_at IS NULL AND waiting_because LIKE 'draining%'
+              AND CAST(places ->> 'flash' AS integer) BETWEEN 1 AND {}"""
+    async with at_work(world) as (run, working), ledger_of(world) as ledger:
+        world.server.house.latency = Latency(Pace(1.0, reply_s=2.0), seed=1)
+        await asyncio.sleep(2 * REPLY_S)
+        await steering.pause(ledger, run.run_id)
+        await until(lambda: working.done() or world.value(left.format(USUAL // 2)))
+        assert not working.done()
+
+
 @pytest.mark.long
 async def test_a_lowered_cap_stops_lanes_that_hold_more_and_what_is_left_under_it_is_used(world: World) -> None:
     """A lane's first grant would do for all of the documents."""
