@@ -434,7 +434,8 @@ class Lane:
         try:
             async with asyncio.timeout(times.beat_within_s):
                 await leases.bury_dead(self.ledger, self.plan.run.run_id, **bury)
-                if self._is_short:  # of a backfill's other runs nobody may be left to bury who holds what is missing
+                # Of a backfill's other runs nobody may be left to bury whoever holds what is missing here.
+                if self._is_short and self.plan.run.backfill_id is not None:
                     await leases.bury_sharing(self.ledger, self.plan.run.run_id, **bury)
         except (TimeoutError, LedgerUnavailable) as error:  # the next heartbeat tries again
             log.warning("no dead lane could be buried", lane=self.lane_id, error=type(error).__name__)
