@@ -88,7 +88,8 @@ class Orders:
 
     `ceilings` are requests in flight by tier, of the whole run; of its `lanes` that have not ended this one is number
     `rank`, from 0. Of a run that is part of a backfill, both are about the lanes of all its runs, and `lanes` counts
-    those that it has yet to start. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
+    those that it has yet to start. By tier, `wanting` is how many other lanes have something to send there, and how
+    many of those come before this one. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
     granted, since the cap was lowered. `turn` is whose turn it is where there are more lanes than places.
     """
 
@@ -99,6 +100,7 @@ class Orders:
     lanes: int
     rank: int
     turn: int = field(default=0, compare=False)
+    wanting: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,8 @@ _DECLARE_UNKNOWN = text("""
     FROM tally t WHERE lane.lane_id = t.lane_id
 """)
 
-#: One row of the run, one of its budget, and one for each lane that it has, or its backfill.
+#: One row of the run, one of its budget, and one for each lane that it has, or its backfill. Whoever wants a place
+#: at a tier has that tier among its places, though it may hold none.
 _BEAT = text(f"""
     WITH beating AS (
         UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because,
@@ -205,7 +208,7 @@ _BEAT = text(f"""
     )
     SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
            greatest(s.lanes, f.lanes) AS lanes, s.rank,
-           CAST(extract(epoch FROM clock_timestamp()) AS bigint) / {TURN_S} AS turn
+           CAST(extract(epoch FROM clock_timestamp()) AS bigint) / {TURN_S} AS turn, w.wanting
     FROM beating m JOIN run r USING (run_id) JOIN budget b USING (budget_id)
     LEFT JOIN backfill f ON f.backfill_id = r.backfill_id
     CROSS JOIN LATERAL (
@@ -213,6 +216,14 @@ _BEAT = text(f"""
         FROM lane l
         WHERE l.ended_at IS NULL AND l.run_id IN (
             SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)) s
+    CROSS JOIN LATERAL (
+        SELECT coalesce(jsonb_object_agg(t.tier, jsonb_build_array(t.others, t.before)), '{{}}'::jsonb) AS wanting
+        FROM (
+            SELECT k.tier, count(*) AS others, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS before
+            FROM lane l CROSS JOIN LATERAL jsonb_object_keys(l.places) AS k(tier)
+            WHERE l.ended_at IS NULL AND l.lane_id <> m.lane_id AND l.run_id IN (
+                SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)
+            GROUP BY k.tier) t) w
 """)  # noqa: S608 (made of our own constants)
 
 _HOLD_LOCK = text("""
@@ -229,7 +240,7 @@ _HELD = text("""
 """)
 
 _HOLD = text("""
-    UPDATE lane SET places = CAST(:places AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
+    UPDATE lane SET places = places || CAST(:places AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
 """)
 
 _LEFT = text("""
@@ -286,6 +297,7 @@ async def beat(
 ) -> Orders | None:
     """Show that the lane lives, what it waits for, and what it holds at most from now on, by tier.
 
+    A tier that is not among those it holds, not even with 0, is one that it has nothing to send to.
     Returns what is ordered now; None if the lane was buried.
     """
     row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting, "places": as_json(dict(held))}
