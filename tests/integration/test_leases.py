@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import pytest
 
-from schemas.attempts import Signal
+from schemas.attempts import LaneId, Signal
 from schemas.ceilings import TURN_S
 from schemas.documents import Duplicate
 from schemas.records import DocumentState, Lease, Record
@@ -66,6 +67,22 @@ async def test_a_heartbeat_that_finds_every_connection_busy_may_try_again(ledger
             with pytest.raises(PassingFailure, match="heartbeat"):
                 async with leases.alive(ledger, hand.lane_id):
                     pass
+
+
+async def test_a_lane_hears_how_many_others_have_something_to_send_by_tier(ledger: Ledger) -> None:
+    run = await make_run(ledger)
+    first, second, third = [await leases.register(ledger, run.run_id) for _ in range(3)]
+
+    async def tell(lane_id: LaneId, held: dict[str, int]) -> Mapping[str, Sequence[int]]:
+        async with leases.alive(ledger, lane_id) as session:
+            orders = await leases.beat(session, lane_id, 0, None, held)
+        assert orders is not None
+        return orders.wanting
+
+    assert await tell(first, {"flash": 0, "pro": 0}) == {}
+    assert await tell(third, {"flash": 2}) == {"flash": [1, 1], "pro": [1, 1]}
+    assert await tell(second, {}) == {"flash": [2, 1], "pro": [1, 1]}
+    assert await tell(first, {}) == {"flash": [1, 0]}
 
 
 async def test_who_is_stuck_while_it_takes_places_keeps_no_other_lane_from_its_heartbeat(ledger: Ledger) -> None:
