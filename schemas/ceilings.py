@@ -19,7 +19,7 @@ def share(ceiling: int, lanes: int, rank: int, turn: int = 0) -> int:
     """What the lane of that rank, from 0, is to have in flight: the shares of so many lanes are the ceiling.
 
     A lane without a single place would keep its shards for ever. So where there are more lanes than places, they have
-    turns; the number of the `turn` is the same for all of them.
+    turns; the number of the `turn` is the same for all of them. Only lanes count then that have something to send.
     """
     place = (rank + turn) % lanes if ceiling < lanes else rank
     return ceiling // lanes + (place < ceiling % lanes)

@@ -38,6 +38,10 @@ class Absence:
     within_s: float
     _since_s: float | None = None
 
+    def begin(self) -> None:
+        """Somebody else is waited for now: what was before, with nobody to look on, is no absence."""
+        self._since_s = None
+
     def is_over(self, now_s: float, *, is_at_work: bool) -> bool:
         """Whether that is too long. Who looks on says whether a lane is at work now."""
         if is_at_work or self._since_s is None:

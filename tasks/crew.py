@@ -45,7 +45,9 @@ class Crew:
     awaited: dict[int, asyncio.Future[Ended | Exception]] = field(default_factory=dict)
     #: What is known here to be over, whatever comes of its task.
     _over: dict[int, Ended] = field(default_factory=dict)
-    _is_given_up: bool = False
+    #: How often it was asked to end, and whether the lanes at work were told.
+    _asks: int = 0
+    _are_told: bool = False
 
     def add(self, number: int, task: Future) -> None:
         """Watch this lane, too."""
@@ -53,8 +55,8 @@ class Crew:
         self.awaited[number] = asyncio.get_running_loop().run_in_executor(self.threads, self._await, number)
 
     def give_up(self) -> None:
-        """Wait for nobody: asked once to pause, the lanes have not left, or there was none to hear it."""
-        self._is_given_up = True
+        """Have the lanes drain; asked again, or after the run was paused, which told them, wait for nobody."""
+        self._asks += 1
 
     async def watch(self) -> list[Ended | Exception]:
         """Look on until every lane has ended or is not waited for any more; what each came to, by number."""
@@ -70,12 +72,15 @@ class Crew:
             await self.witness.look()
             seen = FleetSeen([self._see(number) for number in self.tasks], self.witness.is_run_over)
             is_absent = self.absence.is_over(time.monotonic(), is_at_work=seen.is_at_work)
-            if self._is_given_up:
+            if self._asks > 1 or (self._asks and self.witness.is_run_over):
                 await self._end(self._pending, Ended(runs.INTERRUPTED, INTERRUPTED), by_force=True)
             elif seen.late:
                 await self._end(seen.late, self.witness.unneeded)
             elif is_absent:
                 await self._end(seen.waiting, Ended("no_slot", self._explain_wait()))
+            elif self._asks and not self._are_told:
+                await self._end(seen.waiting, Ended(runs.INTERRUPTED, INTERRUPTED))
+                await self._tell()
             else:
                 await asyncio.wait(self.awaited.values(), timeout=EVERY_S, return_when=asyncio.FIRST_EXCEPTION)
 
@@ -98,6 +103,15 @@ class Crew:
                 await asyncio.to_thread(engines.take_back, self.engine, self.tasks[number], by_force=by_force)
             except Exception as error:  # a cluster that does not answer has nothing to take back
                 log.warning("a lane is not taken back", lane=number, error=type(error).__name__)
+
+    async def _tell(self) -> None:
+        """Interrupt the lanes at work: Postgres is away, from which they would hear of a pause."""
+        self._are_told = True
+        for number in self._pending:
+            try:
+                await asyncio.to_thread(engines.interrupt, self.engine, self.tasks[number])
+            except Exception as error:
+                log.warning("a lane is not interrupted", lane=number, error=type(error).__name__)
 
     def _await(self, number: int) -> Ended | Exception:
         """How the lane ended. A task that is at work may go on after it was taken back: nobody waits for it then."""

@@ -82,6 +82,14 @@ def take_back(engine: Engine, task: PrefectWrappedFuture[Any, Any], *, by_force:
         ray.cancel(task.wrapped_future, force=by_force)
 
 
+def interrupt(engine: Engine, task: PrefectWrappedFuture[Any, Any]) -> None:
+    """Interrupt a task that has begun, by which a lane drains. Dask cannot reach it."""
+    if engine is Engine.RAY:
+        import ray
+
+        ray.cancel(task.wrapped_future, force=False)
+
+
 def _dask(lanes: int, cluster: str | None) -> Any:
     from prefect_dask.task_runners import DaskTaskRunner
 

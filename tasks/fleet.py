@@ -72,6 +72,7 @@ async def work_on_workers(request: RunRequest, run: Run, settings: Settings) -> 
 @asynccontextmanager
 async def fleet_of(request: RunRequest, run: Run, settings: Settings, absence: Absence) -> AsyncIterator[Fleet]:
     """The run's fleet, to be watched. Whoever is cancelled meanwhile leaves the run paused, and its lanes drain."""
+    absence.begin()
     asked = await enrichment.ask_lanes(request, settings, run)
     async with get_client() as client, enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
         try:
@@ -196,7 +197,7 @@ class Fleet:
             self._is_given_up = False
             for number, flow_run in self.flow_runs.items():
                 if number not in self._over and not _state(flow_run).is_final():
-                    await self._show(flow_run, Cancelling(message="farthing was interrupted twice"))
+                    await self._show(flow_run, Cancelling(message="farthing was interrupted"))
 
     async def _show(self, flow_run: FlowRun | None, state: State[None]) -> None:
         """Give the flow run that state, unless it is over or could not be started."""

@@ -231,9 +231,9 @@ class Lane:
             raise _first_error(group) from group
         finally:
             with self.spill or nullcontext():  # closed even where a cancellation ends what is awaited here
-                await _let_go(work)
+                await _cancel(work)
                 await self.climber.watch.close()
-                await _let_go(*helpers)
+                await _cancel(*helpers)
                 self._keep(self.climber.records.pending)
                 await self._leave()
         return self._ended or Ended("done")
@@ -287,6 +287,8 @@ class Lane:
             return reason
         if because := climber.grants.tight_because or self.bulkhead.trouble:
             return because
+        if barred := [name for name, limiter in climber.limiters.items() if limiter.is_barred]:
+            return f"what is for {' and '.join(barred)} waits until other lanes leave room in flight"
         cold = [name for name, primer in climber.primers.items() if primer.is_priming]
         if cold:
             others = "" if self.plan.job.ladder[0].name in cold else "; documents for it wait, the others go on"
@@ -417,7 +419,8 @@ class Lane:
         times = self.plan.times
         while True:
             async with asyncio.timeout(times.beat_within_s):  # TimeoutError is an OSError: the session is given up
-                told = self.in_flight, self.waiting_because(), self._let_go()
+                self._let_go()
+                told = self.in_flight, self.waiting_because(), self._places
                 orders = await leases.beat(session, self.lane_id, *told)
             if self._silent_s > max(times.grace_s - times.beat_every_s, 3 * times.beat_every_s):
                 self._back_since_s = self.climber.tick()
@@ -439,11 +442,13 @@ class Lane:
 
     async def _bury_dead(self) -> None:
         times = self.plan.times
+        bury = {"grace_s": times.grace_s, "dead_after_s": times.dead_after_s}
         try:
             async with asyncio.timeout(times.beat_within_s):
-                await leases.bury_dead(
-                    self.ledger, self.plan.run.run_id, grace_s=times.grace_s, dead_after_s=times.dead_after_s
-                )
+                await leases.bury_dead(self.ledger, self.plan.run.run_id, **bury)
+                # Of a backfill's other runs nobody may be left to bury whoever holds what is missing here.
+                if self._is_short and self.plan.run.backfill_id is not None:
+                    await leases.bury_sharing(self.ledger, self.plan.run.run_id, **bury)
         except (TimeoutError, LedgerUnavailable) as error:  # the next heartbeat tries again
             log.warning("no dead lane could be buried", lane=self.lane_id, error=type(error).__name__)
 
@@ -453,9 +458,20 @@ class Lane:
             self.drain(orders.state, ADVICE.get(orders.state, ""))
         lanes = max(self._expected, orders.lanes)
         ceilings = self._ceilings(orders)
-        self._shares = {name: share(ceilings[name], lanes, orders.rank, orders.turn) for name in self.plan.ceilings}
+        self._shares = {name: self._share(name, ceilings[name], lanes, orders) for name in self.plan.ceilings}
         self._allow(lanes)
         self.climber.grants.hear(orders.cap, is_overdrawn=orders.is_overdrawn)
+
+    def _share(self, tier: str, ceiling: int, lanes: int, orders: Orders) -> int:
+        """What the lane is to have in flight. Too few places for all are for those who have something to send."""
+        if ceiling >= lanes:
+            return share(ceiling, lanes, orders.rank)
+        others, before = orders.wanting.get(tier, (0, 0))
+        return share(ceiling, others + 1, before, orders.turn) if self._wants(tier) else 0
+
+    def _wants(self, tier: str) -> bool:
+        is_first = tier == self.plan.job.ladder[0].name
+        return self.climber.limiters[tier].is_wanted or (is_first and not self._has_place.is_set())
 
     def _ceilings(self, orders: Orders) -> dict[str, int]:
         return {name: orders.ceilings.get(name, ceiling) for name, ceiling in self.plan.ceilings.items()}
@@ -468,18 +484,32 @@ class Lane:
             self._has_place.set()
         self._widen(sum(limiter.ceiling for limiter in self.climber.limiters.values()))
 
-    def _let_go(self) -> dict[str, int]:
-        """What the lane holds from here on: what it may not use, and is not in flight, is for the others."""
+    def _let_go(self) -> None:
+        """What the lane holds from here on: what it may not use, and is not in flight, is for the others.
+
+        Once it drains it may use nothing: whoever is past the last look at that has a place, and counts as in flight.
+        """
         limiters = self.climber.limiters
-        allowed = {name: limiter.ceiling for name, limiter in limiters.items()}
+        allowed = {name: 0 if self.is_draining else limiter.ceiling for name, limiter in limiters.items()}
         self._held = let_go(self._held, allowed, {name: limiter.in_flight for name, limiter in limiters.items()})
-        return self._held
+
+    @property
+    def _places(self) -> dict[str, int]:
+        """What the lane holds, and 0 where it holds nothing and has something to send."""
+        wanted = [] if self.is_draining else [name for name in self.plan.ceilings if self._wants(name)]
+        return dict.fromkeys(wanted, 0) | {name: places for name, places in self._held.items() if places}
+
+    @property
+    def _is_short(self) -> bool:
+        """Whether the lane is to have more than it holds."""
+        return any(self._held.get(name, 0) < mine for name, mine in self._shares.items())
 
     async def _take_places(self, session: leases.Session, orders: Orders) -> None:
         """Hold what the lane is to have, as soon as others let go of it."""
-        if any(self._held.get(name, 0) < mine for name, mine in self._shares.items()) and not self.is_draining:
+        if self._is_short and not self.is_draining:
             ceilings = self._ceilings(orders)
-            self._held = await leases.hold(session, self.lane_id, self._shares, self._held, ceilings)
+            shares = {name: mine for name, mine in self._shares.items() if mine}
+            self._held |= await leases.hold(session, self.lane_id, shares, self._held, ceilings)
             self._allow(max(self._expected, orders.lanes))
 
     async def _let_in(self) -> None:
@@ -548,7 +578,7 @@ class Lane:
         return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses, first_tier=first)
 
 
-async def _let_go(*tasks: asyncio.Task[Any]) -> None:
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
     """Cancel these tasks and give them a moment to end, whatever they end in."""
     for task in tasks:
         task.cancel()

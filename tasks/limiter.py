@@ -75,6 +75,16 @@ class Limiter:
         return min(max(1, int(self._limit)), self.ceiling)
 
     @property
+    def is_wanted(self) -> bool:
+        """Whether anybody has a place or waits for one."""
+        return bool(self.in_flight or self._queue)
+
+    @property
+    def is_barred(self) -> bool:
+        """Whether somebody waits and there is not one place."""
+        return bool(self._queue) and not self.ceiling
+
+    @property
     def _working_ceiling(self) -> float:
         return max(1.0, min(float(self.ceiling), self._stated / self.lanes))
 

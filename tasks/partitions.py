@@ -47,7 +47,7 @@ log = structlog.get_logger("farthing.partitions")
 
 #: How often a process looks whether the one that started it is still there, and how long it may then take to drain.
 PARENT_EVERY_S, DRAIN_WITHIN_S = 2.0, 60.0
-#: Why a lane elsewhere did nothing that its machine's user could not set right: what to do is in its advice.
+#: Why a lane elsewhere did nothing, which whoever uses its machine can set right: what to do is in its advice.
 UNFIT = frozenset({"lane_failed", "input"})
 
 
@@ -63,12 +63,12 @@ async def work_partitions(request: BackfillRequest, plan: Plan, backfill: Backfi
             threads = stack.enter_context(ThreadPoolExecutor(request.parallel))
             runner = stack.enter_context(engines.started(engine, request.parallel, settings.cluster))
             due = [each.partition for each in plan.due]
-            work = BackfillWork(
-                ledger, settings, backfill, request, due, lambda: PoolWorker(_start_process(stack), threads)
-            )
-            if engine is not Engine.PROCESSES:
+            begin = partial(BackfillWork, ledger, settings, backfill, request, due)
+            if engine is Engine.PROCESSES:
+                work = begin(lambda: PoolWorker(_start_process(stack), threads))
+            else:
                 elsewhere = Elsewhere(settings, _engage(engine, runner, settings, threads))
-                work.start_worker, work.hand_on = lambda: elsewhere, elsewhere.give_up
+                work = begin(lambda: elsewhere, hand_on=elsewhere.give_up)
             await work.run()
             work.excess = await backfills.find_excess(ledger, plan.job, backfill.backfill_id)
             return work
@@ -97,14 +97,19 @@ def _engage(engine: Engine, runner: TaskRunner[Any] | None, settings: Settings, 
 
 @dataclass
 class Elsewhere:
-    """Works on any number of partitions, each by a lane that is no process of this one. `teams` are at work now."""
+    """Works on any number of partitions, each by a lane that is no process of this one. `teams` are at work now.
+
+    It was asked so many times to have them stopped: a team that begins only now hears of that, too.
+    """
 
     settings: Settings
     engage: Engage
     teams: list[Team] = field(default_factory=list)
+    asks: int = 0
 
     def give_up(self) -> None:
         """Have all lanes stopped by whoever has them."""
+        self.asks += 1
         for team in self.teams:
             team.give_up()
 
@@ -127,12 +132,14 @@ class Elsewhere:
         run = await enrichment.open_run(request, self.settings)
         async with enrichment.paused_if_cut_short(self.settings, run), self.engage(request, run) as team:
             self.teams.append(team)
+            for _ in range(self.asks):
+                team.give_up()
             try:
                 (ended,) = await team.watch()
             finally:
                 self.teams.remove(team)
-        if isinstance(ended, FarthingError | Unforeseen):
-            raise ended
+            if isinstance(ended, FarthingError | Unforeseen):
+                raise ended
         last = ended if isinstance(ended, Ended) else Ended(LANE_DIED, DIED_ADVICE)
         found = await backfills.end_partition(request, self.settings, run, last)
         if found.state == "done":

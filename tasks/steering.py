@@ -88,11 +88,11 @@ async def pause(ledger: Ledger, run_id: int) -> Steered:
 async def limit(ledger: Ledger, run_id: int, given: Sequence[str] | None) -> Limited:
     """Let so many requests of the run be in flight, written as for `parse_limits`; None: as many as its job says.
 
-    Raises ConfigurationError where that is too few for its lanes, makes no sense, or the run is over.
+    Raises ConfigurationError where that makes no sense, or the run is over.
     """
     seen = await spend.progress(ledger, run_id)
     run = await runs.find_run(ledger, RunId(run_id))
-    change = await runs.change_limits(ledger, run.run_id, None if given is None else _read_limits(given, run, seen))
+    change = await runs.change_limits(ledger, run.run_id, None if given is None else _read_limits(given, run))
     if change is None:
         raise ConfigurationError(f"{_name(seen)} is {seen.state}: nothing of it will be in flight again")
     now, was = (_in_order(found, run.ladder) for found in (change.now, change.was))
@@ -118,17 +118,11 @@ async def cap(ledger: Ledger, run_id: int, given: str) -> Capped:
     )
 
 
-def _read_limits(given: Sequence[str], run: Run, seen: Progress) -> dict[str, int]:
+def _read_limits(given: Sequence[str], run: Run) -> dict[str, int]:
     try:
-        limits = parse_limits(given, run.ladder)
+        return parse_limits(given, run.ladder)
     except ValueError as error:
         raise ConfigurationError(f"limit: {error}") from None
-    if min(limits.values()) < seen.lanes:
-        raise ConfigurationError(
-            f"limit: run {seen.run} has {seen.lanes} lanes at work, and each keeps one request in flight, so "
-            f"{seen.lanes} is the least: to stop it, `farthing pause {seen.run}`; for less, go on with fewer --lanes"
-        )
-    return limits
 
 
 def _read_cap(given: str, run: Run) -> Money:

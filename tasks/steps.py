@@ -125,6 +125,7 @@ async def crew_of(
     absence: Absence,
 ) -> AsyncIterator[Crew]:
     """The run's crew in a cluster, to be watched."""
+    absence.begin()
     asked = await enrichment.ask_lanes(request, settings, run)
     async with enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
         crew = Crew(engine, Witness(ledger, run.run_id), absence, threads)

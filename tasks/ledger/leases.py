@@ -88,7 +88,8 @@ class Orders:
 
     `ceilings` are requests in flight by tier, of the whole run; of its `lanes` that have not ended this one is number
     `rank`, from 0. Of a run that is part of a backfill, both are about the lanes of all its runs, and `lanes` counts
-    those that it has yet to start. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
+    those that it has yet to start. By tier, `wanting` is how many other lanes have something to send there, and how
+    many of those come before this one. `cap` is the budget's in pico units; it `is_overdrawn` where more than that is
     granted, since the cap was lowered. `turn` is whose turn it is where there are more lanes than places.
     """
 
@@ -99,6 +100,7 @@ class Orders:
     lanes: int
     rank: int
     turn: int = field(default=0, compare=False)
+    wanting: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,8 @@ _DECLARE_UNKNOWN = text("""
     FROM tally t WHERE lane.lane_id = t.lane_id
 """)
 
-#: One row of the run, one of its budget, and one for each lane that it has, or its backfill.
+#: One row of the run, one of its budget, and one for each lane that it has, or its backfill. Whoever wants a place
+#: at a tier has that tier among its places, though it may hold none.
 _BEAT = text(f"""
     WITH beating AS (
         UPDATE lane SET heartbeat_at = clock_timestamp(), in_flight = :in_flight, waiting_because = :waiting_because,
@@ -219,7 +222,7 @@ _BEAT = text(f"""
     )
     SELECT r.state, r.concurrency || r.limits AS ceilings, b.cap, b.granted > b.cap AS is_overdrawn,
            greatest(s.lanes, f.lanes) AS lanes, s.rank,
-           CAST(extract(epoch FROM clock_timestamp()) AS bigint) / {TURN_S} AS turn
+           CAST(extract(epoch FROM clock_timestamp()) AS bigint) / {TURN_S} AS turn, w.wanting
     FROM beating m JOIN run r USING (run_id) JOIN budget b USING (budget_id)
     LEFT JOIN backfill f ON f.backfill_id = r.backfill_id
     CROSS JOIN LATERAL (
@@ -227,10 +230,18 @@ _BEAT = text(f"""
         FROM lane l
         WHERE l.ended_at IS NULL AND l.run_id IN (
             SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)) s
+    CROSS JOIN LATERAL (
+        SELECT coalesce(jsonb_object_agg(t.tier, jsonb_build_array(t.others, t.before)), '{{}}'::jsonb) AS wanting
+        FROM (
+            SELECT k.tier, count(*) AS others, count(*) FILTER (WHERE l.lane_id < m.lane_id) AS before
+            FROM lane l CROSS JOIN LATERAL jsonb_object_keys(l.places) AS k(tier)
+            WHERE l.ended_at IS NULL AND l.lane_id <> m.lane_id AND l.run_id IN (
+                SELECT r.run_id UNION ALL SELECT o.run_id FROM run o WHERE o.backfill_id = r.backfill_id)
+            GROUP BY k.tier) t) w
 """)  # noqa: S608 (made of our own constants)
 
 _HOLD_LOCK = text("""
-    SELECT pg_advisory_xact_lock(:space, CAST(coalesce(-r.backfill_id, r.run_id) AS integer))
+    SELECT pg_try_advisory_xact_lock(:space, CAST(coalesce(-r.backfill_id, r.run_id) AS integer))
     FROM lane m JOIN run r USING (run_id) WHERE m.lane_id = :lane_id
 """)
 
@@ -243,7 +254,7 @@ _HELD = text("""
 """)
 
 _HOLD = text("""
-    UPDATE lane SET places = CAST(:places AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
+    UPDATE lane SET places = places || CAST(:places AS jsonb) WHERE lane_id = :lane_id AND ended_at IS NULL
 """)
 
 _LEFT = text("""
@@ -300,6 +311,7 @@ async def beat(
 ) -> Orders | None:
     """Show that the lane lives, what it waits for, and what it holds at most from now on, by tier.
 
+    A tier that is not among those it holds, not even with 0, is one that it has nothing to send to.
     Returns what is ordered now; None if the lane was buried.
     """
     row = {"lane_id": lane_id, "in_flight": in_flight, "waiting_because": waiting, "places": as_json(dict(held))}
@@ -313,9 +325,12 @@ async def hold(
 ) -> dict[str, int]:
     """Raise what the lane holds to its shares, as far as no other lane holds that; returns what it holds then.
 
-    `ceilings` are its run's. Of a backfill whose runs have several, the highest is that of all together.
+    `ceilings` are its run's. Of a backfill whose runs have several, the highest is that of all together. While
+    another lane does the same nothing changes: it may be stuck, and the session has heartbeats to send.
     """
-    await session.execute(_HOLD_LOCK, {"space": HOLD_SPACE, "lane_id": lane_id})
+    if not (await session.execute(_HOLD_LOCK, {"space": HOLD_SPACE, "lane_id": lane_id})).scalar():
+        await session.rollback()
+        return dict(held)
     others = [(taken, theirs) for taken, theirs in await session.execute(_HELD, {"lane_id": lane_id})]
     most = {tier: max([ceiling, *(o.get(tier, 0) for _, o in others)]) for tier, ceiling in ceilings.items()}
     taken = take(shares, held, [taken for taken, _ in others], most)
@@ -403,12 +418,17 @@ async def bury_superseded(ledger: Ledger, job: str | None = None) -> None:
         await bury_dead(ledger, run_id)
 
 
-async def bury_sharing(ledger: Ledger, run_id: RunId) -> None:
-    """End the dead lanes of the other runs that draw on this run's budget: their grants are waited for."""
+async def bury_sharing(
+    ledger: Ledger, run_id: RunId, *, grace_s: float = GRACE_S, dead_after_s: float = DEAD_AFTER_S
+) -> None:
+    """End the dead lanes of the other runs that draw on this run's budget, as those of one backfill do.
+
+    Their grants are waited for, or their places.
+    """
     run = tables.run.c
     budget = select(run.budget_id).where(run.run_id == run_id).scalar_subquery()
     for other in await _find_with_lanes(ledger, run.budget_id == budget, run.run_id != run_id):
-        await bury_dead(ledger, other)
+        await bury_dead(ledger, other, grace_s=grace_s, dead_after_s=dead_after_s)
 
 
 async def _find_with_lanes(ledger: Ledger, *such: ColumnElement[bool]) -> list[RunId]:

@@ -35,6 +35,9 @@ class Opening:
     `cap` is the budget of a new run in pico units. One that is resumed gets it too, unless `keeps_cap`: nobody asked
     for another budget now, so the last one that somebody set holds. `backfill_id` is the backfill that it is a part
     of, and `reuses` as in `Run`.
+
+    A run that was begun by itself may become a part of one while its lanes are still at work: until they have let go
+    of what they hold above their share, all lanes together may have more in flight than the ceiling.
     """
 
     job: Job

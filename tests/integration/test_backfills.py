@@ -152,15 +152,18 @@ class Alone:
     run: Run
     settings: Settings
     hindered: Ended | Exception | None = None
+    is_given_up: bool = False
 
     async def watch(self) -> list[Ended | Exception]:
+        if self.is_given_up:
+            return [Ended(runs.INTERRUPTED)]
         if self.hindered is not None:
             return [self.hindered]
         (asked,) = await enrichment.ask_lanes(self.request, self.settings, self.run)
         return [await enrichment.work_elsewhere(asked, self.settings)]
 
     def give_up(self) -> None:
-        raise AssertionError("nobody asked twice")
+        self.is_given_up = True
 
 
 def machine(world: World, *hindrances: Ended | Exception) -> Machine:
@@ -395,6 +398,32 @@ async def test_an_interrupted_backfill_pauses_its_runs_and_the_same_request_goes
     }
 
 
+@dataclass
+class Doomed(Here):
+    """Its first partition's lane takes all places and dies, and nobody comes for that run again."""
+
+    async def work(self, request: RunRequest) -> PartitionEnded:
+        if request.partitions[0] != DAYS[0]:
+            return await super().work(request)
+        run = await enrichment.open_run(request, self.settings)
+        async with enrichment.lane_ledger(self.settings, 30) as ledger:
+            lane_id = await leases.register(ledger, run.run_id)
+            async with leases.alive(ledger, lane_id) as session:
+                held = await leases.hold(session, lane_id, run.ceilings, {}, run.ceilings)
+        assert held == run.ceilings
+        raise ChildProcessError
+
+
+async def test_places_of_a_dead_lane_of_a_run_that_nobody_works_on_are_for_the_others(world: World) -> None:
+    class Ill(Crew):
+        def _start(self, pools: ExitStack) -> Here:
+            return Doomed(world.settings)
+
+    crew = Ill(world, {"last": DAYS[1], "parallel": 1})
+    await asyncio.wait_for(crew.run(), 30)
+    assert crew.states == {DAYS[0]: "failed", DAYS[1]: "done"}
+
+
 @pytest.mark.long
 async def test_a_partition_that_fails_is_told_of_and_the_others_go_on(world: World) -> None:
     class Careless(Crew):
@@ -602,6 +631,21 @@ async def test_where_nobody_comes_for_a_partition_the_backfill_pauses_and_says_w
     said = backfills.outcome(crew.plan, crew.work)
     assert (said["state"], said["reason"], said["advice"]) == ("paused", "no_worker", "start one")
     assert world.bill() == {}
+
+
+async def test_a_team_that_begins_after_it_was_asked_to_give_up_does_so(world: World) -> None:
+    elsewhere = machine(world)
+    elsewhere.give_up()
+    crew = await Crew(world, {"parallel": 1, "last": DAYS[0], "lanes_on": "workers"}, elsewhere=elsewhere).run()
+    assert crew.states == {DAYS[0]: "paused"}
+    assert world.bill() == {}
+
+
+async def test_an_error_of_a_lane_elsewhere_leaves_no_run_that_looks_at_work(world: World) -> None:
+    request = BackfillRequest(job="colours", root=world.root).run(DAYS[0])
+    with pytest.raises(ConfigurationError, match="no key"):
+        await machine(world, ConfigurationError("no key")).have_worked(request)
+    assert world.sql("SELECT state FROM run") == [("paused",)]
 
 
 async def test_a_machine_that_is_not_set_up_for_it_fails_its_partition_and_the_others_go_on(world: World) -> None:

@@ -107,11 +107,28 @@ async def test_asked_twice_to_end_it_waits_for_no_lane(
     ledger: Ledger, run: Run, lanes: Crew, tasks: list[Task]
 ) -> None:
     """Nor for the task of one that is at work, which no cluster cancels."""
+    await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)
     await begin(ledger, run, tasks[0])
     assert tasks[0].wrapped_future.set_running_or_notify_cancel()
     lanes.give_up()
     assert await watch(lanes, tasks) == [Ended(runs.INTERRUPTED, INTERRUPTED)] * 2
     assert [each.wrapped_future.cancelled() for each in tasks] == [False, True]
+
+
+async def test_asked_once_while_no_pause_reaches_the_lanes_they_are_interrupted_and_waited_for(
+    ledger: Ledger, run: Run, lanes: Crew, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where Postgres is away: what is in flight is kept on disk. Asked again it waits for nobody."""
+    told: list[object] = []
+    monkeypatch.setattr(crew.engines, "interrupt", lambda _engine, task: told.append(task))
+    await begin(ledger, run, tasks[0])
+    assert tasks[0].wrapped_future.set_running_or_notify_cancel()
+    lanes.give_up()
+    watching = asyncio.create_task(watch(lanes, tasks))
+    await asyncio.sleep(2 * WITHIN_S)
+    assert (told, watching.done(), tasks[1].wrapped_future.cancelled()) == ([tasks[0]], False, True)
+    lanes.give_up()
+    assert await watching == [Ended(runs.INTERRUPTED, INTERRUPTED)] * 2
 
 
 async def test_what_ended_a_lane_is_told_beside_how_another_ended(

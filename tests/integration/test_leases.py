@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 
 import pytest
 
-from schemas.attempts import Signal
+from schemas.attempts import LaneId, Signal
 from schemas.ceilings import TURN_S
 from schemas.documents import Duplicate
 from schemas.records import DocumentState, Lease, Record
@@ -17,7 +18,7 @@ from tasks.ledger.attempts import Fenced
 from tasks.ledger.connection import Ledger, PassingFailure
 from tasks.ledger.leases import Orders
 from tasks.ledger.runs import Run
-from tests.ledgers import CAP, COST, RESERVED, Hand, lane_ledger, make_manifest, opening, sql, value
+from tests.ledgers import BACKFILL, CAP, COST, RESERVED, Hand, lane_ledger, make_manifest, opening, sql, value
 
 
 async def make_run(ledger: Ledger, documents: int = 6, shard_rows: int = 3) -> Run:
@@ -66,6 +67,53 @@ async def test_a_heartbeat_that_finds_every_connection_busy_may_try_again(ledger
             with pytest.raises(PassingFailure, match="heartbeat"):
                 async with leases.alive(ledger, hand.lane_id):
                     pass
+
+
+async def test_a_lane_hears_how_many_others_have_something_to_send_by_tier(ledger: Ledger) -> None:
+    run = await make_run(ledger)
+    first, second, third = [await leases.register(ledger, run.run_id) for _ in range(3)]
+
+    async def tell(lane_id: LaneId, held: dict[str, int]) -> Mapping[str, Sequence[int]]:
+        async with leases.alive(ledger, lane_id) as session:
+            orders = await leases.beat(session, lane_id, 0, None, held)
+        assert orders is not None
+        return orders.wanting
+
+    assert await tell(first, {"flash": 0, "pro": 0}) == {}
+    assert await tell(third, {"flash": 2}) == {"flash": [1, 1], "pro": [1, 1]}
+    assert await tell(second, {}) == {"flash": [2, 1], "pro": [1, 1]}
+    assert await tell(first, {}) == {"flash": [1, 0]}
+
+
+async def test_who_is_stuck_while_it_takes_places_keeps_no_other_lane_from_its_heartbeat(ledger: Ledger) -> None:
+    run = await make_run(ledger)
+    stuck, other = [await leases.register(ledger, run.run_id) for _ in range(2)]
+    async with leases.alive(ledger, stuck) as halted, leases.alive(ledger, other) as session:
+        await halted.execute(leases._HOLD_LOCK, {"space": leases.HOLD_SPACE, "lane_id": stuck})
+        async with asyncio.timeout(5):
+            assert await leases.hold(session, other, {"flash": 4}, {"flash": 1}, run.ceilings) == {"flash": 1}
+            assert await leases.beat(session, other, 0, None, {"flash": 1}) is not None
+        await halted.rollback()
+        assert await leases.hold(session, other, {"flash": 4}, {"flash": 1}, run.ceilings) == {"flash": 4}
+
+
+@pytest.mark.parametrize("is_backfill", [False, True])
+async def test_lanes_that_take_places_at_once_never_hold_more_than_the_ceiling(
+    is_backfill: bool, ledger_url: str
+) -> None:
+    """Each wants all of them. Those of a backfill are of two runs."""
+    async with lane_ledger(ledger_url, pool_size=10) as ledger, AsyncExitStack() as stack:
+        names = [{}, {}]
+        if is_backfill:
+            sql(ledger_url, BACKFILL)
+            names = [{"backfill_id": 1, "selection": {"partitions": [name]}} for name in "ab"]
+        parts = [await runs.open_run(ledger, opening(**name)) for name in names]
+        lanes = [await leases.register(ledger, parts[number % 2].run_id) for number in range(6)]
+        sessions = [await stack.enter_async_context(leases.alive(ledger, lane_id)) for lane_id in lanes]
+        most = parts[0].ceilings
+        tried = zip(sessions, lanes, strict=True)
+        held = await asyncio.gather(*(leases.hold(*each, most, {}, most) for each in tried))
+    assert sum(each.get("flash", 0) for each in held) == most["flash"]
 
 
 async def test_a_lane_without_a_heartbeat_is_buried_though_its_session_lives(ledger: Ledger, ledger_url: str) -> None:

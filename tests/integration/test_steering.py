@@ -260,6 +260,28 @@ async def test_the_ceiling_holds_though_lanes_come_whenever_they_like_and_replie
     assert_all_is_well(world, run.run_id)
 
 
+async def test_a_lane_that_drains_holds_no_more_than_it_has_in_flight(world: World) -> None:
+    """Others do not wait for its last reply."""
+    left = """SELECT count(*) FROM lane WHERE ended_at IS NULL AND waiting_because LIKE 'draining%'
+              AND CAST(places ->> 'flash' AS integer) BETWEEN 1 AND {}"""
+    async with at_work(world) as (run, working), ledger_of(world) as ledger:
+        world.server.house.latency = Latency(Pace(1.0, reply_s=2.0), seed=1)
+        await asyncio.sleep(2 * REPLY_S)
+        await steering.pause(ledger, run.run_id)
+        await until(lambda: working.done() or world.value(left.format(USUAL // 2)))
+        assert not working.done()
+
+
+async def test_where_places_are_fewer_than_lanes_those_with_nothing_to_send_have_none(world: World) -> None:
+    async with at_work(world) as (run, _), ledger_of(world) as ledger:
+        for _ in range(4):
+            await leases.register(ledger, run.run_id)
+        limited = await steering.limit(ledger, run.run_id, ["2"])
+        await asyncio.sleep(HEARD_S)
+        assert limited.seen.lanes == 5
+        assert (await most_in_flight(world))[FLASH] == 2
+
+
 @pytest.mark.long
 async def test_a_lowered_cap_stops_lanes_that_hold_more_and_what_is_left_under_it_is_used(world: World) -> None:
     """A lane's first grant would do for all of the documents."""
@@ -412,15 +434,6 @@ async def test_a_shared_cap_that_is_asked_for_at_a_resume_is_an_event_too(ledger
     assert (again.run_id, again.cap) == (run.run_id, 2 * CAP)
     events = sql(ledger_url, "SELECT detail FROM run_event WHERE kind = 'cap_changed'")
     assert events == [({"cap": 2 * CAP, "was": CAP},)]
-
-
-async def test_a_limit_below_one_for_each_lane_at_work_is_refused_with_what_to_do(ledger: Ledger) -> None:
-    run = await runs.open_run(ledger, opening())
-    for _ in range(3):
-        await Hand.join(ledger, run)
-    with pytest.raises(ConfigurationError, match=r"3 lanes at work.*`farthing pause 1`.*fewer --lanes"):
-        await steering.limit(ledger, run.run_id, ["pro=2"])
-    assert (await steering.limit(ledger, run.run_id, ["3"])).ceilings == {"flash": 3, "pro": 3}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from schemas.fleets import SILENT_S, FleetSeen, Kept, LaneSeen, Shown
+from schemas.fleets import SILENT_S, Absence, FleetSeen, Kept, LaneSeen, Shown
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,12 @@ def test_who_has_not_begun_is_late_once_the_run_needs_nobody_and_waited_for_unti
     seen = FleetSeen(lanes, is_run_over)
     assert not seen.is_at_work
     assert (seen.late, seen.is_waited_for) == (([2], False) if is_run_over else ([], True))
+
+
+def test_time_in_which_nobody_was_waited_for_is_no_absence() -> None:
+    absence = Absence(within_s=10)
+    assert not absence.is_over(0, is_at_work=False)
+    assert absence.is_over(11, is_at_work=False)
+    absence.begin()
+    assert not absence.is_over(30, is_at_work=False)
+    assert absence.is_over(41, is_at_work=False)

@@ -317,3 +317,16 @@ async def test_of_a_lane_that_drains_nobody_waits_for_a_place() -> None:
     limiter.open()
     await waiting
     await limiter.acquire()
+
+
+async def test_a_tier_is_wanted_while_somebody_has_a_place_or_waits_and_barred_while_there_is_none() -> None:
+    limiter = Limiter(ceiling=0)
+    assert (limiter.is_wanted, limiter.is_barred) == (False, False)
+    waiting = asyncio.create_task(limiter.acquire())
+    await asyncio.sleep(0)
+    assert (limiter.is_wanted, limiter.is_barred) == (True, True)
+    limiter.allow(1, lanes=1)
+    ticket = await waiting
+    assert (limiter.is_wanted, limiter.is_barred) == (True, False)
+    limiter.release(ticket)
+    assert not limiter.is_wanted

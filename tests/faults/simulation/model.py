@@ -119,10 +119,14 @@ class Totals(NamedTuple):
 
 
 class Model:
-    """All rows. `given` are the next numbers that identity columns give out, where somebody else decides them."""
+    """All rows. `given` are the next numbers that identity columns give out, where somebody else decides them.
 
-    def __init__(self, clock: Callable[[], float] = lambda: 0.0) -> None:
-        self.clock = clock
+    It `was_crowded` where a lane was ever told of more lanes than places, or so many `lanes` were to come.
+    """
+
+    def __init__(self, clock: Callable[[], float] = lambda: 0.0, lanes: int = 0) -> None:
+        self.clock, self.expected = clock, lanes
+        self.was_crowded = False
         self.given: deque[int] = deque()
         self.numbers = count(1)
         self.runs: dict[int, RunRow] = {}
@@ -226,9 +230,15 @@ class Model:
         run = self.runs[lane.run_id]
         budget = self.budgets[run.budget_id]
         mates = [n for n, row in self.lanes.items() if row.run_id == lane.run_id and row.ended_because is None]
+        self.was_crowded |= min(run.ceilings.values()) < max(len(mates), self.expected)
         rank = sum(number < lane_id for number in mates)
-        turn = int(self.clock()) // TURN_S
-        return Orders(run.state, run.ceilings, budget.cap, budget.granted > budget.cap, len(mates), rank, turn)
+        wanting: dict[str, list[int]] = {}
+        for number in (other for other in mates if other != lane_id):
+            for tier in self.lanes[number].held:
+                others, before = wanting.get(tier, (0, 0))
+                wanting[tier] = [others + 1, before + (number < lane_id)]
+        is_overdrawn, turn = budget.granted > budget.cap, int(self.clock()) // TURN_S
+        return Orders(run.state, run.ceilings, budget.cap, is_overdrawn, len(mates), rank, turn, wanting)
 
     def hold(
         self, lane_id: LaneId, shares: Mapping[str, int], held: Mapping[str, int], ceilings: Mapping[str, int]
@@ -241,7 +251,7 @@ class Model:
         taken = take(shares, held, [row.held for row in others], most)
         if lane.ended_because is not None:
             return dict(held)
-        lane.held = taken
+        lane.held = lane.held | taken
         return dict(taken)
 
     def claim(self, run_id: RunId, lane_id: LaneId, working: Collection[int] | None = None) -> ClaimedShard | None:

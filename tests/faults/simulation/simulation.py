@@ -147,7 +147,7 @@ class Simulation:
     def _set_up(self) -> None:
         loop, chance = asyncio.get_running_loop(), Random(self.seed)
         self.plan = Plan.draw(chance)
-        self.world = World(self.plan, chance, Model(loop.time), loop.time)
+        self.world = World(self.plan, chance, Model(loop.time, self.plan.lanes), loop.time)
         self.provider = Provider(self.world)
         prompt = JOB.prompt + (" Think of red, of green, and of blue." * 60 if self.plan.is_long_prefix else "")
         each = {tier.name: self.plan.concurrency for tier in JOB.ladder}
