@@ -265,7 +265,7 @@ async def test_a_lane_that_drains_holds_no_more_than_it_has_in_flight(world: Wor
     left = """SELECT count(*) FROM lane WHERE ended_at IS NULL AND waiting_because LIKE 'draining%'
               AND CAST(places ->> 'flash' AS integer) BETWEEN 1 AND {}"""
     async with at_work(world) as (run, working), ledger_of(world) as ledger:
-        world.server.house.latency = Latency(Pace(1.0, reply_s=2.0), seed=1)
+        world.server.house.latency = Latency(Pace(1.0, reply_s=4.0), seed=1)
         await asyncio.sleep(2 * REPLY_S)
         await steering.pause(ledger, run.run_id)
         await until(lambda: working.done() or world.value(left.format(USUAL // 2)))
