@@ -152,6 +152,7 @@ class Correction:
 class Reconciliation:
     """All lines, what the statement proves, and why the other unknown attempts stay (`left`, by reason).
 
+    A reason with no attempts is why something is not corrected.
     `others_pico` is what the statement has of a `user_id` that the ledger never sent. Of the days that are `doubtful`
     attempts shared what an export told, a late reply of one of them showed that it was shared otherwise, and the
     statement does not say how.
@@ -291,6 +292,12 @@ class _Terms:
     def user(self, of: Unsettled | BookedTokens | Shared) -> str:
         return of.user_id if self.is_by_user else ""
 
+    def has_all_of(self, day: date) -> bool:
+        """Whether nothing of that day can come with a later export."""
+        start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        ends = start + timedelta(days=1) + LATE
+        return self.is_complete or (self.statement.since <= start and ends <= self.statement.until)
+
 
 def _reopen(shared: Sequence[Shared], terms: _Terms) -> dict[_Slot, list[Shared]]:
     """What was shared where a late reply showed that it was shared otherwise, the shares of all runs together."""
@@ -391,7 +398,7 @@ def _close(
         if kept := [each for slot, each in proved if slot.group in groups]:
             left.add(why, [each.of for each in kept if isinstance(each, Closing)])
             proved = [(slot, each) for slot, each in proved if slot.group not in groups]
-    told = {why: tuple(attempts) for why, attempts in left.by_reason.items() if attempts}
+    told = {why: tuple(attempts) for why, attempts in left.by_reason.items()}
     return tuple(each for _, each in proved), told
 
 
@@ -399,6 +406,11 @@ def _divide(
     slot: _Slot, missing: Usage, attempts: Sequence[Unsettled], before: Sequence[Shared], terms: _Terms
 ) -> list[Closing | Correction] | str:
     """What is missing, with what was shared `before`, as shares of all that no reply came of; or why it cannot be."""
+    if before and not terms.has_all_of(slot.day):  # what a part of a day says, the next export would take back
+        return (
+            f"the shares of attempts of {slot.day} are off, since a reply came late, and the export may not have all "
+            "of that day, which is corrected as a whole: export again, or say --complete if it has all"
+        )
     whole = Usage(
         *(sum(each) for each in zip(*(map(_counts, [missing, *(one.tokens for one in before)])), strict=True))
     )
