@@ -244,16 +244,14 @@ def reconcile(
     closings = tuple(each for each in proved if isinstance(each, Closing))
     explained = {key for each in closings for key in _Slot(each.billed_on, terms.user(each.of), each.price).keys}
     if proved and not terms.is_ours:
-        left = {**left, _WHOSE: tuple(closing.of for closing in closings)} if closings else left
+        left = {**left, _WHOSE: tuple(closing.of for closing in closings)}
         proved, closings = (), ()
     matches = (
         Match(key, ours.get(key, 0), theirs.get(key, 0), _judge(key, ours, theirs, key in explained)) for key in gaps
     )
     made = tuple(matches)
     corrections = tuple(each for each in proved if isinstance(each, Correction))
-    odd = {each.key.day for each in made if each.status is not Status.MATCHED}
-    odd -= {each.billed_on for each in corrections}
-    doubtful = tuple(sorted({each.day for each in shared if each.is_overridden and each.day in odd}))
+    doubtful = _doubt(made, corrections, shared, terms)
     return Reconciliation(made, closings, left, others_pico, is_by_user, doubtful, corrections)
 
 
@@ -307,6 +305,18 @@ def _reopen(shared: Sequence[Shared], terms: _Terms) -> dict[_Slot, list[Shared]
         if each.price in prices and each.day in terms.days:
             found.setdefault(_Slot(each.day, terms.user(each), prices[each.price]), []).append(each)
     return {slot: shares for slot, shares in found.items() if any(each.is_overridden for each in shares)}
+
+
+def _doubt(
+    matches: Sequence[Match], corrections: Sequence[Correction], shared: Sequence[Shared], terms: _Terms
+) -> tuple[date, ...]:
+    """Days on which what a late reply overrode lies where lines differ, and no correction says by what."""
+    users = {each.run: terms.user(each) for each in shared}
+    odd = {(each.key.day, each.key.model, each.key.user_id) for each in matches if each.status is not Status.MATCHED}
+    odd -= {(each.billed_on, each.price.model, users[each.run]) for each in corrections}
+    overridden = (each for each in shared if each.is_overridden)
+    # The model by the price's name, for the book may have that price no more.
+    return tuple(sorted({x.day for x in overridden if (x.day, x.price.partition("/")[0], terms.user(x)) in odd}))
 
 
 def _sum_ours(booked: Iterable[BookedTokens], days: Collection[date], *, is_by_user: bool) -> dict[Key, int]:

@@ -269,6 +269,7 @@ def test_what_others_may_have_used_corrects_nothing() -> None:
     before = [shared(1, Usage(0, 0, 0), 10**9)]
     found = reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, shared=before)
     assert (found.bookable, found.is_clean, found.doubtful) == ((), False, (DAY,))
+    assert [("--alone" in why, attempts) for why, attempts in found.left.items()] == [(True, ())]
     assert len(reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before).bookable) == 1
 
 
@@ -293,6 +294,17 @@ def test_a_part_of_a_day_corrects_nothing_whatever_the_order_of_exports() -> Non
     assert correct(whole, made).is_clean
     assert correct(part, made).bookable == ()
     assert len(correct(part, is_complete=True).bookable) == 1
+
+
+def test_a_correction_of_one_model_leaves_no_doubt_about_another_unsaid() -> None:
+    """Of the one the export has fewer tokens than the ledger, so that nothing tells what its shares are."""
+    ours = [booked(NOON, KNOWN), booked(NOON, KNOWN, PRO)]
+    theirs = statement(used(NOON, Usage(10, 30, 5)), used(NOON, Usage(9, 20, 5), PRO))
+    one = shared(1, Usage(0, 0, 0), 10**9)
+    before = [one, replace(one, price=price_at(NOON, PRO).name)]
+    found = reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before)
+    assert [each.price.model for each in found.corrections] == [FLASH]
+    assert found.doubtful == (DAY,)
 
 
 def test_where_no_reply_came_late_shares_stay_as_they_are() -> None:
