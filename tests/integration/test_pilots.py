@@ -21,10 +21,12 @@ from schemas.work_hours import Asked
 from tasks import samples
 from tasks.jobs import load_job
 from tasks.ledger.connection import Ledger
-from tasks.ledger.history import find_history
+from tasks.ledger.history import find_history, find_sample
+from tasks.ledger.pilots import find_pilot
 from tasks.ledger.proof import prove
 from tasks.pilots import find_calibration, recall_calibration
 from tests.integration.test_samples import NOW, tell
+from tests.ledgers import sql
 from tests.world import World, make_world
 
 USUAL = Promise.parse("0.95", "0.05")
@@ -141,6 +143,29 @@ async def test_a_pilot_is_paid_for_once_and_the_run_that_follows_reuses_it(world
     assert (await prove(ledger, more.run_id, load_price_book())).proved
     answers = world.sql(f"SELECT count(*) FROM attempt_intent WHERE run_id = {more.run_id} AND tier = 'pro'")
     assert answers[0][0] > 30
+
+
+async def test_what_another_rule_measured_or_nobody_has_any_more_is_asked_again(world: World, ledger: Ledger) -> None:
+    asked = pilot_of(world, sample=10)
+    await world.run(**asked)
+    bill = sum(world.bill().values())
+    file = world.root / "jobs/colours/job.yaml"
+    file.write_text(file.read_text().replace("signal: logprobs", "signal: validators"))
+    other, _ = await world.run(**asked)
+    assert world.sql("SELECT count(DISTINCT prompt_version) FROM run") == [(1,)]
+    assert sum(world.bill().values()) > 1.5 * bill
+    assert world.sql(f"SELECT count(*) FROM document WHERE run_id = {other.run_id} AND state = 'reused'") == [(0,)]
+
+    job = world.request(**asked).adapt(load_job("colours", world.root))
+    drawn = await samples.draw(job, world.request(**asked), world.settings)
+    assert await find_sample(ledger, drawn.opening) == other.run_id
+    again, _ = await world.run(**asked)  # reuses it all
+    assert await find_sample(ledger, drawn.opening) == again.run_id
+    sql(world.database_url, "UPDATE document SET answer = NULL; UPDATE answer SET answer = NULL, content = ''")
+    assert await find_sample(ledger, drawn.opening) is None
+    anew, _ = await world.run(**asked)
+    assert await find_sample(ledger, drawn.opening) == anew.run_id
+    assert (await find_pilot(ledger, anew.run_id, job, 300)).last_cost is not None
 
 
 async def test_a_pilot_that_was_cut_short_goes_on(world: World, ledger: Ledger) -> None:
