@@ -25,8 +25,8 @@ from schemas.thresholds import streaming_threshold
 
 #: The targets that signals are compared at.
 TARGETS = (Fraction(90, 100), Fraction(95, 100), Fraction(99, 100))
-#: One of two tiers is called better where chance alone would say so no more often than this.
-_DOUBT = Fraction(1, 20)
+#: One of two tiers is called better where chance alone would say so of one or the other in 1 of 20 cases at most.
+_DOUBT = Fraction(1, 40)
 _NONE = Fraction(0)
 #: A text field that differs more often than this is hardly compared by what it means.
 _FREE = Fraction(1, 2)
