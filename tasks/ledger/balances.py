@@ -60,10 +60,11 @@ async def note(
     currency: Currency,
     found: Balance | None,
     provider: str,
+    key: str,
     ago_s: float = 0.0,
 ) -> None:
     """Append what the account held at the start or the end of a run, `ago_s` seconds ago. None: nobody knows."""
-    detail = balance_detail(at, currency, found, provider, ago_s)
+    detail = balance_detail(at, currency, found, provider, key, ago_s)
     await runs.note(ledger, run_id, BALANCE, detail, key=f"{BALANCE} {at} {datetime.now(UTC).isoformat()}")
 
 
@@ -91,9 +92,9 @@ async def _read_paid(connection: AsyncConnection, readings: Sequence[Reading]) -
     return tuple(found)
 
 
-def _account(reading: Reading) -> tuple[str, str, bool]:
-    """What an account is known by here: keys are nobody's business."""
-    return reading.provider, reading.currency.value, reading.is_simulated
+def _account(reading: Reading) -> tuple[str, str, str, bool]:
+    """What an account is known by here. One with two keys is two, each explained by what runs with either spent."""
+    return reading.provider, reading.key, reading.currency.value, reading.is_simulated
 
 
 async def _compare(connection: AsyncConnection, first: Reading, until: datetime) -> Paid:
