@@ -116,13 +116,13 @@ class Calibration:
     notes: tuple[str, ...]
 
     @property
-    def cheapest(self) -> Policy | None:
-        """Of the policies that meet the target. None: nobody knows what they cost."""
+    def cheapest_that_held(self) -> Policy | None:
+        """Of the policies that met the target in the pilot, and may promise nothing. None: nobody knows the costs."""
         return _cheapest(each for each in self.policies if each.standing is not Standing.FAILED)
 
     @property
     def cheapest_promised(self) -> Policy | None:
-        """Of those that do more than hold in the pilot. None: nobody knows what they cost."""
+        """Of those that promise the target. None: nobody knows what they cost."""
         return _cheapest(each for each in self.policies if each.standing not in (Standing.FAILED, Standing.HELD))
 
 

@@ -185,16 +185,22 @@ def test_with_tiers_between_policies_say_which_ladder_they_mean_and_reuse_nothin
 def test_the_cheapest_policy_is_named_and_must_meet_the_target() -> None:
     agreeing = [make_pair(number % 50 != 49, 0.9) for number in range(100)]
     found = calibrate(make_job(), make_pilot(*agreeing), USUAL)
-    assert found.cheapest == policy(found, "flash only")
-    assert found.cheapest.standing is Standing.HELD
+    assert found.cheapest_that_held == policy(found, "flash only")
+    assert found.cheapest_that_held.standing is Standing.HELD
+    shown = calibration_markdown(found).replace("\\", "")
+    assert "| certified target * |" in shown
+    assert "| flash only |" in shown
+    assert "held in the pilot, and promises nothing: flash only." in shown
     assert found.cheapest_promised == policy(found, "certified target")
     differing = [make_pair(number % 10 == 0, 0.9) for number in range(100)]
     found = calibrate(make_job(), make_pilot(*differing), USUAL)
     assert policy(found, "flash only").standing is Standing.FAILED
-    assert found.cheapest == policy(found, "pro only")  # what a sample could save is less than flash costs
+    assert (
+        found.cheapest_that_held == found.cheapest_promised == policy(found, "pro only")
+    )  # what a sample could save is less than flash costs
     unknown = [replace(pair, first_pico=None, last_pico=None) for pair in agreeing]
     found = calibrate(make_job(), make_pilot(*unknown), USUAL)
-    assert found.cheapest is found.cheapest_promised is None
+    assert found.cheapest_that_held is found.cheapest_promised is None
     assert {each.pico for each in found.policies} == {None}
 
 
@@ -278,7 +284,7 @@ def test_a_calibration_is_shown_as_it_is() -> None:
     for part in calibration_report(found):
         console.print(part)
     shown, told = console.file.getvalue(), calibration_markdown(found)  # type: ignore[attr-defined]  # it is a StringIO
-    agreed, cheapest = found.agreement, found.cheapest
+    agreed, cheapest = found.agreement, found.cheapest_promised
     assert cheapest is not None
     for words in (
         f"{agreed.count} of 200",
@@ -293,7 +299,7 @@ def test_a_calibration_is_shown_as_it_is() -> None:
     assert json.loads(json.dumps(seen)) == seen
     assert seen["agreement"] == {"count": agreed.count, "of": 200, "low": agreed.low, "high": agreed.high}
     assert [each["cost_pico"] for each in seen["policies"]] == [each.pico for each in found.policies]
-    assert seen["cheapest"] == cheapest.name
+    assert seen["cheapest_promised"] == cheapest.name
     assert (seen["labels"]["only_last_right"], seen["labels"]["is_last_better"]) == (10, True)
 
 
