@@ -256,7 +256,8 @@ def _policies(case: _Case) -> Iterator[Policy]:
         standing=Standing.ALL,
     )
     found = accept(case.valid, promise.allowed(len(case.judged))).least
-    if found is not None:
+    # No threshold parts answers without a number from those that are entirely sure.
+    if found is not None and not (found == math.inf and any(1 <= each.score < math.inf for each in case.valid)):
         yield _by_threshold("threshold that held", _at_most(found, case.valid), case)
     wrong = [each.score for each in case.valid if not each.agrees]
     above = streaming_threshold(wrong, len(case.judged), promise)

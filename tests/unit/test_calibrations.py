@@ -233,6 +233,16 @@ def test_an_answer_without_a_number_is_below_no_threshold_and_counts_against_all
     assert policy(found, "flash only").agreement == Fraction(88, 100)
 
 
+def test_no_threshold_keeps_only_answers_without_a_number_where_others_are_entirely_sure() -> None:
+    bare = [make_pair(True, None)] * 80
+    for score, names in ((0.9, True), (1.0, False)):
+        found = calibrate(make_job(), make_pilot(*bare, *[make_pair(False, score)] * 20), USUAL)
+        held = [each for each in found.policies if each.name == "threshold that held"]
+        assert [(each.setting, each.standing) for each in held] == [
+            ("escalate: {below: 1}", Standing.HELD) for _ in range(names)
+        ]
+
+
 def test_agreement_counts_what_no_tier_answered_as_different() -> None:
     pairs = [make_pair(True, 0.9)] * 8 + [make_pair(True, 0.9, first=None), make_pair(True, 0.9, last=None)]
     found = calibrate(make_job(), make_pilot(*pairs), USUAL)
