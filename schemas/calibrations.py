@@ -28,6 +28,8 @@ TARGETS = (Fraction(90, 100), Fraction(95, 100), Fraction(99, 100))
 #: One of two tiers is called better where chance alone would say so of one or the other in 1 of 20 cases at most.
 _DOUBT = Fraction(1, 40)
 _NONE = Fraction(0)
+#: The signals that are probabilities, and can be held to what came.
+_PROBABILITIES = ("confidence", "self-report")
 #: A text field that differs more often than this is hardly compared by what it means.
 _FREE = Fraction(1, 2)
 
@@ -240,7 +242,8 @@ def _signal_worths(job: Job, judged: Sequence[_Judged]) -> Iterator[SignalWorth]
         if scored:
             allowed = [math.floor((1 - target) * len(judged)) for target in TARGETS]
             accepted = tuple(accept(scored, most).count for most in allowed)
-            yield SignalWorth(name, len(scored), auc(scored), accepted, brier(scored), tied(scored))
+            held = brier(scored) if name in _PROBABILITIES else None
+            yield SignalWorth(name, len(scored), auc(scored), accepted, held, tied(scored))
 
 
 def _policies(case: _Case) -> Iterator[Policy]:

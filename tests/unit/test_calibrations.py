@@ -216,6 +216,7 @@ def test_signals_are_those_that_the_ledger_has() -> None:
     confidence, report, shorter = found["confidence"], found["self-report"], found["shorter answer"]
     assert (confidence.answers, confidence.auc, confidence.tied) == (3, 1, Fraction(2, 3))
     assert confidence.brier == pytest.approx((0.01 + 0.01 + 0.16) / 3)
+    assert [name for name, each in found.items() if each.brier is not None] == ["confidence", "self-report"]
     assert (report.auc, report.accepted) == (Fraction(1, 2), (0, 0, 0))  # all the same: none can be accepted alone
     assert (shorter.auc, shorter.brier) == (Fraction(1, 2), None)
     assert [each.accepted for each in (confidence, shorter)] == [(2, 2, 2), (1, 1, 1)]
