@@ -200,7 +200,7 @@ class _Case:
     def ends(self) -> str:
         """What a job file has to say besides, where tiers lie between the two that a pilot asks; "": nothing."""
         first, last = self.job.ladder[0].name, self.job.ladder[-1].name
-        return f"ladder: [{first}, {last}], " if len(self.job.ladder) > 2 else ""
+        return f"ladder: [{first}, {last}]\n" if len(self.job.ladder) > 2 else ""
 
     @property
     def left(self) -> int:

@@ -22,6 +22,7 @@ from schemas.pilots import Pair, Pilot
 from schemas.promises import Promise, plan
 from schemas.thresholds import streaming_allowance
 from tasks.calibration_report import calibration_json, calibration_markdown, calibration_report
+from tasks.jobs import load_job
 
 USUAL = Promise.parse("0.95", "0.05")
 SCHEMA = {
@@ -175,11 +176,30 @@ def test_with_tiers_between_policies_say_which_ladder_they_mean_and_reuse_nothin
     assert (found.left, short.left) == (10_000, 9_800)
     for each, other in zip(found.policies, short.policies, strict=True):
         if each.name != "pro only":
-            assert each.setting == f"ladder: [flash, pro], {other.setting}"
+            assert each.setting == f"ladder: [flash, pro]\n{other.setting}"
             assert each.pico is not None
             assert other.pico is not None
             assert 1.0 < each.pico / other.pico < 1.05
     assert "says nothing of flash-thinking" in found.notes[0]
+
+
+@pytest.mark.parametrize("ladder", ["flash, pro", "flash, flash-thinking, pro"])
+def test_every_setting_is_what_a_job_file_can_say(ladder: str, tmp_path: Path) -> None:
+    names = ladder.split(", ")
+    found = calibrate(make_job(ladder=tuple(TIERS[name] for name in names)), draw_pilot(), USUAL)
+    assert len(found.policies) == 5
+    (tmp_path / "prompt.md").write_text("Sort it. JSON.")
+    (tmp_path / "answer.schema.json").write_text(json.dumps(SCHEMA | {"required": ["colour"]}))
+    told = "name: colours\ninput: {path: x, id: id, text: text}\nprompt: prompt.md\nanswer: answer.schema.json\n"
+    for each in found.policies:
+        has_ladder = each.setting.startswith("ladder: ")
+        usual = "" if has_ladder else f"ladder: [{ladder}]\n"
+        (tmp_path / "job.yaml").write_text(f"{told}budget: 5 USD\n{usual}{each.setting}\n")
+        job = load_job(str(tmp_path / "job.yaml"))
+        wanted = names[-1:] if each.name == "pro only" else [names[0], names[-1]]
+        assert [tier.name for tier in job.ladder] == wanted
+        if "escalate" in each.setting:
+            assert (job.promise == USUAL) is (each.name == "certified target")
 
 
 def test_the_cheapest_policy_is_named_and_must_meet_the_target() -> None:
