@@ -28,6 +28,8 @@ TARGETS = (Fraction(90, 100), Fraction(95, 100), Fraction(99, 100))
 #: One of two tiers is called better where chance alone would say so of one or the other in 1 of 20 cases at most.
 _DOUBT = Fraction(1, 40)
 _NONE = Fraction(0)
+#: Where the last tier is right no more than this more often, hardly anything is bought by it.
+_SMALL = 0.02
 #: The signals that are probabilities, and can be held to what came.
 _PROBABILITIES = ("confidence", "self-report")
 #: A text field that differs more often than this is hardly compared by what it means.
@@ -83,6 +85,11 @@ class Labelled:
     last: Share
     better: int
     worse: int
+
+    @property
+    def most(self) -> float:
+        """How much more often the last tier may be right at most, as far as these labels bound it (LEVEL)."""
+        return bound_share(self.better, self.first.of).high - bound_share(self.worse, self.first.of).low
 
     @property
     def gain(self) -> bool | None:
@@ -142,7 +149,11 @@ def calibrate(job: Job, pilot: Pilot, promise: Promise) -> Calibration:
     both = [pair for pair in pilot.pairs if pair.first is not None and pair.last is not None]
     fields = [job.agreement.differing(pair.first, pair.last) for pair in both]
     differing = {name: sum(name in each for each in fields) for name in job.agreement.fields}
-    notes = (*_ladder_notes(job, labels), *_policy_notes(case, policies), *_field_notes(job, differing, len(both)))
+    notes = (
+        *_ladder_notes(job, labels, pilot),
+        *_policy_notes(case, policies),
+        *_field_notes(job, differing, len(both)),
+    )
     return Calibration(
         job=job.name,
         ladder=tuple(tier.name for tier in job.ladder),
@@ -364,7 +375,7 @@ def _compare_labels(pilot: Pilot) -> Labelled | None:
     )
 
 
-def _ladder_notes(job: Job, labels: Labelled | None) -> Iterator[str]:
+def _ladder_notes(job: Job, labels: Labelled | None, pilot: Pilot) -> Iterator[str]:
     """Whether the labels say that the last tier earns its money."""
     first, last = job.ladder[0].name, job.ladder[-1].name
     if len(job.ladder) > 2:
@@ -377,11 +388,18 @@ def _ladder_notes(job: Job, labels: Labelled | None) -> Iterator[str]:
         case True:
             yield f"by the labels {last} is better than {first}: {apart}"
         case False:
-            yield f"by the labels {last} is worse than {first}, and costs more: {apart}; write `ladder: [{first}]`"
+            cheap, dear = pilot.first_cost, pilot.last_cost
+            more = ", and costs more" if cheap is not None and dear is not None and dear > cheap else ""
+            yield f"by the labels {last} is worse than {first}{more}: {apart}; write `ladder: [{first}]`"
+        case None if labels.most <= _SMALL:
+            yield (
+                f"by the labels {last} is right at most {labels.most * 100:.1f} % more often than {first}: {apart}; "
+                f"the ladder hardly earns its money, and `ladder: [{first}]` is about as good"
+            )
         case None:
             yield (
-                f"the labels do not show that {last} is better than {first}: {apart}; as far as {labels.first.of} "
-                f"labels tell, the ladder does not earn its money, and `ladder: [{first}]` is as good"
+                f"these {labels.first.of} labels do not tell whether {last} is better than {first}: {apart}; it may "
+                f"be right up to {labels.most * 100:.1f} % more often: label more documents"
             )
 
 

@@ -275,8 +275,8 @@ def test_agreement_counts_what_no_tier_answered_as_different() -> None:
     ("better", "worse", "gain", "says"),
     [
         (6, 0, True, "by the labels pro is better than flash: on 6 documents only pro is right, on 0 only flash"),
-        (5, 0, None, "the labels do not show that pro is better than flash"),  # by chance one time in sixteen
-        (3, 3, None, "the ladder does not earn its money"),
+        (5, 0, None, "these 25 labels do not tell whether pro is better than flash"),  # by chance one time in sixteen
+        (4, 0, None, "it may be right up to 34.2 % more often: label more documents"),
         (1, 9, False, "by the labels pro is worse than flash, and costs more"),
     ],
 )
@@ -291,6 +291,22 @@ def test_a_ladder_that_does_not_earn_its_money_is_named(
     assert found.labels is not None
     assert (found.labels.gain, found.labels.first.of) == (gain, better + worse + 20)
     assert any(says in note for note in found.notes), found.notes
+
+
+def test_a_tier_is_dropped_only_where_labels_bound_what_it_buys() -> None:
+    same = make_pair(True, 0.9, is_first_right=True, is_last_right=True)
+    apart = make_pair(False, 0.9, is_first_right=False, is_last_right=True)
+    few, many = (calibrate(make_job(), make_pilot(*[same] * number, apart), USUAL) for number in (99, 299))
+    assert any("label more" in note for note in few.notes)
+    (told,) = [note for note in many.notes if "`ladder: [flash]` is about as good" in note]
+    assert many.labels is not None
+    assert 0.015 < many.labels.most <= 0.02
+    assert "right at most 1.6 % more often" in told
+    worse = [replace(apart, is_first_right=True, is_last_right=False, last_pico=FIRST)] * 9
+    (told,) = [
+        note for note in calibrate(make_job(), make_pilot(*worse), USUAL).notes if note.startswith("by the labels")
+    ]
+    assert "costs more" not in told
 
 
 def test_free_text_that_never_agrees_is_named() -> None:
