@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_history, find_sample
 from tasks.ledger.pilots import find_pilot
 from tasks.ledger.proof import prove
+from tasks.ledger.whatif import find_past
 from tasks.pilots import find_calibration, recall_calibration
 from tests.integration.test_samples import NOW, tell
 from tests.ledgers import sql
@@ -86,6 +88,13 @@ async def test_a_pilot_asks_both_ends_of_the_ladder_and_says_what_its_rows_say(w
 
     found = await read(world, ledger, run.run_id)
     _holds_what_the_rows_say(found, world)
+    past = await find_past(ledger, run.run_id, load_price_book(), Decimal("0.9"))
+    unsure = world.sql("""
+        SELECT count(*) FROM attempt_intent i WHERE tier = 'pro' AND purpose IN ('answer', 'priming') AND NOT EXISTS (
+            SELECT FROM answer a JOIN attempt_intent f USING (run_id, document_no, attempt_no)
+            WHERE a.document_no = i.document_no AND f.tier = 'flash' AND coalesce(a.confidence >= 0.9, false))
+    """)[0][0]
+    assert 0 < sum(each.documents for each in past.groups if each.rung) == unsure < told["pro", "calibration"]
     assert found.pilot.documents == 300
     assert found.pilot.paid_pico == bill
     assert [each.name for each in found.signals][:1] == ["confidence"]
