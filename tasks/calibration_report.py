@@ -170,7 +170,8 @@ def _policies(found: Calibration) -> Section:
         held = f" The cheapest that held in the pilot, and promises nothing: {best.name}."
     columns = ("policy", "in the job file", f"documents at {found.ladder[-1]}", "cost", "agrees", f"{_target(found)}")
     note = (
-        f"For the {found.left:,} documents that are left to pay, at what the pilot's were booked at. "
+        f"For the {found.left:,} documents that are left to pay, and for all at {found.ladder[-1]} only, which "
+        "reuses nothing, at what the pilot's were booked at. "
         f"* the cheapest that promises the target.{held}"
     )
     return Section("What policies would cost", columns, tuple(rows), note)
@@ -181,7 +182,7 @@ def _target(found: Calibration) -> str:
 
 
 def _spell(found: Share) -> str:
-    """`183 of 200 (91.50 %; 87.51 to 94.51 %)`."""
+    """`183 of 200 (91.50 %; in 90 of 100 cases 87.51 to 94.51 %)`."""
     ends = f"{found.low * 100:.2f} to {found.high * 100:.2f} %"
     return f"{found.count:,} of {found.of:,} ({share(found.count, found.of)}; in {LEVEL} of 100 cases {ends})"
 
