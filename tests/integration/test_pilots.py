@@ -8,18 +8,19 @@ from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from schemas.calibrations import Calibration
-from schemas.errors import ConfigurationError
+from schemas.errors import ConfigurationError, Unforeseen
 from schemas.estimates import bound_sample, estimate, expect_pilot
 from schemas.pricing import load_price_book
 from schemas.promises import Promise
 from schemas.work_hours import Asked
-from tasks import samples
+from tasks import artifacts, samples, steps
 from tasks.jobs import load_job
 from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_history, find_sample
@@ -184,6 +185,23 @@ async def test_a_pilot_that_was_cut_short_goes_on(world: World, ledger: Ledger) 
     on, _ = await world.run(**pilot_of(world, budget="1 USD"))
     assert (on.run_id, on.state) == (run.run_id, "done")
     _holds_what_the_rows_say(await read(world, ledger, on.run_id), world)
+
+
+async def test_the_flow_asks_nothing_twice_and_fails_where_it_cannot_publish(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "Settings", lambda: world.settings)
+    asked = world.request(**pilot_of(world, sample=10))
+    assert await steps.recall_pilot(asked) is None
+    run, _ = await world.run(**pilot_of(world, sample=10))
+    told = await steps.recall_pilot(asked)
+    assert told == {"run_id": run.run_id, "state": "done", "reason": run.reason, "advice": ""}
+    published = AsyncMock(side_effect=[None, RuntimeError("a word of Prefect's server")])
+    monkeypatch.setattr(artifacts, "acreate_markdown_artifact", published)
+    await artifacts.show_calibration(asked, run.run_id, USUAL, world.settings)
+    assert published.call_args.kwargs["key"] == f"run-{run.run_id}-calibration"
+    with pytest.raises(Unforeseen):
+        await artifacts.show_calibration(asked, run.run_id, USUAL, world.settings)
 
 
 async def test_a_ladder_of_one_tier_has_nothing_to_compare(world: World) -> None:
