@@ -45,14 +45,14 @@ FROM (
                       AND u.attempt_no = o.attempt_no)
     UNION ALL
     SELECT p.run_id, p.document_no, p.attempt_no, true, NULL, NULL, NULL
-    FROM lane l
+    FROM (SELECT DISTINCT l.run_id FROM lane l WHERE l.ended_at IS NULL) l
     CROSS JOIN LATERAL (
         SELECT i.run_id, i.document_no, i.attempt_no
         FROM attempt_intent i
         LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
         LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-        WHERE i.run_id = l.run_id AND i.lane_id = l.lane_id AND o.signal IS NULL AND u.bound IS NULL OFFSET 0) p
-    WHERE l.ended_at IS NULL
+        WHERE i.run_id = l.run_id AND i.lane_id IN (SELECT lane_id FROM lane WHERE ended_at IS NULL)
+          AND o.signal IS NULL AND u.bound IS NULL OFFSET 0) p
 ) x
 CROSS JOIN LATERAL (SELECT i.* FROM attempt_intent i WHERE i.run_id = x.run_id AND i.document_no = x.document_no
                     AND i.attempt_no = x.attempt_no OFFSET 0) i
