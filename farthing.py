@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -1412,7 +1412,11 @@ def reconcile(
         typer.Argument(metavar="EXPORT…", help="What the console's usage page exports: a ZIP, or its CSV files."),
     ],
     close: Annotated[
-        bool, typer.Option("--close", help="Book what unknown attempts were billed, one new row each.")
+        bool,
+        typer.Option(
+            "--close",
+            help="Book what unknown attempts were billed, one new row each. Superseded runs' dead lanes end first.",
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="With --close: do not ask.")] = False,
     key: Annotated[
@@ -1474,16 +1478,23 @@ def _agree_closing(outcome: Outcome, is_agreed: bool) -> bool:
     if is_agreed:
         return True
     found, currency = outcome.found, outcome.scope.currency
-    runs = ", ".join(map(str, sorted({each.of.run for each in found.closings})))
-    parts = [f"{Money(found.closed_pico, currency)} for {len(found.closings)} unknown attempts of run {runs}"]
+    parts = []
+    if found.closings:
+        runs = _list_runs(each.of.run for each in found.closings)
+        parts += [f"{Money(found.closed_pico, currency)} for {len(found.closings)} unknown attempts of {runs}"]
     if found.corrections:
-        parts = [*(parts if found.closings else []), f"a correction of {found.corrected_pico:,} pico"]
+        runs = _list_runs(each.run for each in found.corrections)
+        parts += [f"a correction of {found.corrected_pico:,} pico {currency} of {runs}"]
     what = f"{' and '.join(parts)}, for good"
     if not sys.stdin.isatty():
         raise ConfigurationError(
             f"this books {what}, and nobody is here to ask: nothing was; say --yes if you mean it"
         )
     return typer.confirm(f"book {what}?", err=True)
+
+
+def _list_runs(runs: Iterable[int]) -> str:
+    return f"run {', '.join(map(str, sorted(set(runs))))}"
 
 
 @app.command("close")

@@ -6,9 +6,11 @@ Running it again resumes the pilot, or asks nothing that was answered; the truth
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from prefect import flow
 
+from schemas.attempts import RunId
 from schemas.engines import Engine
 from schemas.jobs import When
 from schemas.promises import Promise
@@ -20,7 +22,7 @@ from tasks.enrichment import paused_if_cut_short
 from tasks.final_states import Final, final
 from tasks.logs import configure, follow_in_prefect
 from tasks.prefect_server import guard_temporary_server
-from tasks.steps import open_run, settle_run, work_lanes
+from tasks.steps import open_run, recall_pilot, settle_run, work_lanes
 from tasks.telemetry import traced
 
 
@@ -60,6 +62,13 @@ async def calibrate(
     configure(json_lines=settings.log_json)
     follow_in_prefect()
     guard_temporary_server()
+    outcome = await recall_pilot(request) or await _ask(request, settings)
+    if outcome["state"] == "done":
+        await show_calibration(request, RunId(outcome["run_id"]), promise, settings)
+    return final(outcome)
+
+
+async def _ask(request: RunRequest, settings: Settings) -> dict[str, Any]:
     run = await open_run(request)
     async with (
         traced(settings, run),
@@ -70,6 +79,4 @@ async def calibrate(
         ended = await work_lanes(request, run)
         outcome = await settle_run(run, ended)
     await show_report(run, settings)
-    if outcome["state"] == "done":
-        await show_calibration(request, run, promise, settings)
-    return final(outcome)
+    return outcome

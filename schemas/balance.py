@@ -72,7 +72,10 @@ def _read_sum(row: Mapping[str, object], name: str) -> Money | None:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What an account at a provider held at an instant of Postgres's clock, in pico units. None: it was not told."""
+    """What an account at a provider held at an instant of Postgres's clock, in pico units. None: it was not told.
+
+    `key` tells API keys apart; "": it was noted before that was.
+    """
 
     run: int
     is_simulated: bool
@@ -80,27 +83,37 @@ class Reading:
     noted_at: datetime
     currency: Currency
     total_pico: int | None
+    topped_up_pico: int | None = None
+    key: str = ""
 
 
-def balance_detail(at: str, currency: Currency, found: Balance | None, provider: str, ago_s: float) -> dict[str, Any]:
+def balance_detail(
+    at: str, currency: Currency, found: Balance | None, provider: str, key: str, ago_s: float
+) -> dict[str, Any]:
     """A reading as an event of a run has it: sums as the page told them, and how long ago it did."""
     sums = (found.amount, found.granted, found.topped_up) if found else (None, None, None)
     spelt = (None if each is None else f"{each.decimal.normalize():f}" for each in sums)
     told = dict(zip(("total", "granted", "topped_up"), spelt, strict=True))
-    return {"at": at, "currency": currency.value, **told, "provider": provider, "seconds_ago": round(ago_s, 3)}
+    whose = {"provider": provider, "key": key}
+    return {"at": at, "currency": currency.value, **told, **whose, "seconds_ago": round(ago_s, 3)}
 
 
 def read_reading(run: int, is_simulated: bool, happened_at: datetime, detail: Mapping[str, Any]) -> Reading:
     """The reading that `balance_detail` wrote."""
-    total = detail["total"]
     return Reading(
         run,
         is_simulated,
         str(detail["provider"]),
         happened_at - timedelta(seconds=float(detail["seconds_ago"])),
         Currency(detail["currency"]),
-        None if total is None else int(Decimal(total) * PICO),
+        _pico(detail["total"]),
+        _pico(detail["topped_up"]),
+        str(detail.get("key", "")),
     )
+
+
+def _pico(told: str | None) -> int | None:
+    return None if told is None else int(Decimal(told) * PICO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +121,8 @@ class Paid:
     """What an account paid between two readings, and the most that the ledger knows of that all its runs paid then.
 
     That is booked cost and bounds of what is unknown. `added_pico` came onto the account in between, as far as
-    readings show it; what was paid is told without it.
+    readings show it; what was paid is told without it. `is_granted`: what would be an alarm is none, since of what
+    was topped up nothing went, and what was granted expires.
     """
 
     since: datetime
@@ -119,6 +133,7 @@ class Paid:
     cost_pico: int
     unknown_pico: int
     is_alarm: bool
+    is_granted: bool = False
 
 
 def told_of(readings: Sequence[Reading]) -> list[Reading]:
@@ -132,6 +147,13 @@ def compare(readings: Sequence[Reading], cost_pico: int, unknown_pico: int) -> P
     totals = [each.total_pico or 0 for each in told]
     added = [now - before for before, now in pairwise(totals) if now > before]
     paid = totals[0] - totals[-1] + sum(added)
-    is_alarm = paid - _CENT * (1 + len(added)) > cost_pico + unknown_pico
+    is_more = paid - _CENT * (1 + len(added)) > cost_pico + unknown_pico
+    is_granted = is_more and _has_kept([each.topped_up_pico for each in told])
     since, until, currency = told[0].noted_at, told[-1].noted_at, told[0].currency
-    return Paid(since, until, currency, paid, sum(added), cost_pico, unknown_pico, is_alarm)
+    is_alarm = is_more and not is_granted
+    return Paid(since, until, currency, paid, sum(added), cost_pico, unknown_pico, is_alarm, is_granted)
+
+
+def _has_kept(sums: Sequence[int | None]) -> bool:
+    """Whether these are known, and never went down."""
+    return all(now is not None and before is not None and now >= before for before, now in pairwise(sums))

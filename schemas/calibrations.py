@@ -25,9 +25,13 @@ from schemas.thresholds import streaming_threshold
 
 #: The targets that signals are compared at.
 TARGETS = (Fraction(90, 100), Fraction(95, 100), Fraction(99, 100))
-#: One of two tiers is called better where chance alone would say so no more often than this.
-_DOUBT = Fraction(1, 20)
+#: One of two tiers is called better where chance alone would say so of one or the other in 1 of 20 cases at most.
+_DOUBT = Fraction(1, 40)
 _NONE = Fraction(0)
+#: Where the last tier is right no more than this more often, hardly anything is bought by it.
+_SMALL = 0.02
+#: The signals that are probabilities, and can be held to what came.
+_PROBABILITIES = ("confidence", "self-report")
 #: A text field that differs more often than this is hardly compared by what it means.
 _FREE = Fraction(1, 2)
 
@@ -83,6 +87,11 @@ class Labelled:
     worse: int
 
     @property
+    def most(self) -> float:
+        """How much more often the last tier may be right at most, as far as these labels bound it (LEVEL)."""
+        return bound_share(self.better, self.first.of).high - bound_share(self.worse, self.first.of).low
+
+    @property
     def gain(self) -> bool | None:
         """Whether the last tier is the better one; None: these labels do not tell (exact sign test)."""
         if self._is_unlikely(self.worse):
@@ -116,13 +125,13 @@ class Calibration:
     notes: tuple[str, ...]
 
     @property
-    def cheapest(self) -> Policy | None:
-        """Of the policies that meet the target. None: nobody knows what they cost."""
+    def cheapest_that_held(self) -> Policy | None:
+        """Of the policies that met the target in the pilot, and may promise nothing. None: nobody knows the costs."""
         return _cheapest(each for each in self.policies if each.standing is not Standing.FAILED)
 
     @property
     def cheapest_promised(self) -> Policy | None:
-        """Of those that do more than hold in the pilot. None: nobody knows what they cost."""
+        """Of those that promise the target. None: nobody knows what they cost."""
         return _cheapest(each for each in self.policies if each.standing not in (Standing.FAILED, Standing.HELD))
 
 
@@ -140,7 +149,11 @@ def calibrate(job: Job, pilot: Pilot, promise: Promise) -> Calibration:
     both = [pair for pair in pilot.pairs if pair.first is not None and pair.last is not None]
     fields = [job.agreement.differing(pair.first, pair.last) for pair in both]
     differing = {name: sum(name in each for each in fields) for name in job.agreement.fields}
-    notes = (*_ladder_notes(job, labels), *_policy_notes(case, policies), *_field_notes(job, differing, len(both)))
+    notes = (
+        *_ladder_notes(job, labels, pilot),
+        *_policy_notes(case, policies),
+        *_field_notes(job, differing, len(both)),
+    )
     return Calibration(
         job=job.name,
         ladder=tuple(tier.name for tier in job.ladder),
@@ -198,7 +211,7 @@ class _Case:
     def ends(self) -> str:
         """What a job file has to say besides, where tiers lie between the two that a pilot asks; "": nothing."""
         first, last = self.job.ladder[0].name, self.job.ladder[-1].name
-        return f"ladder: [{first}, {last}], " if len(self.job.ladder) > 2 else ""
+        return f"ladder: [{first}, {last}]\n" if len(self.job.ladder) > 2 else ""
 
     @property
     def left(self) -> int:
@@ -240,7 +253,8 @@ def _signal_worths(job: Job, judged: Sequence[_Judged]) -> Iterator[SignalWorth]
         if scored:
             allowed = [math.floor((1 - target) * len(judged)) for target in TARGETS]
             accepted = tuple(accept(scored, most).count for most in allowed)
-            yield SignalWorth(name, len(scored), auc(scored), accepted, brier(scored), tied(scored))
+            held = brier(scored) if name in _PROBABILITIES else None
+            yield SignalWorth(name, len(scored), auc(scored), accepted, held, tied(scored))
 
 
 def _policies(case: _Case) -> Iterator[Policy]:
@@ -256,7 +270,8 @@ def _policies(case: _Case) -> Iterator[Policy]:
         standing=Standing.ALL,
     )
     found = accept(case.valid, promise.allowed(len(case.judged))).least
-    if found is not None:
+    # No threshold parts answers without a number from those that are entirely sure.
+    if found is not None and not (found == math.inf and any(1 <= each.score < math.inf for each in case.valid)):
         yield _by_threshold("threshold that held", _at_most(found, case.valid), case)
     wrong = [each.score for each in case.valid if not each.agrees]
     above = streaming_threshold(wrong, len(case.judged), promise)
@@ -356,7 +371,7 @@ def _compare_labels(pilot: Pilot) -> Labelled | None:
     )
 
 
-def _ladder_notes(job: Job, labels: Labelled | None) -> Iterator[str]:
+def _ladder_notes(job: Job, labels: Labelled | None, pilot: Pilot) -> Iterator[str]:
     """Whether the labels say that the last tier earns its money."""
     first, last = job.ladder[0].name, job.ladder[-1].name
     if len(job.ladder) > 2:
@@ -369,11 +384,18 @@ def _ladder_notes(job: Job, labels: Labelled | None) -> Iterator[str]:
         case True:
             yield f"by the labels {last} is better than {first}: {apart}"
         case False:
-            yield f"by the labels {last} is worse than {first}, and costs more: {apart}; write `ladder: [{first}]`"
+            cheap, dear = pilot.first_cost, pilot.last_cost
+            more = ", and costs more" if cheap is not None and dear is not None and dear > cheap else ""
+            yield f"by the labels {last} is worse than {first}{more}: {apart}; write `ladder: [{first}]`"
+        case None if labels.most <= _SMALL:
+            yield (
+                f"by the labels {last} is right at most {labels.most * 100:.1f} % more often than {first}: {apart}; "
+                f"the ladder hardly earns its money, and `ladder: [{first}]` is about as good"
+            )
         case None:
             yield (
-                f"the labels do not show that {last} is better than {first}: {apart}; as far as {labels.first.of} "
-                f"labels tell, the ladder does not earn its money, and `ladder: [{first}]` is as good"
+                f"these {labels.first.of} labels do not tell whether {last} is better than {first}: {apart}; it may "
+                f"be right up to {labels.most * 100:.1f} % more often: label more documents"
             )
 
 

@@ -152,6 +152,7 @@ class Correction:
 class Reconciliation:
     """All lines, what the statement proves, and why the other unknown attempts stay (`left`, by reason).
 
+    A reason with no attempts is why something is not corrected.
     `others_pico` is what the statement has of a `user_id` that the ledger never sent. Of the days that are `doubtful`
     attempts shared what an export told, a late reply of one of them showed that it was shared otherwise, and the
     statement does not say how.
@@ -243,16 +244,14 @@ def reconcile(
     closings = tuple(each for each in proved if isinstance(each, Closing))
     explained = {key for each in closings for key in _Slot(each.billed_on, terms.user(each.of), each.price).keys}
     if proved and not terms.is_ours:
-        left = {**left, _WHOSE: tuple(closing.of for closing in closings)} if closings else left
+        left = {**left, _WHOSE: tuple(closing.of for closing in closings)}
         proved, closings = (), ()
     matches = (
         Match(key, ours.get(key, 0), theirs.get(key, 0), _judge(key, ours, theirs, key in explained)) for key in gaps
     )
     made = tuple(matches)
     corrections = tuple(each for each in proved if isinstance(each, Correction))
-    odd = {each.key.day for each in made if each.status is not Status.MATCHED}
-    odd -= {each.billed_on for each in corrections}
-    doubtful = tuple(sorted({each.day for each in shared if each.is_overridden and each.day in odd}))
+    doubtful = _doubt(made, corrections, shared, terms)
     return Reconciliation(made, closings, left, others_pico, is_by_user, doubtful, corrections)
 
 
@@ -291,6 +290,12 @@ class _Terms:
     def user(self, of: Unsettled | BookedTokens | Shared) -> str:
         return of.user_id if self.is_by_user else ""
 
+    def has_all_of(self, day: date) -> bool:
+        """Whether nothing of that day can come with a later export."""
+        start = datetime(day.year, day.month, day.day, tzinfo=UTC)
+        ends = start + timedelta(days=1) + LATE
+        return self.is_complete or (self.statement.since <= start and ends <= self.statement.until)
+
 
 def _reopen(shared: Sequence[Shared], terms: _Terms) -> dict[_Slot, list[Shared]]:
     """What was shared where a late reply showed that it was shared otherwise, the shares of all runs together."""
@@ -300,6 +305,18 @@ def _reopen(shared: Sequence[Shared], terms: _Terms) -> dict[_Slot, list[Shared]
         if each.price in prices and each.day in terms.days:
             found.setdefault(_Slot(each.day, terms.user(each), prices[each.price]), []).append(each)
     return {slot: shares for slot, shares in found.items() if any(each.is_overridden for each in shares)}
+
+
+def _doubt(
+    matches: Sequence[Match], corrections: Sequence[Correction], shared: Sequence[Shared], terms: _Terms
+) -> tuple[date, ...]:
+    """Days on which what a late reply overrode lies where lines differ, and no correction says by what."""
+    users = {each.run: terms.user(each) for each in shared}
+    odd = {(each.key.day, each.key.model, each.key.user_id) for each in matches if each.status is not Status.MATCHED}
+    odd -= {(each.billed_on, each.price.model, users[each.run]) for each in corrections}
+    overridden = (each for each in shared if each.is_overridden)
+    # The model by the price's name, for the book may have that price no more.
+    return tuple(sorted({x.day for x in overridden if (x.day, x.price.partition("/")[0], terms.user(x)) in odd}))
 
 
 def _sum_ours(booked: Iterable[BookedTokens], days: Collection[date], *, is_by_user: bool) -> dict[Key, int]:
@@ -391,7 +408,7 @@ def _close(
         if kept := [each for slot, each in proved if slot.group in groups]:
             left.add(why, [each.of for each in kept if isinstance(each, Closing)])
             proved = [(slot, each) for slot, each in proved if slot.group not in groups]
-    told = {why: tuple(attempts) for why, attempts in left.by_reason.items() if attempts}
+    told = {why: tuple(attempts) for why, attempts in left.by_reason.items()}
     return tuple(each for _, each in proved), told
 
 
@@ -399,6 +416,11 @@ def _divide(
     slot: _Slot, missing: Usage, attempts: Sequence[Unsettled], before: Sequence[Shared], terms: _Terms
 ) -> list[Closing | Correction] | str:
     """What is missing, with what was shared `before`, as shares of all that no reply came of; or why it cannot be."""
+    if before and not terms.has_all_of(slot.day):  # what a part of a day says, the next export would take back
+        return (
+            f"the shares of attempts of {slot.day} are off, since a reply came late, and the export may not have all "
+            "of that day, which is corrected as a whole: export again, or say --complete if it has all"
+        )
     whole = Usage(
         *(sum(each) for each in zip(*(map(_counts, [missing, *(one.tokens for one in before)])), strict=True))
     )

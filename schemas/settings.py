@@ -65,6 +65,12 @@ class Settings(BaseSettings):
         place = (url.scheme, url.host, url.port, (url.path or "").rstrip("/"), url.query)
         return f"sha256:{hashlib.sha256(repr(place).encode()).hexdigest()}"
 
+    @property
+    def key_digest(self) -> str:
+        """What tells one API key, and so its account, from another: too short to be more, and no part of the key."""
+        key = "" if self.api_key is None else self.api_key.get_secret_value()
+        return hashlib.sha256(f"farthing api key {key}".encode()).hexdigest()[:16]
+
     @model_validator(mode="after")
     def _keep_the_sandbox_on_this_machine(self) -> Self:
         """Left over in a shell, the variable would book real money as simulated."""

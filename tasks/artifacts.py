@@ -19,6 +19,7 @@ from prefect.artifacts import (
     aupdate_progress_artifact,
 )
 
+from schemas.attempts import RunId
 from schemas.inert import escape_markdown
 from schemas.money import Currency, Money
 from schemas.pricing import load_price_book
@@ -34,6 +35,7 @@ from tasks.ledger.proof import Proof
 from tasks.ledger.runs import Run
 from tasks.pages import find_page, publish_page
 from tasks.pilots import recall_calibration
+from tasks.steps import fit_to_be_stored
 
 log = structlog.get_logger("farthing.artifacts")
 
@@ -91,17 +93,15 @@ async def show_audit(audit: spend.Audit, proofs: list[Proof], settings: Settings
         log.warning("prefect shows no audit", job=audit.job, error=type(error).__name__)
 
 
-async def show_calibration(request: RunRequest, run: Run, promise: Promise, settings: Settings) -> None:
-    """Publish what follows from a pilot that is done."""
-    try:
-        found = await recall_calibration(request, settings, run.run_id, promise)
+async def show_calibration(request: RunRequest, run_id: RunId, promise: Promise, settings: Settings) -> None:
+    """Publish what follows from a pilot that is done. It is all that its flow is for, so the flow fails without."""
+    with fit_to_be_stored():
+        found = await recall_calibration(request, settings, run_id, promise)
         await acreate_markdown_artifact(
             calibration_markdown(found),
-            key=f"run-{run.run_id}-calibration",
-            description=f"What the pilot, run {run.run_id}, says",
+            key=f"run-{run_id}-calibration",
+            description=f"What the pilot, run {run_id}, says",
         )
-    except Exception as error:
-        log.warning("prefect shows no calibration", run=run.run_id, error=type(error).__name__)
 
 
 async def leave_page(

@@ -114,8 +114,12 @@ def reconciliation_report(outcome: Outcome) -> list[RenderableType]:
     odd = [each for each in outcome.after.matches if each.status is not Status.MATCHED]
     if odd:
         made += [_lines(outcome, odd), ""]
-    made += [f"{len(attempts)} attempts stay unknown: {why}" for why, attempts in outcome.after.left.items()]
+    made += [_stays(why, len(attempts)) for why, attempts in outcome.after.left.items()]
     return [*made, *_next(outcome)]
+
+
+def _stays(why: str, attempts: int) -> str:
+    return f"{attempts} attempts stay unknown: {why}" if attempts else f"nothing is corrected: {why}"
 
 
 def _totals(outcome: Outcome) -> Table:

@@ -40,7 +40,7 @@ def calibration_markdown(found: Calibration) -> str:
 def calibration_json(found: Calibration) -> dict[str, Any]:
     """A calibration as scripts rely on it; sums in pico units. Shares of all documents have their interval."""
     pilot, labels = found.pilot, found.labels
-    cheapest, promised = found.cheapest, found.cheapest_promised
+    held, promised = found.cheapest_that_held, found.cheapest_promised
     return {
         "job": found.job,
         "run": pilot.run_id,
@@ -70,8 +70,8 @@ def calibration_json(found: Calibration) -> dict[str, Any]:
             for each in found.signals
         ],
         "policies": [_policy_json(each) for each in found.policies],
-        "cheapest": None if cheapest is None else cheapest.name,
         "cheapest_promised": None if promised is None else promised.name,
+        "cheapest_that_held": None if held is None else held.name,
         "labels": None
         if labels is None
         else {
@@ -155,7 +155,7 @@ def _signals(found: Calibration) -> Section:
 def _policies(found: Calibration) -> Section:
     rows = [
         (
-            f"{each.name}{' *' if each == found.cheapest else ''}",
+            f"{each.name}{' *' if each == found.cheapest_promised else ''}",
             each.setting,
             count(each.escalated),
             _cost(found, each.pico),
@@ -164,12 +164,15 @@ def _policies(found: Calibration) -> Section:
         )
         for each in found.policies
     ]
-    best = found.cheapest_promised
-    promised = "" if best is None or best == found.cheapest else f" The cheapest that promises it: {best.name}."
+    best = found.cheapest_that_held
+    held = ""
+    if best is not None and best != found.cheapest_promised:
+        held = f" The cheapest that held in the pilot, and promises nothing: {best.name}."
     columns = ("policy", "in the job file", f"documents at {found.ladder[-1]}", "cost", "agrees", f"{_target(found)}")
     note = (
-        f"For the {found.left:,} documents that are left to pay, at what the pilot's were booked at. "
-        f"* the cheapest that meets the target.{promised}"
+        f"For the {found.left:,} documents that are left to pay, and for all at {found.ladder[-1]} only, which "
+        "reuses nothing, at what the pilot's were booked at. "
+        f"* the cheapest that promises the target.{held}"
     )
     return Section("What policies would cost", columns, tuple(rows), note)
 
@@ -179,7 +182,7 @@ def _target(found: Calibration) -> str:
 
 
 def _spell(found: Share) -> str:
-    """`183 of 200 (91.50 %; 87.51 to 94.51 %)`."""
+    """`183 of 200 (91.50 %; in 90 of 100 cases 87.51 to 94.51 %)`."""
     ends = f"{found.low * 100:.2f} to {found.high * 100:.2f} %"
     return f"{found.count:,} of {found.of:,} ({share(found.count, found.of)}; in {LEVEL} of 100 cases {ends})"
 

@@ -110,7 +110,14 @@ async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = 
         if provider.balance is not None:
             ago_s = time.monotonic() - asked_at
             await balances.note(
-                ledger, run.run_id, "start", run.currency, provider.balance, settings.provider_digest, ago_s
+                ledger,
+                run.run_id,
+                "start",
+                run.currency,
+                provider.balance,
+                settings.provider_digest,
+                settings.key_digest,
+                ago_s,
             )
         await leases.bury_superseded(ledger, run.job)
         await spill.load(ledger, run.run_id, spill_of(settings))
@@ -293,7 +300,8 @@ async def note_balance(ledger: Ledger, run: Run, settings: Settings) -> None:
         ):
             found = await completions.balance(run.currency)
     with suppress(FarthingError):  # a run does not fail for want of a coarse alarm
-        await balances.note(ledger, run.run_id, "end", run.currency, found, settings.provider_digest)
+        whose = (settings.provider_digest, settings.key_digest)
+        await balances.note(ledger, run.run_id, "end", run.currency, found, *whose)
 
 
 async def find_excess(settings: Settings, run: Run) -> str | None:

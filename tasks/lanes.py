@@ -575,7 +575,8 @@ class Lane:
         job, run = self.plan.job, self.plan.run
         policy = (job.ladder[-1].name, None if job.is_pilot else job.escalate.below)
         first = job.ladder[0].name
-        return Reusable(job.prompt_version, *policy, run.is_simulated, models=run.reuses, first_tier=first)
+        rule = job.confidence.model_dump(mode="json") if job.is_pilot else None
+        return Reusable(job.prompt_version, *policy, run.is_simulated, run.reuses, first, rule)
 
 
 async def _cancel(*tasks: asyncio.Task[Any]) -> None:

@@ -25,6 +25,14 @@ async def find_calibration(
     return calibrate(job, await find_pilot(ledger, run_id, job, drawn.sample.documents), promise)
 
 
+async def find_done(request: RunRequest, settings: Settings) -> RunId | None:
+    """The run that has asked what this request would, and is done. None: there is none."""
+    job = request.adapt(load_job(request.job, request.root))
+    drawn = await samples.draw(job, request, settings)
+    async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
+        return await find_sample(ledger, drawn.opening)
+
+
 async def recall_calibration(request: RunRequest, settings: Settings, run_id: RunId, promise: Promise) -> Calibration:
     """The same for whoever knows only what was asked for: draws again. Raises InputChanged where that is another."""
     job = request.adapt(load_job(request.job, request.root))

@@ -378,7 +378,8 @@ def section_markdown(part: Section) -> str:
     """A part of a report as markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        whole = [escape_markdown(cell).replace(" %", "\u00a0%") for cell in cells]  # or a narrow column breaks there
+        lines = ["<br>".join(map(escape_markdown, cell.split("\n"))) for cell in cells]
+        whole = [each.replace(" %", "\u00a0%") for each in lines]  # or a narrow column breaks there
         return f"| {' | '.join(whole)} |"
 
     ruler = line(["---"] + ["---:"] * (len(part.columns) - 1))
@@ -463,14 +464,20 @@ def signed(pico: int, currency: Currency) -> str:
     return f"{'-' if pico < 0 else ''}{Money(abs(pico), currency)}"
 
 
+_ALARM = (
+    "ALARM, a coarse one: the account paid {} more than this ledger can explain. Does another program use it? "
+    "`farthing reconcile` with the console's export says of which day and model it is."
+)
+_GRANTED = (
+    "the account went down by {} more than this ledger can explain, and nothing of what was topped up is gone: "
+    "granted balance expires, and the console says when it did."
+)
+
+
 def balance_alarm(balances: Sequence[Paid]) -> str:
     """What to do where an account paid more than the ledger can know of. Empty: nothing."""
-    return "\n".join(
-        f"ALARM, a coarse one: the account paid {_excess(each)} more than this ledger can explain. Does another "
-        "program use it? `farthing reconcile` with the console's export says of which day and model it is."
-        for each in balances
-        if each.is_alarm
-    )
+    told = [each for each in balances if each.is_alarm or each.is_granted]
+    return "\n".join((_ALARM if each.is_alarm else _GRANTED).format(_excess(each)) for each in told)
 
 
 def _excess(paid: Paid) -> Money:

@@ -22,7 +22,7 @@ from schemas.errors import FarthingError, Unforeseen
 from schemas.fleets import Absence
 from schemas.requests import LaneRequest, RunRequest
 from schemas.settings import Settings
-from tasks import engines, enrichment
+from tasks import engines, enrichment, pilots
 from tasks.crew import Crew, Future, await_lane
 from tasks.fleet import require_workers, work_on_workers
 from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
@@ -178,6 +178,18 @@ async def settle_run(run: Run, ended: list[Ended]) -> dict[str, Any]:
         settings = Settings()
         settled = await enrichment.settle_run(settings, run, ended)
         return outcome(settled, ended, await enrichment.find_excess(settings, settled))
+
+
+async def recall_pilot(request: RunRequest) -> dict[str, Any] | None:
+    """The outcome of the pilot that has asked these very documents, and is done. None: there is none."""
+    settings = Settings()
+    with fit_to_be_stored():
+        run_id = await pilots.find_done(request, settings)
+        if run_id is None:
+            return None
+        async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
+            run = await runs.find_run(ledger, run_id)
+        return outcome(run, [], await enrichment.find_excess(settings, run))
 
 
 async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,8 @@ have not ended: only theirs can be open. And where a late reply shows that an ex
 the others' shares are off by is booked as a correction, a row of its own with tokens and a price: `closed_share` says
 what they amount to. Sums of a run have the documents that waited longest, too, and how long each tier's attempts took;
 a run that was summed before has none of the former, unless `document_wait` is asked. Nothing of a table changes for
-code from before this migration, which runs on.
+code from before this migration, which runs on; but it locks `attempt_outcome` while it builds its indexes, minutes
+where that is big, so pause runs first, or their lanes wait for it.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ FROM (
                       AND u.attempt_no = o.attempt_no)
     UNION ALL
     SELECT p.run_id, p.document_no, p.attempt_no, true, NULL, NULL, NULL
-    FROM lane l
+    FROM (SELECT DISTINCT l.run_id FROM lane l WHERE l.ended_at IS NULL) l
     CROSS JOIN LATERAL (
         SELECT i.run_id, i.document_no, i.attempt_no
         FROM attempt_intent i
         LEFT JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
         LEFT JOIN attempt_unknown u USING (run_id, document_no, attempt_no)
-        WHERE i.run_id = l.run_id AND i.lane_id = l.lane_id AND o.signal IS NULL AND u.bound IS NULL OFFSET 0) p
-    WHERE l.ended_at IS NULL
+        WHERE i.run_id = l.run_id AND i.lane_id IN (SELECT lane_id FROM lane WHERE ended_at IS NULL)
+          AND o.signal IS NULL AND u.bound IS NULL OFFSET 0) p
 ) x
 CROSS JOIN LATERAL (SELECT i.* FROM attempt_intent i WHERE i.run_id = x.run_id AND i.document_no = x.document_no
                     AND i.attempt_no = x.attempt_no OFFSET 0) i
@@ -75,7 +76,7 @@ ALTER TABLE cost_adjustment
     DROP CONSTRAINT cost_adjustment_miss_check,
     DROP CONSTRAINT cost_adjustment_output_check;
 ALTER TABLE cost_adjustment
-    ADD CHECK (price_id IS NULL OR least(hit, miss, output) >= 0),
+    ADD CHECK (corrected_price_id IS NOT NULL OR least(hit, miss, output) >= 0),
     ADD CHECK (corrected_price_id IS NULL OR (num_nulls(hit, miss, output, billed_on) = 0
                                               AND num_nonnulls(document_no, attempt_no, price_id) = 0));
 COMMENT ON COLUMN cost_adjustment.corrected_price_id IS 'Of a correction of what an export told: the price row that its

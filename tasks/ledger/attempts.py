@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -32,7 +33,8 @@ class Reusable:
     said there it would say here, too, so such an answer is taken for one of `first_tier`, and waits like any other.
 
     Simulated answers count for simulated runs only, and real ones for real runs. `models` says by tier which model
-    must have served them; None, or a tier that is not in it: any.
+    must have served them; None, or a tier that is not in it: any. `confidence` is the rule of a job that confidences
+    must have been measured by, for a pilot, which compares them; None: any.
     """
 
     prompt_version: str
@@ -41,6 +43,7 @@ class Reusable:
     is_simulated: bool = False
     models: Mapping[str, str] | None = None
     first_tier: str = ""
+    confidence: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ _LEASES = text("""
 
 _SAME_QUESTION = """d.text_digest = ANY(:digests) AND d.state = 'result' AND d.answer IS NOT NULL
       AND r.prompt_version = :prompt_version AND r.is_simulated = :is_simulated
+      AND coalesce(r.policy -> 'confidence' = CAST(:confidence AS jsonb), true)
       AND (CAST(:models AS jsonb) ->> d.tier IS NULL OR EXISTS (
           SELECT FROM attempt_outcome o
           WHERE o.run_id = d.run_id AND o.document_no = d.document_no AND o.attempt_no = d.attempt_no
@@ -310,6 +314,7 @@ def _question(digests: Collection[bytes], reusable: Reusable) -> dict[str, objec
         "prompt_version": reusable.prompt_version,
         "is_simulated": reusable.is_simulated,
         "models": as_json(reusable.models),
+        "confidence": as_json(reusable.confidence),
     }
 
 

@@ -22,16 +22,16 @@ _RUN = text("""
 """)
 
 #: Where each document stands: on the rung of the first answer that is sure enough, else the highest that it got to.
-#: One whose accepted answer is not sure enough would climb on. An answer that was held counts by its confidence, too.
-#: Only what was done up to where it stands is priced.
+#: One whose accepted answer is not sure enough would climb on. An answer that was held, or that a pilot went on from,
+#: counts by its confidence, too. Only what was done up to where it stands is priced.
 _STANDING = """
     SELECT document_no, least(top, enough) AS reached,
            enough IS NULL AND is_unsure AND top < cardinality(CAST(:ladder AS text[])) - 1 AS climbs
     FROM (
         SELECT a.document_no, max(array_position(CAST(:ladder AS text[]), a.tier) - 1) AS top,
                min(array_position(CAST(:ladder AS text[]), a.tier) - 1)
-                   FILTER (WHERE a.verdict IN ('low_confidence', 'held')
-                           AND coalesce(c.confidence >= :below, a.verdict = 'held')) AS enough,
+                   FILTER (WHERE a.verdict IN ('low_confidence', 'held', 'calibration')
+                           AND coalesce(c.confidence >= :below, a.verdict <> 'low_confidence')) AS enough,
                bool_or(a.verdict IN ('accepted', 'held') AND coalesce(c.confidence < :below, false)) AS is_unsure
         FROM attempt a LEFT JOIN answer_confidence c USING (run_id, document_no, attempt_no)
         WHERE a.run_id = :run GROUP BY a.document_no

@@ -104,6 +104,33 @@ async def test_what_other_runs_may_have_been_billed_meanwhile_explains_it(world:
     assert (await paid(world, run=1))[0].is_alarm
 
 
+async def test_two_accounts_at_one_provider_are_two(world: World) -> None:
+    await world.run()
+    hold(world, 300)  # what the account of the other key holds
+    world.settings = world.settings.model_copy(update={"api_key": SecretStr("sk-sandbox-of-another-team")})
+    await world.run(partitions=(), limit=5)
+    found = await paid(world, job="colours")
+    assert [(each.paid_pico < PICO, each.is_alarm) for each in found] == [(True, False)] * 2
+
+
+EXPIRED = """
+    UPDATE run_event SET detail = detail || '{"total": "1020", "granted": "20"}'
+    WHERE kind = 'balance' AND detail ->> 'at' = 'start';
+    UPDATE run_event SET detail = detail || '{"total": "1000", "granted": "0"}'
+    WHERE kind = 'balance' AND detail ->> 'at' = 'end'
+"""
+
+
+async def test_what_was_granted_and_expired_is_no_alarm(world: World) -> None:
+    run, _ = await world.run()
+    sql(world.database_url, EXPIRED)
+    (found,) = await paid(world, run=run.run_id)
+    assert (found.paid_pico, found.is_alarm, found.is_granted) == (20 * PICO, False, True)
+    assert "granted balance expires" in balance_alarm((found,))
+    sql(world.database_url, EXPIRED.replace('"total": "1000"', '"topped_up": "999", "total": "999"'))
+    assert (await paid(world, run=run.run_id))[0].is_alarm
+
+
 async def test_a_balance_that_is_not_told_is_not_known_and_fails_no_run(world: World) -> None:
     run = await world.open()
     ended = await world.work(run)

@@ -311,6 +311,15 @@ async def test_a_changed_correction_is_named(ledger: Ledger, ledger_url: str, tm
 
 
 @pytest.mark.usefixtures("happened")
+def test_only_what_corrects_an_export_has_negative_tokens(ledger_url: str) -> None:
+    row = """INSERT INTO cost_adjustment (run_id, amount, evidence, hit, miss, output, billed_on, corrected_price_id)
+             VALUES (1, -5, 'e', 0, -1, 0, '2026-09-26', {})"""
+    with pytest.raises(psycopg.errors.CheckViolation):
+        sql(ledger_url, row.format("NULL"))
+    sql(ledger_url, row.format("1"))
+
+
+@pytest.mark.usefixtures("happened")
 @pytest.mark.parametrize(
     ("change", "named"),
     [

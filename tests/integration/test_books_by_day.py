@@ -1,4 +1,4 @@
-"""The books are read by their days: of all other attempts none is looked at, and nothing unknown is left out."""
+"""The books are read by their days: of other attempts few are looked at, and nothing unknown is left out."""
 
 from __future__ import annotations
 

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from schemas.calibrations import Calibration
-from schemas.errors import ConfigurationError
+from schemas.errors import ConfigurationError, Unforeseen
 from schemas.estimates import bound_sample, estimate, expect_pilot
 from schemas.pricing import load_price_book
 from schemas.promises import Promise
 from schemas.work_hours import Asked
-from tasks import samples
+from tasks import artifacts, samples, steps
 from tasks.jobs import load_job
 from tasks.ledger.connection import Ledger
-from tasks.ledger.history import find_history
+from tasks.ledger.history import find_history, find_sample
+from tasks.ledger.pilots import find_pilot
 from tasks.ledger.proof import prove
+from tasks.ledger.whatif import find_past
 from tasks.pilots import find_calibration, recall_calibration
 from tests.integration.test_samples import NOW, tell
+from tests.ledgers import sql
 from tests.world import World, make_world
 
 USUAL = Promise.parse("0.95", "0.05")
@@ -84,6 +89,13 @@ async def test_a_pilot_asks_both_ends_of_the_ladder_and_says_what_its_rows_say(w
 
     found = await read(world, ledger, run.run_id)
     _holds_what_the_rows_say(found, world)
+    past = await find_past(ledger, run.run_id, load_price_book(), Decimal("0.9"))
+    unsure = world.sql("""
+        SELECT count(*) FROM attempt_intent i WHERE tier = 'pro' AND purpose IN ('answer', 'priming') AND NOT EXISTS (
+            SELECT FROM answer a JOIN attempt_intent f USING (run_id, document_no, attempt_no)
+            WHERE a.document_no = i.document_no AND f.tier = 'flash' AND coalesce(a.confidence >= 0.9, false))
+    """)[0][0]
+    assert 0 < sum(each.documents for each in past.groups if each.rung) == unsure < told["pro", "calibration"]
     assert found.pilot.documents == 300
     assert found.pilot.paid_pico == bill
     assert [each.name for each in found.signals][:1] == ["confidence"]
@@ -143,6 +155,29 @@ async def test_a_pilot_is_paid_for_once_and_the_run_that_follows_reuses_it(world
     assert answers[0][0] > 30
 
 
+async def test_what_another_rule_measured_or_nobody_has_any_more_is_asked_again(world: World, ledger: Ledger) -> None:
+    asked = pilot_of(world, sample=10)
+    await world.run(**asked)
+    bill = sum(world.bill().values())
+    file = world.root / "jobs/colours/job.yaml"
+    file.write_text(file.read_text().replace("signal: logprobs", "signal: validators"))
+    other, _ = await world.run(**asked)
+    assert world.sql("SELECT count(DISTINCT prompt_version) FROM run") == [(1,)]
+    assert sum(world.bill().values()) > 1.5 * bill
+    assert world.sql(f"SELECT count(*) FROM document WHERE run_id = {other.run_id} AND state = 'reused'") == [(0,)]
+
+    job = world.request(**asked).adapt(load_job("colours", world.root))
+    drawn = await samples.draw(job, world.request(**asked), world.settings)
+    assert await find_sample(ledger, drawn.opening) == other.run_id
+    again, _ = await world.run(**asked)  # reuses it all
+    assert await find_sample(ledger, drawn.opening) == again.run_id
+    sql(world.database_url, "UPDATE document SET answer = NULL; UPDATE answer SET answer = NULL, content = ''")
+    assert await find_sample(ledger, drawn.opening) is None
+    anew, _ = await world.run(**asked)
+    assert await find_sample(ledger, drawn.opening) == anew.run_id
+    assert (await find_pilot(ledger, anew.run_id, job, 300)).last_cost is not None
+
+
 async def test_a_pilot_that_was_cut_short_goes_on(world: World, ledger: Ledger) -> None:
     run, ended = await world.run(**pilot_of(world, budget="0.004 USD"))
     assert (run.state, ended.reason) == ("paused", "budget")
@@ -150,6 +185,23 @@ async def test_a_pilot_that_was_cut_short_goes_on(world: World, ledger: Ledger) 
     on, _ = await world.run(**pilot_of(world, budget="1 USD"))
     assert (on.run_id, on.state) == (run.run_id, "done")
     _holds_what_the_rows_say(await read(world, ledger, on.run_id), world)
+
+
+async def test_the_flow_asks_nothing_twice_and_fails_where_it_cannot_publish(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "Settings", lambda: world.settings)
+    asked = world.request(**pilot_of(world, sample=10))
+    assert await steps.recall_pilot(asked) is None
+    run, _ = await world.run(**pilot_of(world, sample=10))
+    told = await steps.recall_pilot(asked)
+    assert told == {"run_id": run.run_id, "state": "done", "reason": run.reason, "advice": ""}
+    published = AsyncMock(side_effect=[None, RuntimeError("a word of Prefect's server")])
+    monkeypatch.setattr(artifacts, "acreate_markdown_artifact", published)
+    await artifacts.show_calibration(asked, run.run_id, USUAL, world.settings)
+    assert published.call_args.kwargs["key"] == f"run-{run.run_id}-calibration"
+    with pytest.raises(Unforeseen):
+        await artifacts.show_calibration(asked, run.run_id, USUAL, world.settings)
 
 
 async def test_a_ladder_of_one_tier_has_nothing_to_compare(world: World) -> None:

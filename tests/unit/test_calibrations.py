@@ -22,6 +22,7 @@ from schemas.pilots import Pair, Pilot
 from schemas.promises import Promise, plan
 from schemas.thresholds import streaming_allowance
 from tasks.calibration_report import calibration_json, calibration_markdown, calibration_report
+from tasks.jobs import load_job
 
 USUAL = Promise.parse("0.95", "0.05")
 SCHEMA = {
@@ -167,26 +168,51 @@ def test_with_tiers_between_policies_say_which_ladder_they_mean_and_reuse_nothin
     assert (found.left, short.left) == (10_000, 9_800)
     for each, other in zip(found.policies, short.policies, strict=True):
         if each.name != "pro only":
-            assert each.setting == f"ladder: [flash, pro], {other.setting}"
+            assert each.setting == f"ladder: [flash, pro]\n{other.setting}"
             assert each.pico is not None
             assert other.pico is not None
             assert 1.0 < each.pico / other.pico < 1.05
     assert "says nothing of flash-thinking" in found.notes[0]
 
 
+@pytest.mark.parametrize("ladder", ["flash, pro", "flash, flash-thinking, pro"])
+def test_every_setting_is_what_a_job_file_can_say(ladder: str, tmp_path: Path) -> None:
+    names = ladder.split(", ")
+    found = calibrate(make_job(ladder=tuple(TIERS[name] for name in names)), draw_pilot(), USUAL)
+    assert len(found.policies) == 5
+    (tmp_path / "prompt.md").write_text("Sort it. JSON.")
+    (tmp_path / "answer.schema.json").write_text(json.dumps(SCHEMA | {"required": ["colour"]}))
+    told = "name: colours\ninput: {path: x, id: id, text: text}\nprompt: prompt.md\nanswer: answer.schema.json\n"
+    for each in found.policies:
+        has_ladder = each.setting.startswith("ladder: ")
+        usual = "" if has_ladder else f"ladder: [{ladder}]\n"
+        (tmp_path / "job.yaml").write_text(f"{told}budget: 5 USD\n{usual}{each.setting}\n")
+        job = load_job(str(tmp_path / "job.yaml"))
+        wanted = names[-1:] if each.name == "pro only" else [names[0], names[-1]]
+        assert [tier.name for tier in job.ladder] == wanted
+        if "escalate" in each.setting:
+            assert (job.promise == USUAL) is (each.name == "certified target")
+
+
 def test_the_cheapest_policy_is_named_and_must_meet_the_target() -> None:
     agreeing = [make_pair(number % 50 != 49, 0.9) for number in range(100)]
     found = calibrate(make_job(), make_pilot(*agreeing), USUAL)
-    assert found.cheapest == policy(found, "flash only")
-    assert found.cheapest.standing is Standing.HELD
+    assert found.cheapest_that_held == policy(found, "flash only")
+    assert found.cheapest_that_held.standing is Standing.HELD
+    shown = calibration_markdown(found).replace("\\", "")
+    assert "| certified target * |" in shown
+    assert "| flash only |" in shown
+    assert "held in the pilot, and promises nothing: flash only." in shown
     assert found.cheapest_promised == policy(found, "certified target")
     differing = [make_pair(number % 10 == 0, 0.9) for number in range(100)]
     found = calibrate(make_job(), make_pilot(*differing), USUAL)
     assert policy(found, "flash only").standing is Standing.FAILED
-    assert found.cheapest == policy(found, "pro only")  # what a sample could save is less than flash costs
+    assert (
+        found.cheapest_that_held == found.cheapest_promised == policy(found, "pro only")
+    )  # what a sample could save is less than flash costs
     unknown = [replace(pair, first_pico=None, last_pico=None) for pair in agreeing]
     found = calibrate(make_job(), make_pilot(*unknown), USUAL)
-    assert found.cheapest is found.cheapest_promised is None
+    assert found.cheapest_that_held is found.cheapest_promised is None
     assert {each.pico for each in found.policies} == {None}
 
 
@@ -202,6 +228,7 @@ def test_signals_are_those_that_the_ledger_has() -> None:
     confidence, report, shorter = found["confidence"], found["self-report"], found["shorter answer"]
     assert (confidence.answers, confidence.auc, confidence.tied) == (3, 1, Fraction(2, 3))
     assert confidence.brier == pytest.approx((0.01 + 0.01 + 0.16) / 3)
+    assert [name for name, each in found.items() if each.brier is not None] == ["confidence", "self-report"]
     assert (report.auc, report.accepted) == (Fraction(1, 2), (0, 0, 0))  # all the same: none can be accepted alone
     assert (shorter.auc, shorter.brier) == (Fraction(1, 2), None)
     assert [each.accepted for each in (confidence, shorter)] == [(2, 2, 2), (1, 1, 1)]
@@ -219,6 +246,16 @@ def test_an_answer_without_a_number_is_below_no_threshold_and_counts_against_all
     assert policy(found, "flash only").agreement == Fraction(88, 100)
 
 
+def test_no_threshold_keeps_only_answers_without_a_number_where_others_are_entirely_sure() -> None:
+    bare = [make_pair(True, None)] * 80
+    for score, names in ((0.9, True), (1.0, False)):
+        found = calibrate(make_job(), make_pilot(*bare, *[make_pair(False, score)] * 20), USUAL)
+        held = [each for each in found.policies if each.name == "threshold that held"]
+        assert [(each.setting, each.standing) for each in held] == [
+            ("escalate: {below: 1}", Standing.HELD) for _ in range(names)
+        ]
+
+
 def test_agreement_counts_what_no_tier_answered_as_different() -> None:
     pairs = [make_pair(True, 0.9)] * 8 + [make_pair(True, 0.9, first=None), make_pair(True, 0.9, last=None)]
     found = calibrate(make_job(), make_pilot(*pairs), USUAL)
@@ -229,9 +266,9 @@ def test_agreement_counts_what_no_tier_answered_as_different() -> None:
 @pytest.mark.parametrize(
     ("better", "worse", "gain", "says"),
     [
-        (5, 0, True, "by the labels pro is better than flash: on 5 documents only pro is right, on 0 only flash"),
-        (4, 0, None, "the labels do not show that pro is better than flash"),  # by chance one time in sixteen
-        (3, 3, None, "the ladder does not earn its money"),
+        (6, 0, True, "by the labels pro is better than flash: on 6 documents only pro is right, on 0 only flash"),
+        (5, 0, None, "these 25 labels do not tell whether pro is better than flash"),  # by chance one time in sixteen
+        (4, 0, None, "it may be right up to 34.2 % more often: label more documents"),
         (1, 9, False, "by the labels pro is worse than flash, and costs more"),
     ],
 )
@@ -246,6 +283,22 @@ def test_a_ladder_that_does_not_earn_its_money_is_named(
     assert found.labels is not None
     assert (found.labels.gain, found.labels.first.of) == (gain, better + worse + 20)
     assert any(says in note for note in found.notes), found.notes
+
+
+def test_a_tier_is_dropped_only_where_labels_bound_what_it_buys() -> None:
+    same = make_pair(True, 0.9, is_first_right=True, is_last_right=True)
+    apart = make_pair(False, 0.9, is_first_right=False, is_last_right=True)
+    few, many = (calibrate(make_job(), make_pilot(*[same] * number, apart), USUAL) for number in (99, 299))
+    assert any("label more" in note for note in few.notes)
+    (told,) = [note for note in many.notes if "`ladder: [flash]` is about as good" in note]
+    assert many.labels is not None
+    assert 0.015 < many.labels.most <= 0.02
+    assert "right at most 1.6 % more often" in told
+    worse = [replace(apart, is_first_right=True, is_last_right=False, last_pico=FIRST)] * 9
+    (told,) = [
+        note for note in calibrate(make_job(), make_pilot(*worse), USUAL).notes if note.startswith("by the labels")
+    ]
+    assert "costs more" not in told
 
 
 def test_free_text_that_never_agrees_is_named() -> None:
@@ -270,7 +323,7 @@ def test_a_calibration_is_shown_as_it_is() -> None:
     for part in calibration_report(found):
         console.print(part)
     shown, told = console.file.getvalue(), calibration_markdown(found)  # type: ignore[attr-defined]  # it is a StringIO
-    agreed, cheapest = found.agreement, found.cheapest
+    agreed, cheapest = found.agreement, found.cheapest_promised
     assert cheapest is not None
     for words in (
         f"{agreed.count} of 200",
@@ -285,7 +338,7 @@ def test_a_calibration_is_shown_as_it_is() -> None:
     assert json.loads(json.dumps(seen)) == seen
     assert seen["agreement"] == {"count": agreed.count, "of": 200, "low": agreed.low, "high": agreed.high}
     assert [each["cost_pico"] for each in seen["policies"]] == [each.pico for each in found.policies]
-    assert seen["cheapest"] == cheapest.name
+    assert seen["cheapest_promised"] == cheapest.name
     assert (seen["labels"]["only_last_right"], seen["labels"]["is_last_better"]) == (10, True)
 
 

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from schemas.attempts import Usage
 from schemas.money import Currency
 from schemas.pricing import Price, load_price_book, reservation
-from schemas.reconciliation import BookedTokens, Match, Reconciliation, Shared, Status, Unsettled, reconcile
+from schemas.reconciliation import (
+    BookedTokens,
+    Correction,
+    Match,
+    Reconciliation,
+    Shared,
+    Status,
+    Unsettled,
+    reconcile,
+)
 from schemas.statements import Bucket, Period, Statement, Used
 
 BOOK = load_price_book()
@@ -260,7 +269,42 @@ def test_what_others_may_have_used_corrects_nothing() -> None:
     before = [shared(1, Usage(0, 0, 0), 10**9)]
     found = reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, shared=before)
     assert (found.bookable, found.is_clean, found.doubtful) == ((), False, (DAY,))
+    assert [("--alone" in why, attempts) for why, attempts in found.left.items()] == [(True, ())]
     assert len(reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before).bookable) == 1
+
+
+def test_a_part_of_a_day_corrects_nothing_whatever_the_order_of_exports() -> None:
+    """A later hour of the known day is not in the first export: each would take back what the other says."""
+    evening = NOON + timedelta(hours=3)
+    ours = [booked(NOON, Usage(10, 20, 5)), booked(evening, Usage(0, 40, 4))]
+    whole = statement(used(NOON, Usage(10, 90, 25)), used(evening, Usage(0, 40, 4)))
+    part = Statement((*used(DAY_START, Usage(0, 1, 0)), *used(NOON, Usage(10, 90, 25))), (), ("part.zip",))
+    before = [shared(1, Usage(0, 0, 0), 10**9)]
+
+    def correct(theirs: Statement, made: Sequence[Correction] = (), **options: bool) -> Reconciliation:
+        told = [*before, *(shared(1, each.tokens, 0, is_overridden=False) for each in made)]
+        known = [*ours, *(booked(NOON, each.tokens) for each in made)]
+        return reconcile(known, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=told, **options)
+
+    first = correct(part)
+    assert first.bookable == ()
+    assert [("may not have all" in why, attempts) for why, attempts in first.left.items()] == [(True, ())]
+    made = correct(whole).corrections
+    assert [each.tokens for each in made] == [Usage(0, 70, 20)]
+    assert correct(whole, made).is_clean
+    assert correct(part, made).bookable == ()
+    assert len(correct(part, is_complete=True).bookable) == 1
+
+
+def test_a_correction_of_one_model_leaves_no_doubt_about_another_unsaid() -> None:
+    """Of the one the export has fewer tokens than the ledger, so that nothing tells what its shares are."""
+    ours = [booked(NOON, KNOWN), booked(NOON, KNOWN, PRO)]
+    theirs = statement(used(NOON, Usage(10, 30, 5)), used(NOON, Usage(9, 20, 5), PRO))
+    one = shared(1, Usage(0, 0, 0), 10**9)
+    before = [one, replace(one, price=price_at(NOON, PRO).name)]
+    found = reconcile(ours, [], theirs, BOOK, Currency.USD, {DAY}, is_alone=True, shared=before)
+    assert [each.price.model for each in found.corrections] == [FLASH]
+    assert found.doubtful == (DAY,)
 
 
 def test_where_no_reply_came_late_shares_stay_as_they_are() -> None:
