@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from schemas.attempts import RunId
+from schemas.documents import Document, Unfit, UnfitDocument
 from schemas.pricing import load_price_book
+from tasks import enrichment
+from tasks.bulkhead import Bulkhead
 from tasks.ledger import certification
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.proof import prove
@@ -119,6 +124,41 @@ async def test_a_sampled_document_that_the_last_tier_does_not_answer_disagrees(w
     assert world.value("SELECT count(*) FROM dead_letter") == FEW - world.value(
         f"SELECT count(*) FROM ranked WHERE rank < {cut} AND NOT is_sampled"
     )
+    assert await disproved(world, run.run_id) == {}
+
+
+async def test_a_shard_is_claimed_anew_while_what_showed_its_last_phase_has_yet_to_end(
+    world: World, seeded: Seeded
+) -> None:
+    async def slowly(_name: str, work: Callable[[], Awaitable[None]]) -> None:
+        await work()
+        await asyncio.sleep(0.5)  # as Prefect may take to say that a task run is completed
+
+    run = await world.open()
+    ended = await enrichment.work_lane(world.request(), world.settings, run, slowly)
+    settled = await enrichment.settle_run(world.settings, run, [ended])
+    assert settled.state == "done"
+    assert world.value("SELECT max(lease_epoch) FROM shard") <= 3  # once for each phase, and never from itself
+    assert await disproved(world, run.run_id) == {}
+
+
+async def test_a_document_that_can_be_read_no_more_ends_though_its_first_answer_waits(
+    world: World, seeded: Seeded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = Bulkhead.read_shard, set[int]()
+
+    async def read_once(*of: Any, **named: Any) -> AsyncIterator[Sequence[Document | UnfitDocument]]:
+        async for block in read(*of, **named):
+            again = [UnfitDocument(d.document_no, d.document_id, Unfit.NULL_ID) for d in block if d.document_no in seen]
+            seen.update(d.document_no for d in block)
+            yield again or block
+
+    monkeypatch.setattr(Bulkhead, "read_shard", read_once)
+    run = await world.open()
+    async with asyncio.timeout(60):
+        ended = await world.work(run)
+    assert (await enrichment.settle_run(world.settings, run, [ended])).state == "done"
+    assert world.value("SELECT count(*) FROM dead_letter") == world.value("SELECT count(*) FROM ranked")
     assert await disproved(world, run.run_id) == {}
 
 
