@@ -163,7 +163,7 @@ class Lane:
     _held: dict[str, int] = field(default_factory=dict)
     #: For questions that come before anything is sent: a lane that drains gives them up.
     _patience: Patience = field(init=False)
-    #: The shards under way by number, each with its newest claim's task: a promise claims a shard once for each phase.
+    #: The shards under way by number, each with its newest claim's task: a promise has one in each phase.
     _working: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     #: Set where the run is to be done by an instant.
     _haste: Haste | None = None

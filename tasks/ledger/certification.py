@@ -18,6 +18,7 @@ disagree, are settled before the lot is drawn. Nothing is assumed of the documen
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from secrets import token_bytes
@@ -39,11 +40,13 @@ from schemas.certificates import (
     find_cut,
 )
 from schemas.certificates import certify as certify_sample
+from schemas.errors import LedgerUnavailable
 from schemas.jobs import Job
 from schemas.promises import Plan, Promise, draw, plan
 from schemas.records import ResultKey, StoredAnswer
 from tasks.ledger.connection import Ledger
 from tasks.ledger.rows import as_json
+from tasks.ledger.runs import refresh_statistics
 
 #: Where the locks of runs that begin a phase live among Postgres's advisory locks.
 LOCK_SPACE = 0x4663
@@ -102,9 +105,8 @@ BY_RANK = "confidence DESC NULLS LAST, sha256(CAST(:salt AS bytea) || convert_to
 
 _RANK = text(f"""
     INSERT INTO ranked (run_id, document_no, rank, is_sampled)
-    SELECT :run_id, o.document_no, o.rank, s.rank IS NOT NULL
+    SELECT :run_id, o.document_no, o.rank, o.rank = ANY(CAST(:ranks AS bigint[]))
     FROM (SELECT document_no, row_number() OVER (ORDER BY {BY_RANK}) - 1 AS rank FROM ({_WAITING}) w) o
-    LEFT JOIN unnest(CAST(:ranks AS bigint[])) s (rank) USING (rank)
 """)  # noqa: S608 (made of our own constants)
 
 _ORDER = text("SELECT document_no FROM ranked WHERE run_id = :run_id ORDER BY rank")
@@ -179,6 +181,11 @@ async def advance(ledger: Ledger, run_id: RunId, job: Job) -> bool | None:
     phase = await _find_phase(ledger, run_id)
     if phase.is_certified:
         return None
+    async with ledger.transaction() as connection:
+        if not await _is_due(connection, run_id, is_frozen=phase.is_frozen):
+            return False
+    with suppress(LedgerUnavailable):  # only what follows would be slower
+        await refresh_statistics(ledger, phase.documents)
     begin = certify if phase.is_frozen else freeze
     return await begin(ledger, run_id, job)
 

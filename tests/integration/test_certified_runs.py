@@ -16,7 +16,7 @@ from schemas.documents import Document, Unfit, UnfitDocument
 from schemas.pricing import load_price_book
 from tasks import enrichment
 from tasks.bulkhead import Bulkhead
-from tasks.ledger import certification
+from tasks.ledger import certification, runs
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.proof import prove
 from tests.ledgers import sql
@@ -113,6 +113,17 @@ async def test_what_other_runs_accepted_is_a_first_answer_and_no_proof(world: Wo
     assert climbed > 0
 
 
+async def test_each_phase_of_a_large_run_has_postgres_count_what_it_reads(
+    world: World, seeded: Seeded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "MANY_DOCUMENTS", FEW)
+    run = await world.open()
+    await world.work(run)
+    counted = "SELECT last_analyze BETWEEN frozen_at AND certified_at FROM certificate, pg_stat_user_tables"
+    assert world.value(f"{counted} WHERE relname = 'ranked'")
+    assert world.value("SELECT analyze_count FROM pg_stat_user_tables WHERE relname = 'held'") == 2
+
+
 async def test_a_sampled_document_that_the_last_tier_does_not_answer_disagrees(world: World, seeded: Seeded) -> None:
     world.plan_mishaps({"kind": "content_filter", "model": "deepseek-v4-pro"})
     run, _ = await world.run()
@@ -149,7 +160,9 @@ async def test_a_document_that_can_be_read_no_more_ends_though_its_first_answer_
 
     async def read_once(*of: Any, **named: Any) -> AsyncIterator[Sequence[Document | UnfitDocument]]:
         async for block in read(*of, **named):
-            again = [UnfitDocument(d.document_no, d.document_id, Unfit.NULL_ID) for d in block if d.document_no in seen]
+            again = [
+                UnfitDocument(d.document_no, d.document_id, Unfit.NULL_ID) for d in block if d.document_no in seen
+            ]
             seen.update(d.document_no for d in block)
             yield again or block
 
