@@ -196,7 +196,6 @@ def measure_cell(pair: Pair, target: str, trials: int) -> dict[str, Any]:
             cut = choose(planned, ranks)
             shares[name].append((planned.size + total - cut - (planned.size - bisect_left(sample, cut))) / total)
             broken[name] += bisect_left(errors, cut) - bisect_left(ranks, cut) > planned.allowed
-    tail = planned.tail
     ideal = 1 - (errors[planned.allowed] if len(errors) > planned.allowed else total) / total
     return {
         "pair": pair.name,
@@ -206,7 +205,7 @@ def measure_cell(pair: Pair, target: str, trials: int) -> dict[str, Any]:
         "allowed": planned.allowed,
         "size": planned.size,
         "allowance": planned.allowance,
-        "tail": None if tail is None else str(tail.rounded_up()),
+        "tail": None if planned.risk is None else str(planned.risk),
         "caution": caution(planned),
         "ideal": round(ideal, 4),
         "certificate": asdict(issue(pair, planned, f"{pair.name} {target} 0".encode())),
@@ -226,7 +225,8 @@ def issue(pair: Pair, planned: Plan, seed: bytes) -> Certificate:
     ]
     cut, order = find_cut(planned, findings), order_hash(str(number) for number in pair.order())
     subject = Subject((f"{pair.name}: first", f"{pair.name}: last"), "none: no prompt was sent")
-    issued = certify(planned, subject, order, seed, findings, sure[cut] if cut < len(sure) else None)
+    score = sure[cut] if cut < len(sure) else None
+    issued = certify(planned, subject, order, seed, findings, score, planned.risk)
     if problems := check(issued, order, subject):
         raise SystemExit(f"the certificate of {pair.name} does not hold: {'; '.join(problems)}")
     return issued

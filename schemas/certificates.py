@@ -137,12 +137,14 @@ def certify(
     seed: bytes,
     findings: Sequence[Finding],
     score_at_cut: float | None,
+    risk: Decimal | None,
 ) -> Certificate:
-    """The certificate of a sample that was drawn with this seed, from the order of this hash, and answered."""
-    tail = planned.tail
-    rounded = None if tail is None else tail.rounded_up()
+    """The certificate of a sample that was drawn with this seed, from the order of this hash, and answered.
+
+    `risk` is the plan's, which takes long and is known before.
+    """
     cut = find_cut(planned, findings)
-    return Certificate(planned, subject, order, seed.hex(), tuple(findings), rounded, cut, score_at_cut)
+    return Certificate(planned, subject, order, seed.hex(), tuple(findings), risk, cut, score_at_cut)
 
 
 def find_cut(planned: Plan, findings: Sequence[Finding]) -> int:
@@ -190,6 +192,5 @@ def _check_cut(certificate: Certificate) -> Iterator[str]:
         yield f"there are findings about {len(certificate.findings)} of {planned.fields} fields"
     elif find_cut(planned, certificate.findings) != certificate.cut:
         yield f"the cut is at {find_cut(planned, certificate.findings)}, not at {certificate.cut}"
-    tail = planned.tail
-    if certificate.tail != (None if tail is None else tail.rounded_up()):
+    if certificate.tail != planned.risk:
         yield f"the chance to fail is not {certificate.tail}"

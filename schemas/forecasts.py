@@ -18,7 +18,11 @@ def spell_plan(planned: Plan, last: str, each: Money | None) -> list[str]:
         f"chance of {float(promise.delta):g}: at most {planned.allowed:,} may differ{_spell_fields(planned.fields)}"
     )
     if planned.allowance is None:
-        return [told, f"nothing can be certified: all documents go to {last}{_spell(planned.documents, each)}"]
+        return [
+            told,
+            "nothing can be certified with a sample of half of them or less, so none is drawn: all documents go to "
+            f"{last}{_spell(planned.documents, each)}; ask for less, run more at once, or use `below`",
+        ]
     share, others = 100 * planned.size / max(1, planned.documents), planned.population - planned.size
     lines = [
         told,

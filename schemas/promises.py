@@ -19,6 +19,8 @@ from schemas.tails import Tail, hypergeometric, last_that_holds, roughly
 ROOTS, MORE = 5, Fraction(8, 100)
 #: What share of all documents a sample may be so that one disagreement in it can be passed.
 TO_PASS_ONE = Fraction(1, 10)
+#: A larger share of all is never drawn, unless somebody says so.
+MOST_DRAWN = Fraction(1, 2)
 _WORD = 16
 
 
@@ -88,14 +90,27 @@ class Plan:
             return None
         return _tail(self.population, self.allowed, self.size, self.allowance)
 
+    @property
+    def risk(self) -> Decimal | None:
+        """`tail`, rounded up for the record. Of ten million documents it takes seconds."""
+        tail = self.tail
+        return None if tail is None else tail.rounded_up()
+
 
 def plan(promise: Promise, documents: int, *, piloted: int = 0, size: int | None = None, fields: int = 1) -> Plan:
-    """The sample that keeps the promise; of the usual size unless told another."""
+    """The sample that keeps the promise; of the usual size unless told another.
+
+    Where that is more than half of those that it is drawn from, none is: it would cost what it is to save.
+    """
     population, allowed, each = documents - piloted, promise.allowed(documents), promise.shared_by(fields)
-    drawn = usual_size(each, documents, population) if size is None else size
+    drawn = _worthwhile(usual_size(each, documents, population), population) if size is None else size
     if not 0 <= drawn <= population:
         raise ValueError(f"{drawn} documents cannot be drawn from {population}; ask for at most {population}")
     return Plan(promise, documents, piloted, drawn, allowance(population, allowed, drawn, each.delta), fields)
+
+
+def _worthwhile(size: int, population: int) -> int:
+    return size if size <= population * MOST_DRAWN else 0
 
 
 def allowance(population: int, allowed: int, size: int, delta: Fraction) -> int | None:

@@ -280,7 +280,10 @@ async def settle_run(settings: Settings, run: Run, ended: list[Ended], times: Le
                 await runs.change_state(ledger, run.run_id, "paused", reason)
             settled = await runs.find_run(ledger, run.run_id)
             with suppress(LedgerUnavailable):  # only the reading that follows would be slower
-                await (runs.refresh_sums(ledger, run.job) if is_over else runs.refresh_statistics(ledger, run))
+                if is_over:
+                    await runs.refresh_sums(ledger, run.job)
+                else:
+                    await runs.refresh_statistics(ledger, run.documents)
             await note_balance(ledger, settled, settings)
             return settled
     except LedgerUnavailable as error:

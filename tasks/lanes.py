@@ -163,8 +163,8 @@ class Lane:
     _held: dict[str, int] = field(default_factory=dict)
     #: For questions that come before anything is sent: a lane that drains gives them up.
     _patience: Patience = field(init=False)
-    #: Numbers of the shards under way.
-    _working: set[int] = field(default_factory=set)
+    #: The shards under way by number, each with its newest claim's task: a promise has one in each phase.
+    _working: dict[int, asyncio.Task[None]] = field(default_factory=dict)
     #: Set where the run is to be done by an instant.
     _haste: Haste | None = None
     _work: asyncio.Task[None] | None = None
@@ -339,7 +339,7 @@ class Lane:
         """Claim and start shards until none is left. Raises Draining."""
         while not self.climber.is_draining:
             key = (self.ledger, self.plan.run.run_id, self.lane_id)
-            claimed = await self._patience.ask(leases.claim, *key, self._working)
+            claimed = await self._patience.ask(leases.claim, *key, list(self._working))
             if claimed is not None:
                 await self._start(claimed, shards)
             elif await self._patience.ask(leases.has_unfinished, self.ledger, self.plan.run.run_id):
@@ -371,11 +371,16 @@ class Lane:
             self.plan.is_elsewhere,
         )
         number = claimed.shard.shard_no
-        self._working.add(number)
         finish = work.finish if self.telemetry is None else partial(self.telemetry.shard, number, work.finish)
         task = shards.create_task(self.plan.show(f"shard-{number:05d}", finish))
-        task.add_done_callback(lambda _: self._working.discard(number))
+        self._working[number] = task
+        task.add_done_callback(partial(self._end_working, number))
         await work.started.wait()
+
+    def _end_working(self, number: int, task: asyncio.Task[None]) -> None:
+        """A task of an earlier phase may end late, in what shows it: the shard may be claimed anew by then."""
+        if self._working.get(number) is task:
+            del self._working[number]
 
     async def _pause(self) -> None:
         with suppress(TimeoutError):

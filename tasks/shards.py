@@ -139,7 +139,10 @@ class ShardWork:
         climbing: list[tuple[Document, str]] = []
         for document in fresh:
             answer = held.get(document.document_no)
-            if answer is None or not isinstance(document, Document):
+            if answer is None:
+                continue
+            if not isinstance(document, Document):  # it can be read no more as it was when it was asked
+                accepted.append(Record(ending=self._end_without_attempt(document, {})))
                 continue
             match answer.place.fate:
                 case Fate.ACCEPT:

@@ -17,7 +17,9 @@ disagree, are settled before the lot is drawn. Nothing is assumed of the documen
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from secrets import token_bytes
@@ -39,11 +41,13 @@ from schemas.certificates import (
     find_cut,
 )
 from schemas.certificates import certify as certify_sample
+from schemas.errors import LedgerUnavailable
 from schemas.jobs import Job
 from schemas.promises import Plan, Promise, draw, plan
 from schemas.records import ResultKey, StoredAnswer
 from tasks.ledger.connection import Ledger
 from tasks.ledger.rows import as_json
+from tasks.ledger.runs import refresh_statistics
 
 #: Where the locks of runs that begin a phase live among Postgres's advisory locks.
 LOCK_SPACE = 0x4663
@@ -102,9 +106,8 @@ BY_RANK = "confidence DESC NULLS LAST, sha256(CAST(:salt AS bytea) || convert_to
 
 _RANK = text(f"""
     INSERT INTO ranked (run_id, document_no, rank, is_sampled)
-    SELECT :run_id, o.document_no, o.rank, s.rank IS NOT NULL
+    SELECT :run_id, o.document_no, o.rank, o.rank = ANY(CAST(:ranks AS bigint[]))
     FROM (SELECT document_no, row_number() OVER (ORDER BY {BY_RANK}) - 1 AS rank FROM ({_WAITING}) w) o
-    LEFT JOIN unnest(CAST(:ranks AS bigint[])) s (rank) USING (rank)
 """)  # noqa: S608 (made of our own constants)
 
 _ORDER = text("SELECT document_no FROM ranked WHERE run_id = :run_id ORDER BY rank")
@@ -179,21 +182,30 @@ async def advance(ledger: Ledger, run_id: RunId, job: Job) -> bool | None:
     phase = await _find_phase(ledger, run_id)
     if phase.is_certified:
         return None
+    async with ledger.transaction() as connection:
+        if not await _is_due(connection, run_id, is_frozen=phase.is_frozen):
+            return False
+    with suppress(LedgerUnavailable):  # only what follows would be slower
+        await refresh_statistics(ledger, phase.documents)
     begin = certify if phase.is_frozen else freeze
     return await begin(ledger, run_id, job)
 
 
 async def freeze(ledger: Ledger, run_id: RunId, job: Job) -> bool:
-    """Freeze the order, draw the sample and open the shards that hold it. False: it is not for this lane to do."""
-    promise = _promise(job)
+    """Freeze the order, draw the sample and open the shards that hold it. False: it is not this lane's to do.
+
+    A plan for millions of documents takes seconds: it is made before the transaction, and in a thread, so that
+    heartbeats go on. It counts if it is about what there still is.
+    """
     phase = await _find_phase(ledger, run_id)
+    async with ledger.transaction(rows=phase.documents) as connection:
+        population = await _count_population(connection, run_id)
+    salt, seed = token_bytes(32), token_bytes(32)
+    planned, ranks = await asyncio.to_thread(_plan, _promise(job), *population, seed)
     async with ledger.transaction("freeze", rows=phase.documents) as connection:
-        if not await _is_due(connection, run_id, is_frozen=False):
+        is_due = await _is_due(connection, run_id, is_frozen=False)
+        if not is_due or await _count_population(connection, run_id) != population:
             return False
-        waiting, piloted = (await connection.execute(_POPULATION, {"run_id": run_id})).one()
-        planned = plan(promise, waiting + piloted, piloted=piloted)
-        salt, seed = token_bytes(32), token_bytes(32)
-        ranks = list(draw(seed, planned.population, planned.size))
         await connection.execute(_RANK, {"run_id": run_id, "salt": salt, "ranks": ranks})
         row = {
             "run_id": run_id,
@@ -216,16 +228,18 @@ async def freeze(ledger: Ledger, run_id: RunId, job: Job) -> bool:
 async def certify(ledger: Ledger, run_id: RunId, job: Job) -> bool:
     """Compute the cut from what the sample came to, and open every shard that waits. False: as in `freeze`."""
     phase = await _find_phase(ledger, run_id)
+    async with ledger.transaction() as connection:
+        found = await read_certification(connection, run_id)
+    assert found is not None
+    risk = await asyncio.to_thread(lambda: found.planned.risk)
     async with ledger.transaction("certify", rows=phase.documents) as connection:
         if not await _is_due(connection, run_id, is_frozen=True):
             return False
-        found = await read_certification(connection, run_id)
-        assert found is not None
         findings = await find_disagreements(connection, run_id, job.agreement, job.ladder[-1].name)
         subject = Subject(tuple(tier.model for tier in job.ladder), job.prompt_version)
         key = {"run_id": run_id, "cut": find_cut(found.planned, findings)}
         score = (await connection.execute(_SCORE, key)).scalar_one_or_none()
-        made = certify_sample(found.planned, subject, found.order, found.seed, findings, score)
+        made = certify_sample(found.planned, subject, found.order, found.seed, findings, score, risk)
         row = key | {
             "findings": {one.field: list(one.ranks) for one in made.findings},
             "score_at_cut": made.score_at_cut,
@@ -304,6 +318,18 @@ async def _stream(connection: AsyncConnection, query: TextClause, key: dict[str,
     async with connection.stream(query, key, execution_options={"yield_per": FETCHED}) as rows:
         async for row in rows:
             yield row
+
+
+def _plan(promise: Promise, waiting: int, piloted: int, seed: bytes) -> tuple[Plan, list[int]]:
+    """The plan, and the ranks that the seed draws by it."""
+    planned = plan(promise, waiting + piloted, piloted=piloted)
+    return planned, list(draw(seed, planned.population, planned.size))
+
+
+async def _count_population(connection: AsyncConnection, run_id: RunId) -> tuple[int, int]:
+    """Documents whose first answer waits, and those that have the last tier's."""
+    waiting, piloted = (await connection.execute(_POPULATION, {"run_id": run_id})).one()
+    return waiting, piloted
 
 
 async def _is_due(connection: AsyncConnection, run_id: RunId, *, is_frozen: bool) -> bool:

@@ -260,13 +260,14 @@ async def note(ledger: Ledger, run_id: RunId, kind: str, detail: Mapping[str, An
         await _note(connection, run_id, kind, detail, key)
 
 
-async def refresh_statistics(ledger: Ledger, run: Run) -> None:
-    """Have Postgres count again if the run is large: its proof and its audit read all of it, before autovacuum comes.
+async def refresh_statistics(ledger: Ledger, documents: int) -> None:
+    """Have Postgres count again if a run of so many documents is large, before something reads all of it.
 
-    Of a run that it has not counted it believes that it has no rows, and compares all pairs of them.
+    Autovacuum comes later. Of a run that it has not counted Postgres believes that it has no rows, and compares
+    all pairs of them.
     """
-    if run.documents >= MANY_DOCUMENTS:
-        async with ledger.transaction(rows=run.documents) as connection:
+    if documents >= MANY_DOCUMENTS:
+        async with ledger.transaction(rows=documents) as connection:
             await connection.execute(text("SELECT analyze_ledger()"))
 
 
@@ -298,7 +299,7 @@ async def settle(ledger: Ledger, run_id: RunId) -> str | None:
             await end_lanes(connection, run_id, lanes, "run done")
     if run.state in UNDER_WAY:
         with suppress(LedgerUnavailable):  # only what follows would be slower
-            await refresh_statistics(ledger, run)
+            await refresh_statistics(ledger, run.documents)
     async with ledger.transaction("settle", rows=run.documents) as connection:
         await _lock_all_lanes(connection, run_id)
         state, digest = (await connection.execute(_STATE, {"run_id": run_id})).one()

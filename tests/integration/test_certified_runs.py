@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import SecretStr
 
 from schemas.attempts import RunId
+from schemas.documents import Document, Unfit, UnfitDocument
 from schemas.pricing import load_price_book
-from tasks.ledger import certification
+from tasks import enrichment
+from tasks.bulkhead import Bulkhead
+from tasks.ledger import certification, runs
 from tasks.ledger.connection import Role, opened
 from tasks.ledger.proof import prove
 from tests.ledgers import sql
@@ -108,6 +113,17 @@ async def test_what_other_runs_accepted_is_a_first_answer_and_no_proof(world: Wo
     assert climbed > 0
 
 
+async def test_each_phase_of_a_large_run_has_postgres_count_what_it_reads(
+    world: World, seeded: Seeded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "MANY_DOCUMENTS", FEW)
+    run = await world.open()
+    await world.work(run)
+    counted = "SELECT last_analyze BETWEEN frozen_at AND certified_at FROM certificate, pg_stat_user_tables"
+    assert world.value(f"{counted} WHERE relname = 'ranked'")
+    assert world.value("SELECT analyze_count FROM pg_stat_user_tables WHERE relname = 'held'") == 2
+
+
 async def test_a_sampled_document_that_the_last_tier_does_not_answer_disagrees(world: World, seeded: Seeded) -> None:
     world.plan_mishaps({"kind": "content_filter", "model": "deepseek-v4-pro"})
     run, _ = await world.run()
@@ -119,6 +135,43 @@ async def test_a_sampled_document_that_the_last_tier_does_not_answer_disagrees(w
     assert world.value("SELECT count(*) FROM dead_letter") == FEW - world.value(
         f"SELECT count(*) FROM ranked WHERE rank < {cut} AND NOT is_sampled"
     )
+    assert await disproved(world, run.run_id) == {}
+
+
+async def test_a_shard_is_claimed_anew_while_what_showed_its_last_phase_has_yet_to_end(
+    world: World, seeded: Seeded
+) -> None:
+    async def slowly(_name: str, work: Callable[[], Awaitable[None]]) -> None:
+        await work()
+        await asyncio.sleep(0.5)  # as Prefect may take to say that a task run is completed
+
+    run = await world.open()
+    ended = await enrichment.work_lane(world.request(), world.settings, run, slowly)
+    settled = await enrichment.settle_run(world.settings, run, [ended])
+    assert settled.state == "done"
+    assert world.value("SELECT max(lease_epoch) FROM shard") <= 3  # once for each phase, and never from itself
+    assert await disproved(world, run.run_id) == {}
+
+
+async def test_a_document_that_can_be_read_no_more_ends_though_its_first_answer_waits(
+    world: World, seeded: Seeded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, seen = Bulkhead.read_shard, set[int]()
+
+    async def read_once(*of: Any, **named: Any) -> AsyncIterator[Sequence[Document | UnfitDocument]]:
+        async for block in read(*of, **named):
+            again = [
+                UnfitDocument(d.document_no, d.document_id, Unfit.NULL_ID) for d in block if d.document_no in seen
+            ]
+            seen.update(d.document_no for d in block)
+            yield again or block
+
+    monkeypatch.setattr(Bulkhead, "read_shard", read_once)
+    run = await world.open()
+    async with asyncio.timeout(60):
+        ended = await world.work(run)
+    assert (await enrichment.settle_run(world.settings, run, [ended])).state == "done"
+    assert world.value("SELECT count(*) FROM dead_letter") == world.value("SELECT count(*) FROM ranked")
     assert await disproved(world, run.run_id) == {}
 
 

@@ -269,7 +269,7 @@ async def test_at_the_end_of_a_large_run_postgres_counts_again(
 ) -> None:
     hand = await Hand.join(ledger, await runs.open_run(ledger, opening()))
     await hand.answer_shard()
-    await runs.refresh_statistics(ledger, replace(hand.run, documents=documents))
+    await runs.refresh_statistics(ledger, documents)
     counted = "SELECT count(*) > 0 FROM pg_stats WHERE tablename = 'attempt_outcome' AND attname = 'run_id'"
     assert value(ledger_url, counted) is is_counted
 
@@ -286,10 +286,10 @@ async def test_a_large_run_is_counted_before_its_sums_are_made(ledger: Ledger, l
 
 
 async def test_who_would_wait_for_a_vacuum_does_not_have_postgres_count(ledger: Ledger, ledger_url: str) -> None:
-    run = await runs.open_run(ledger, opening())
+    await runs.open_run(ledger, opening())
     with psycopg.connect(ledger_url) as other:
         other.execute("LOCK TABLE farthing.attempt_outcome IN SHARE UPDATE EXCLUSIVE MODE")
-        await runs.refresh_statistics(ledger, replace(run, documents=1000))
+        await runs.refresh_statistics(ledger, 1000)
     counted = "SELECT count(*) FROM pg_stats WHERE tablename = 'attempt_outcome'"
     assert value(ledger_url, counted) == 0
 

@@ -42,6 +42,7 @@ from schemas.promises import (
     draw,
     plan,
     smallest_allowed,
+    usual_size,
 )
 from schemas.tails import binomial, hypergeometric, roughly
 from schemas.thresholds import streaming_allowance, streaming_threshold
@@ -231,7 +232,7 @@ def test_a_draw_is_the_same_in_years() -> None:
 @pytest.mark.parametrize("target", ["0.9", "0.95", "0.99", "0.995", "1"])
 def test_the_usual_sample_certifies_and_wastes_nothing(documents: int, target: str) -> None:
     promise = Promise.parse(target, "0.05")
-    found = plan(promise, documents)
+    found = plan(promise, documents, size=usual_size(promise, documents, documents))
     assert found.allowance is not None, "one that certifies nothing would be money for nothing"
     tail = found.tail
     assert tail is not None
@@ -241,6 +242,13 @@ def test_the_usual_sample_certifies_and_wastes_nothing(documents: int, target: s
     assert fewer is None or fewer < found.allowance
     is_worth_a_second = found.allowance == 1 and found.size <= documents / 10
     assert found.size <= math.isqrt(25 * documents) * 1.08 or found.allowance == 0 or is_worth_a_second
+
+
+@pytest.mark.parametrize(("documents", "size"), [(15, 0), (16, 7)])
+def test_more_than_half_of_all_is_drawn_of_none(documents: int, size: int) -> None:
+    found = plan(Promise.parse("0.75", "0.05"), documents)
+    assert (found.size, found.allowance) == (size, 0 if size else None)
+    assert find_cut(found, [Finding("answer", ())]) == (documents if size else 0)
 
 
 def test_a_pilot_leaves_the_population_and_not_the_count() -> None:
@@ -308,7 +316,8 @@ def certificate() -> Certificate:
     planned = plan(USUAL, 400, fields=2)
     sampled = draw(b"seed", 400, planned.size)
     findings = [Finding("a", sampled[5::9]), Finding("b", sampled[-20:])]
-    return certify(planned, SUBJECT, order_hash(f"d{number}" for number in range(400)), b"seed", findings, 0.7)
+    order = order_hash(f"d{number}" for number in range(400))
+    return certify(planned, SUBJECT, order, b"seed", findings, 0.7, planned.risk)
 
 
 def test_a_certificate_as_issued_holds(certificate: Certificate) -> None:
