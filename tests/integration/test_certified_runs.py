@@ -178,6 +178,8 @@ async def test_a_document_that_can_be_read_no_more_ends_though_its_first_answer_
 TAMPERED = {
     "a rank": ("UPDATE ranked SET rank = rank + 1000 WHERE rank = 3", "its confidence says 3"),
     "the sample": ("UPDATE ranked SET is_sampled = NOT is_sampled WHERE rank < 9", "its sample is not the one that"),
+    "a pilot": ("UPDATE frozen_order SET documents = documents + 100, piloted = piloted + 100",
+                "documents without a place have an answer"),
     "the order": ("UPDATE frozen_order SET order_digest = 'sha256:0'", "was certified"),
     "the cut": ("UPDATE certified SET cut = cut + 1", "the cut is at"),
     "a finding": ("""UPDATE certified SET findings = '{"answer": []}'""", "its disagreements are not those of the"),
