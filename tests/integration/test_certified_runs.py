@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from schemas.attempts import RunId
 from schemas.documents import Document, Unfit, UnfitDocument
+from schemas.errors import ConfigurationError
 from schemas.pricing import load_price_book
 from tasks import enrichment
 from tasks.bulkhead import Bulkhead
@@ -173,6 +174,12 @@ async def test_a_document_that_can_be_read_no_more_ends_though_its_first_answer_
     assert (await enrichment.settle_run(world.settings, run, [ended])).state == "done"
     assert world.value("SELECT count(*) FROM dead_letter") == world.value("SELECT count(*) FROM ranked")
     assert await disproved(world, run.run_id) == {}
+
+
+async def test_a_run_with_a_promise_cannot_be_done_by_an_instant(world: World) -> None:
+    with pytest.raises(ConfigurationError, match="--finish-by cannot tell"):
+        await world.open(finish_by="2026-09-28T00:00Z")
+    assert world.value("SELECT count(*) FROM run") == 0
 
 
 TAMPERED = {
