@@ -112,6 +112,10 @@ async def test_what_other_runs_accepted_is_a_first_answer_and_no_proof(world: Wo
     climbed = world.value(f"SELECT count(DISTINCT document_no) FROM attempt WHERE run_id = {run.run_id}")
     assert kept[0][0] + climbed == held
     assert climbed > 0
+    one = f"run_id = {earlier.run_id} AND document_no = (SELECT min(document_no) FROM document WHERE tier = 'flash')"
+    sql(world.database_url, f"UPDATE attempt_outcome SET served_model = 'flash-5' WHERE {one}")
+    void = (await disproved(world, run.run_id))["G18"]
+    assert any("void: flash was served by" in each and "flash-5" in each for each in void), void
 
 
 async def test_each_phase_of_a_large_run_has_postgres_count_what_it_reads(
