@@ -403,6 +403,11 @@ def check_due(job: Job, book: PriceBook, currency: Currency, now: datetime, requ
     """Raises ConfigurationError where the run is late already, UnknownPrice where hours until then are unknown."""
     if (due := request.due(now)) is None:
         return
+    if job.promise is not None:
+        raise ConfigurationError(
+            "--finish-by cannot tell how much is left of a run with a promise, whose documents end together at its "
+            "end: leave it out, or use --off-peak"
+        )
     if due <= now:
         raise ConfigurationError(f"--finish-by {request.finish_by} is past: name a later instant, or leave it out")
     off_peak_between(tariff_of(job, book, currency), guard_of(job), now, due)

@@ -37,7 +37,7 @@ class Witness:
             self.kept = await leases.find_shown(self.ledger, self.run_id)
             self._state = (await runs.find_run(self.ledger, self.run_id)).state
             is_running = self._state == "running"
-            self.is_run_over = not is_running or not await leases.has_unfinished(self.ledger, self.run_id)
+            self.is_run_over = not is_running or await leases.has_ended(self.ledger, self.run_id)
         except LedgerUnavailable as error:
             log.warning("no look at the lanes", run=self.run_id, error=str(error))
             self._judges_from_s = time.monotonic() + leases.GRACE_S

@@ -77,7 +77,6 @@ class Certification:
     seed: bytes
     order: str
     certificate: Certificate | None
-    served: dict[str, list[str]]
 
 
 _LOCK = text("SELECT pg_try_advisory_xact_lock(:space, CAST(:run_id AS integer))")
@@ -140,10 +139,24 @@ _SCORE = text("""
     WHERE k.run_id = :run_id AND k.rank = :cut
 """)
 
+#: Of the run's own answers, and of those that it reuses: first ones that wait or waited, and those that ended it.
 SERVED = text("""
-    SELECT i.tier, array_agg(DISTINCT o.served_model ORDER BY o.served_model) AS models
-    FROM attempt_outcome o JOIN attempt_intent i USING (run_id, document_no, attempt_no)
-    WHERE o.run_id = :run_id AND o.verdict IN ('held', 'accepted') AND o.served_model IS NOT NULL GROUP BY i.tier
+    WITH used AS (
+        SELECT run_id, document_no, attempt_no FROM attempt_outcome
+        WHERE run_id = :run_id AND verdict IN ('held', 'accepted')
+        UNION ALL
+        SELECT e.run_id, e.document_no, e.attempt_no FROM held h
+        JOIN document e ON e.run_id = h.of_run_id AND e.document_no = h.of_document_no WHERE h.run_id = :run_id
+        UNION ALL
+        SELECT e.run_id, e.document_no, e.attempt_no FROM document d
+        JOIN document e ON e.run_id = d.of_run_id AND e.document_no = d.of_document_no
+        WHERE d.run_id = :run_id AND d.state = 'reused'
+    )
+    SELECT tier, array_agg(model ORDER BY model) AS models FROM (
+        SELECT DISTINCT i.tier, o.served_model AS model FROM used
+        JOIN attempt_outcome o USING (run_id, document_no, attempt_no)
+        JOIN attempt_intent i USING (run_id, document_no, attempt_no) WHERE o.served_model IS NOT NULL) s
+    GROUP BY tier
 """)
 
 _HELD = text("""
@@ -164,7 +177,7 @@ _EVENT = text("""
 """)
 
 _CERTIFICATION = text("""
-    SELECT f.*, c.findings, c.cut, c.score_at_cut, c.tail, c.served, c.run_id IS NOT NULL AS is_certified,
+    SELECT f.*, c.findings, c.cut, c.score_at_cut, c.tail, c.run_id IS NOT NULL AS is_certified,
            r.prompt_version, r.policy, v.ladder
     FROM frozen_order f
     JOIN run r USING (run_id)
@@ -293,7 +306,6 @@ async def read_certification(connection: AsyncConnection, run_id: int) -> Certif
         bytes(row.seed),
         row.order_digest,
         certificate,
-        dict(row.served or {}),
     )
 
 

@@ -452,6 +452,14 @@ async def has_unfinished(ledger: Ledger, run_id: RunId) -> bool:
         return (await connection.execute(query)).first() is not None
 
 
+async def has_ended(ledger: Ledger, run_id: RunId) -> bool:
+    """Whether every shard of the run is done or failed. Those that wait for a certificate will be worked on yet."""
+    shard = tables.shard.c
+    query = select(shard.shard_no).where(shard.run_id == run_id, shard.state.not_in(["done", "failed"])).limit(1)
+    async with ledger.transaction() as connection:
+        return (await connection.execute(query)).first() is None
+
+
 async def find_left(ledger: Ledger, run_id: RunId) -> int:
     """How many documents of the run have not ended, by what its lanes have committed: one row per lane."""
     async with ledger.transaction() as connection:

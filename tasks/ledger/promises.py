@@ -81,6 +81,11 @@ _ORDER = text(f"""
     WHERE k.run_id = :run_id ORDER BY {BY_RANK}
 """)  # noqa: S608 (made of our own constants)
 
+#: Documents with an answer and no place in the order. None comes once it is frozen: what waits then has a place.
+_PILOTED = text("""
+    SELECT count(*) FROM document d LEFT JOIN ranked k USING (run_id, document_no)
+    WHERE d.run_id = :run_id AND d.state IN ('result', 'reused') AND k.rank IS NULL
+""")
 _RANKED = text("SELECT count(*) FROM ranked WHERE run_id = :run_id")
 _SAMPLED = text("SELECT rank FROM ranked WHERE run_id = :run_id AND is_sampled ORDER BY rank")
 _PURGED = text("""
@@ -121,6 +126,9 @@ async def _check_order(connection: AsyncConnection, run_id: int, found: Certific
     ranked = await count_ranked(connection, run_id)
     if ranked != planned.population:
         broken.append(f"{ranked} documents have a place in the order, and it was planned for {planned.population}")
+    piloted = (await connection.execute(_PILOTED, {"run_id": run_id})).scalar_one()
+    if piloted != planned.piloted:
+        broken.append(f"{piloted} documents without a place have an answer, and it was planned for {planned.piloted}")
     due = draw(found.seed, planned.population, planned.size)
     if tuple((await connection.execute(_SAMPLED, {"run_id": run_id})).scalars()) != due:
         broken.append("its sample is not the one that the seed draws")

@@ -440,7 +440,9 @@ def _paid_after_result(e: Evidence) -> Iterator[str]:
         if a.intended_at > own.recorded_at:
             yield f"attempt {_name(a)} was intended after its document had ended"
         paid = first.get(_question(runs[a.run_id], own))
-        if paid is not None and "below" not in runs[a.run_id].policy["escalate"] and paid.tier != a.tier:
+        policy = runs[a.run_id].policy
+        last = policy["ladder"][-1]
+        if paid is not None and "target" in policy["escalate"] and paid.tier != last and a.tier == last:
             paid = None  # accepted elsewhere: here it is one first answer of many, and the lot or the cut decides
         if a.attempt_no == 1 and paid is not None and a.intended_at > paid.recorded_at + COMMIT_SLACK:
             yield f"attempt {_name(a)} asks what {paid.run_id}.{paid.document_no} had answered"
@@ -575,9 +577,14 @@ def no_canary_told(e: Evidence) -> Iterator[str]:
 
 def promise_kept(e: Evidence) -> Iterator[str]:
     """I15: the sample and the cut are what the rule says, and only ranks above the cut keep their first answer."""
+    yield from _without_order(e)
     for order in e.orders:
         places = [place for place in e.places if place.run_id == order.run_id]
         yield from _misplaced(order, places)
+        ranked = {place.document_no for place in places}
+        answered = (d for d in e.documents if d.run_id == order.run_id and d.state in ("result", "reused"))
+        if (piloted := sum(d.document_no not in ranked for d in answered)) != order.piloted:
+            yield f"run {order.run_id}: {piloted} without a place have an answer, not {order.piloted}"
         if order.is_certified:
             yield from _miscut(order, places)
         for place in places:
@@ -592,6 +599,19 @@ def promise_kept(e: Evidence) -> Iterator[str]:
                 yield f"{name} climbed before the order was frozen"
 
 
+def _without_order(e: Evidence) -> Iterator[str]:
+    """First answers that a run with a promise keeps, of documents that no order of it holds."""
+    ordered = {order.run_id for order in e.orders}
+    placed = {(place.run_id, place.document_no) for place in e.places if place.run_id in ordered}
+    lasts = {run.run_id: run.policy["ladder"][-1] for run in e.runs if "target" in run.policy["escalate"]}
+    ended = {(d.run_id, d.document_no): d for d in e.documents}
+    for key, d in ended.items():
+        source = ended.get((d.of_run_id, d.of_document_no)) if d.state == "reused" else d
+        is_kept = d.state in ("result", "reused") and source is not None and source.tier != lasts.get(d.run_id)
+        if d.run_id in lasts and is_kept and key not in placed:
+            yield f"document {d.run_id}.{d.document_no} keeps its first answer, and no order holds it"
+
+
 def _misplaced(order: Row, places: Sequence[Row]) -> Iterator[str]:
     def due(place: Row) -> tuple[bool, float, bytes]:
         tie = hashlib.sha256(bytes(order.salt) + str(place.document_no).encode()).digest()
@@ -601,8 +621,19 @@ def _misplaced(order: Row, places: Sequence[Row]) -> Iterator[str]:
         yield f"run {order.run_id}: its order is not that of its confidences"
     if [place.rank for place in places] != list(range(order.documents - order.piloted)):
         yield f"run {order.run_id}: its ranks are not 0 to {order.documents - order.piloted - 1}"
-    if sum(place.is_sampled for place in places) != order.size:
-        yield f"run {order.run_id}: {order.size} were to be drawn"
+    drawn = [place.rank for place in places if place.is_sampled]
+    if drawn != _drawn(bytes(order.seed), order.documents - order.piloted, order.size):
+        yield f"run {order.run_id}: {order.size} were to be drawn, and others than these {len(drawn)}"
+
+
+def _drawn(seed: bytes, population: int, size: int) -> list[int]:
+    """Floyd's: of each last number in turn, one up to it, or itself where that is taken."""
+    stream, taken = hashlib.shake_256(seed).digest(16 * size), set[int]()
+    for turn in range(size):
+        last = population - size + turn
+        pick = int.from_bytes(stream[16 * turn : 16 * turn + 16], "big") * (last + 1) // 2**128
+        taken.add(last if pick in taken else pick)
+    return sorted(taken)
 
 
 def _miscut(order: Row, places: Sequence[Row]) -> Iterator[str]:

@@ -87,11 +87,17 @@ PLANTED = {
     "UPDATE certified SET cut = cut + 1": "and is cut at",
     "UPDATE frozen_order SET allowance = allowance + 1": "passes",
     "UPDATE held SET confidence = 1 - confidence": "its order is not that of its confidences",
-    "UPDATE ranked SET is_sampled = true": "were to be drawn",
+    """UPDATE ranked k SET is_sampled = NOT is_sampled FROM (
+           SELECT run_id, min(rank) FILTER (WHERE is_sampled) AS one,
+                  min(rank) FILTER (WHERE NOT is_sampled) AS other
+           FROM ranked GROUP BY run_id) x
+       WHERE k.run_id = x.run_id AND k.rank IN (x.one, x.other)""": "were to be drawn",
+    "UPDATE frozen_order SET documents = documents + 100, piloted = piloted + 100": "without a place have",
     "UPDATE frozen_order SET frozen_at = now()": "climbed before the order was frozen",
     "DELETE FROM ranked WHERE rank = 5": "its ranks are not",
     """UPDATE document SET tier = 'flash' WHERE document_no = (
            SELECT document_no FROM ranked WHERE is_sampled AND run_id = document.run_id LIMIT 1)""": "nothing allows",
+    "DELETE FROM frozen_order": "no order holds it",  # the last: without one there is nothing else to say
 }
 
 

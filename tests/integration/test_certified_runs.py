@@ -13,6 +13,7 @@ from pydantic import SecretStr
 
 from schemas.attempts import RunId
 from schemas.documents import Document, Unfit, UnfitDocument
+from schemas.errors import ConfigurationError
 from schemas.pricing import load_price_book
 from tasks import enrichment
 from tasks.bulkhead import Bulkhead
@@ -111,6 +112,10 @@ async def test_what_other_runs_accepted_is_a_first_answer_and_no_proof(world: Wo
     climbed = world.value(f"SELECT count(DISTINCT document_no) FROM attempt WHERE run_id = {run.run_id}")
     assert kept[0][0] + climbed == held
     assert climbed > 0
+    one = f"run_id = {earlier.run_id} AND document_no = (SELECT min(document_no) FROM document WHERE tier = 'flash')"
+    sql(world.database_url, f"UPDATE attempt_outcome SET served_model = 'flash-5' WHERE {one}")
+    void = (await disproved(world, run.run_id))["G18"]
+    assert any("void: flash was served by" in each and "flash-5" in each for each in void), void
 
 
 async def test_each_phase_of_a_large_run_has_postgres_count_what_it_reads(
@@ -175,9 +180,17 @@ async def test_a_document_that_can_be_read_no_more_ends_though_its_first_answer_
     assert await disproved(world, run.run_id) == {}
 
 
+async def test_a_run_with_a_promise_cannot_be_done_by_an_instant(world: World) -> None:
+    with pytest.raises(ConfigurationError, match="--finish-by cannot tell"):
+        await world.open(finish_by="2026-09-28T00:00Z")
+    assert world.value("SELECT count(*) FROM run") == 0
+
+
 TAMPERED = {
     "a rank": ("UPDATE ranked SET rank = rank + 1000 WHERE rank = 3", "its confidence says 3"),
     "the sample": ("UPDATE ranked SET is_sampled = NOT is_sampled WHERE rank < 9", "its sample is not the one that"),
+    "a pilot": ("UPDATE frozen_order SET documents = documents + 100, piloted = piloted + 100",
+                "documents without a place have an answer"),
     "the order": ("UPDATE frozen_order SET order_digest = 'sha256:0'", "was certified"),
     "the cut": ("UPDATE certified SET cut = cut + 1", "the cut is at"),
     "a finding": ("""UPDATE certified SET findings = '{"answer": []}'""", "its disagreements are not those of the"),

@@ -198,7 +198,9 @@ async def test_a_lane_may_record_while_it_is_being_buried(ledger_url: str) -> No
     assert value(ledger_url, "SELECT sum(attempts) FROM lane") == 20
 
 
-async def test_a_shard_is_finished_only_when_every_document_has_a_terminal_row(ledger: Ledger) -> None:
+async def test_a_shard_is_finished_only_when_every_document_has_a_terminal_row(
+    ledger: Ledger, ledger_url: str
+) -> None:
     run = await make_run(ledger)
     hand = await Hand.join(ledger, run)
     lease = (await hand.claim()).lease
@@ -211,6 +213,10 @@ async def test_a_shard_is_finished_only_when_every_document_has_a_terminal_row(l
     assert await leases.has_unfinished(ledger, run.run_id)
     await hand.answer_shard()
     assert not await leases.has_unfinished(ledger, run.run_id)
+    assert await leases.has_ended(ledger, run.run_id)
+    sql(ledger_url, "UPDATE shard SET state = 'held' WHERE shard_no = 0")
+    assert not await leases.has_unfinished(ledger, run.run_id)
+    assert not await leases.has_ended(ledger, run.run_id)  # whoever waits for its lanes waits on
 
 
 async def test_a_failed_shard_dead_letters_what_did_not_end(ledger: Ledger, ledger_url: str) -> None:
