@@ -195,9 +195,8 @@ async def advance(ledger: Ledger, run_id: RunId, job: Job) -> bool | None:
     phase = await _find_phase(ledger, run_id)
     if phase.is_certified:
         return None
-    async with ledger.transaction() as connection:
-        if not await _is_due(connection, run_id, is_frozen=phase.is_frozen):
-            return False
+    if not await is_due_now(ledger, run_id, is_frozen=phase.is_frozen):
+        return False
     with suppress(LedgerUnavailable):  # only what follows would be slower
         await refresh_statistics(ledger, phase.documents)
     begin = certify if phase.is_frozen else freeze
@@ -211,8 +210,7 @@ async def freeze(ledger: Ledger, run_id: RunId, job: Job) -> bool:
     heartbeats go on. It counts if it is about what there still is.
     """
     phase = await _find_phase(ledger, run_id)
-    async with ledger.transaction(rows=phase.documents) as connection:
-        population = await _count_population(connection, run_id)
+    population = await _find_population(ledger, run_id, phase.documents)
     salt, seed = token_bytes(32), token_bytes(32)
     planned, ranks = await asyncio.to_thread(_plan, _promise(job), *population, seed)
     async with ledger.transaction("freeze", rows=phase.documents) as connection:
@@ -241,9 +239,7 @@ async def freeze(ledger: Ledger, run_id: RunId, job: Job) -> bool:
 async def certify(ledger: Ledger, run_id: RunId, job: Job) -> bool:
     """Compute the cut from what the sample came to, and open every shard that waits. False: as in `freeze`."""
     phase = await _find_phase(ledger, run_id)
-    async with ledger.transaction() as connection:
-        found = await read_certification(connection, run_id)
-    assert found is not None
+    found = await _find_certification(ledger, run_id)
     risk = await asyncio.to_thread(lambda: found.planned.risk)
     async with ledger.transaction("certify", rows=phase.documents) as connection:
         if not await _is_due(connection, run_id, is_frozen=True):
@@ -350,6 +346,24 @@ async def _is_due(connection: AsyncConnection, run_id: RunId, *, is_frozen: bool
         return False
     phase = (await connection.execute(_PHASE, {"run_id": run_id})).one()
     return phase.is_frozen is is_frozen and not phase.is_certified and not phase.is_at_work
+
+
+async def is_due_now(ledger: Ledger, run_id: RunId, *, is_frozen: bool) -> bool:
+    """As `_is_due`, asked beforehand: another lane may come between."""
+    async with ledger.transaction() as connection:
+        return await _is_due(connection, run_id, is_frozen=is_frozen)
+
+
+async def _find_population(ledger: Ledger, run_id: RunId, documents: int) -> tuple[int, int]:
+    async with ledger.transaction(rows=documents) as connection:
+        return await _count_population(connection, run_id)
+
+
+async def _find_certification(ledger: Ledger, run_id: RunId) -> Certification:
+    async with ledger.transaction() as connection:
+        found = await read_certification(connection, run_id)
+    assert found is not None
+    return found
 
 
 async def _find_phase(ledger: Ledger, run_id: RunId) -> Row[Any]:
