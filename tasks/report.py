@@ -378,8 +378,7 @@ def section_markdown(part: Section) -> str:
     """A part of a report as markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        lines = ["<br>".join(map(escape_markdown, cell.split("\n"))) for cell in cells]
-        whole = [each.replace(" %", "\u00a0%") for each in lines]  # or a narrow column breaks there
+        whole = [escape_markdown(cell).replace(" %", "\u00a0%") for cell in cells]  # or a narrow column breaks there
         return f"| {' | '.join(whole)} |"
 
     ruler = line(["---"] + ["---:"] * (len(part.columns) - 1))

@@ -107,8 +107,8 @@ BUGS = (
     Bug(
         "unknown attempts cost nothing",
         "tasks/ledger/leases.py",
-        "SELECT i.run_id, i.document_no, i.attempt_no, i.reserved, :because",
-        "SELECT i.run_id, i.document_no, i.attempt_no, 0, :because",
+        "SELECT run_id, document_no, attempt_no, reserved, :because FROM open",
+        "SELECT run_id, document_no, attempt_no, 0, :because FROM open",
         (f"{FAILPOINTS}[send.after]",),
     ),
     Bug(

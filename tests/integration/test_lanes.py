@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.latency import Latency, Pace
 from schemas.errors import ConfigurationError
 from schemas.money import Currency, Money
 from tasks import enrichment
@@ -183,7 +184,13 @@ async def test_three_lost_replies_end_a_document_as_a_dead_letter(world: World) 
     assert world.value("SELECT count(*) FROM attempt WHERE document_no = 7") == 3
 
 
+def take_time(world: World) -> None:
+    """Replies take a second, so that no lane has done everything before another one has come in."""
+    world.server.house.latency = Latency(Pace(1.0, reply_s=1.0), seed=1)
+
+
 async def test_two_lanes_share_a_run_and_no_document_is_answered_twice(world: World) -> None:
+    take_time(world)
     run = await world.open()
     ended = await asyncio.gather(world.work(run, lanes=2), world.work(run, lanes=2))
     settled = await enrichment.settle_run(world.settings, run, list(ended))
@@ -195,8 +202,9 @@ async def test_two_lanes_share_a_run_and_no_document_is_answered_twice(world: Wo
 
 async def test_a_lane_without_work_keeps_no_money_from_one_that_waits_for_it(world: World) -> None:
     """The first to ask gets the whole budget, since it is less than a first grant."""
+    take_time(world)
     run = await world.open(budget="0.02 USD")
-    ended = await asyncio.wait_for(asyncio.gather(world.work(run, lanes=2), world.work(run, lanes=2)), 30)
+    ended = await asyncio.wait_for(asyncio.gather(world.work(run, lanes=2), world.work(run, lanes=2)), 60)
     assert [end.reason for end in ended] == ["done", "done"]
     assert world.value("SELECT count(DISTINCT lane_id) FROM attempt") == 2
     assert_kept(world, run.run_id)
