@@ -90,6 +90,7 @@ class Cage:
 
     root: Path
     ledger_url: str
+    owner_url: str
     endpoint: str
     prefect: Prefect
     output: bytes = field(default=b"", repr=False)
@@ -115,9 +116,9 @@ class Cage:
         return command.returncode
 
     def rows(self, *, with_answers: bool) -> bytes:
-        """The whole ledger as text."""
+        """The whole ledger as text, also what no role of Farthing's may read."""
         found = b""
-        with psycopg.connect(self.ledger_url) as connection:
+        with psycopg.connect(self.owner_url) as connection:
             for table in metadata.sorted_tables:
                 columns = [c.name for c in table.columns if with_answers or c.name not in ("answer", "content")]
                 names = sql.SQL(", ").join(map(sql.Identifier, columns))
@@ -192,7 +193,7 @@ def cage(tmp_path: Path, ledger_url: str, prefect: Prefect) -> Iterator[Cage]:
         at = ledger_url.partition("@")[2]
         options: dict[str, service.Option] = {"answers": tmp_path / "answers.jsonl", "clock": CLOCK, "cache_build": 0}
         with service.running(tmp_path / "provider", time_scale=0, **options) as emulator:
-            yield Cage(tmp_path, f"postgresql://{login}:{PASSWORD}@{at}", emulator.url, prefect)
+            yield Cage(tmp_path, f"postgresql://{login}:{PASSWORD}@{at}", ledger_url, emulator.url, prefect)
         root.execute(sql.SQL("DROP OWNED BY {}; DROP ROLE {}").format(who, who))
 
 
