@@ -1073,6 +1073,10 @@ def audit(
     top: Annotated[
         int, typer.Option("--top", min=0, max=1000, metavar="N", help="Name the N dearest documents.")
     ] = 5,
+    distinct: Annotated[
+        bool,
+        typer.Option("--distinct", help="Count the different documents of several runs, however many there are."),
+    ] = False,
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the lines of --by, or all there are, as CSV.")
     ] = None,
@@ -1097,9 +1101,9 @@ def audit(
         listed = [] if run_id else await spend.list_runs(ledger, job=job)
         if target is None and len({(each.currency, each.is_simulated) for each in listed}) > 1:
             return None, listed  # sums of two currencies, or of real and simulated money, would mean nothing
-        return await spend.audit(ledger, run=run_id, job=job, by=sides, top=top), listed
+        return await spend.audit(ledger, run=run_id, job=job, by=sides, top=top, distinct=distinct), listed
 
-    page = None if html is None else _find_page(run_id, job, sides, top, in_sandbox)
+    page = None if html is None else _find_page(run_id, job, sides, top, distinct, in_sandbox)
     found, listed = _ask(read, in_sandbox) if page is None else (page.audit, page.runs)
     if found is None:
         _tell_unlike_runs(is_refused=bool(sides))
@@ -1143,13 +1147,15 @@ def _export(found: Audit, csv: Path | None, parquet: Path | None) -> None:
             tell(f"{path}: {len(found.lines):,} lines, by {', '.join(found.by)}")
 
 
-def _find_page(run_id: int | None, job: str | None, sides: Sequence[Side], top: int, in_sandbox: bool) -> Page:
+def _find_page(
+    run_id: int | None, job: str | None, sides: Sequence[Side], top: int, distinct: bool, in_sandbox: bool
+) -> Page:
     from schemas.pricing import load_price_book
     from tasks.pages import find_page
 
     book = load_price_book(_settings().prices)
     with _ledger_address(in_sandbox) as url:
-        return wait_for(find_page(url, book, run=run_id, job=job, by=sides, top=top))
+        return wait_for(find_page(url, book, run=run_id, job=job, by=sides, top=top, distinct=distinct))
 
 
 def _write_page(page: Page, path: Path) -> None:

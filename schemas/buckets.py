@@ -19,12 +19,13 @@ CONFIDENCES = 40
 
 #: A chart over time has at most so many bars, and one or two more where it begins and ends within a stride.
 MOST_STRIDES = 90
-_SECONDS, _MINUTES, _HOURS = (1, 2, 5, 10, 15, 30), (1, 2, 5, 10, 15, 30), (1, 2, 3, 6, 12)
+#: Each is a multiple of the one before it, so that what is stored by a short one can be shown by a longer one.
+#: Postgres has the same (migration 0015).
 _STRIDES = (
-    *(timedelta(seconds=each) for each in _SECONDS),
-    *(timedelta(minutes=each) for each in _MINUTES),
-    *(timedelta(hours=each) for each in _HOURS),
-    *(timedelta(days=each) for each in (1, 2, 7, 28, 91, 364)),
+    *(timedelta(seconds=each) for each in (1, 5, 15, 30)),
+    *(timedelta(minutes=each) for each in (1, 5, 15, 30)),
+    *(timedelta(hours=each) for each in (1, 3, 6, 12)),
+    *(timedelta(days=each) for each in (1, 7, 28, 364)),
 )
 #: A Monday, from which strides are counted: hours begin on the hour, days at midnight UTC, weeks on Mondays.
 ORIGIN = datetime(2001, 1, 1, tzinfo=UTC)

@@ -419,4 +419,6 @@ run_sums = Table(
     _instant("summed_at", default=True),
     Column("slowest", JSONB),
     Column("waits", JSONB),
+    Column("over_time", JSONB),
+    Column("confidences", JSONB),
 )

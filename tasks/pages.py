@@ -95,6 +95,7 @@ async def find_page(
     job: str | None = None,
     by: Sequence[Side] = (),
     top: int = spend.DEAREST,
+    distinct: bool = False,
     answer_within_s: float | None = None,
 ) -> Page:
     """An audit and how its spend lies, from one snapshot; of a run with a proof. Raises as `spend.audit`."""
@@ -103,7 +104,7 @@ async def find_page(
     async with opened(url, Role.AUDITOR, pool_size=1, answer_within_s=answer_within_s) as ledger:
         async with ledger.transaction() as connection:
             await connection.execute(spend.SNAPSHOT)
-            audit = await spend.read_audit(connection, run=run, job=job, by=by, top=top)
+            audit = await spend.read_audit(connection, run=run, job=job, by=by, top=top, distinct=distinct)
             shape = await read_shape(connection, audit.runs)
         listed = () if run is not None else tuple(await spend.list_runs(ledger, job))
     return Page(audit, shape, listed, await _prove(url, audit, book, answer_within_s), datetime.now(UTC))

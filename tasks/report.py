@@ -506,7 +506,10 @@ def _documents(audit: Audit) -> str:
     """How many there are; where several runs had the same ones, how many ended in any."""
     if len(audit.runs) < 2:
         return f"{audit.documents:,}"
-    return f"{audit.documents:,} in {len(audit.runs)} runs ({audit.distinct_documents:,} different ones ended)"
+    in_runs = f"{audit.documents:,} in {len(audit.runs)} runs"
+    if audit.distinct_documents is None:
+        return f"{in_runs}; --distinct counts the different ones"
+    return f"{in_runs} ({audit.distinct_documents:,} different ones ended)"
 
 
 def tiers(audit: Audit) -> Section:

@@ -325,11 +325,14 @@ CLAIMS: Mapping[str, Claim] = {
             """
             WITH counted AS MATERIALIZED (
                 SELECT s.*, CASE WHEN z.slowest IS NOT NULL THEN w.slowest END AS slowest,
-                       CASE WHEN z.waits IS NOT NULL THEN w.waits END AS waits
+                       CASE WHEN z.waits IS NOT NULL THEN w.waits END AS waits,
+                       CASE WHEN z.over_time IS NOT NULL THEN h.over_time END AS over_time,
+                       CASE WHEN z.confidences IS NOT NULL THEN h.confidences END AS confidences
                 FROM run_sums_by_rows s
                 JOIN run_waits_by_rows w USING (run_id)
+                JOIN run_shapes_by_rows h USING (run_id)
                 JOIN summed z USING (run_id)
-                WHERE s.run_id = :run_id AND w.run_id = :run_id AND z.run_id = :run_id)
+                WHERE s.run_id = :run_id AND w.run_id = :run_id AND h.run_id = :run_id AND z.run_id = :run_id)
             SELECT format('run_sums %s: %s is %s; the rows say %s', run_id, key, left(stored.value::text, 200),
                           left(to_jsonb(counted) ->> key, 200))
             FROM summed JOIN counted USING (run_id), jsonb_each(to_jsonb(summed)) stored

@@ -1,6 +1,6 @@
 """Shapes: how a spend lies over time, over documents and over confidence, counted by Postgres into fixed buckets.
 
-Only the report page asks. Costs are stored sums where a run is done; each other is one pass over the runs' rows. What
+Only the report page asks. Of a run that is done these are stored; of any other each is one pass over its rows. What
 comes back is a few hundred numbers, however many rows there are. They add up to what the audit of that snapshot says.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import CursorResult, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from schemas.buckets import CONFIDENCES, COST_EDGES, ORIGIN, pick_stride
+from schemas.buckets import COST_EDGES, ORIGIN, pick_stride
 from tasks.ledger.breakdowns import hashed
 
 
@@ -63,17 +63,16 @@ class Shape:
 
 
 _SPAN = text("""
-    SELECT min(o.opened_at) AS first, max(greatest(o.opened_at, l.heartbeat_at, l.ended_at)) AS last,
-           CASE WHEN count(DISTINCT o.escalates_below) = 1 THEN min(o.escalates_below) END AS threshold
-    FROM run_overview o LEFT JOIN lane_progress l USING (run_id) WHERE o.run_id = ANY(:runs)
+    SELECT min(first) AS first, max(last) AS last,
+           CASE WHEN count(DISTINCT escalates_below) = 1 THEN min(escalates_below) END AS threshold
+    FROM run_span JOIN run_overview USING (run_id) WHERE run_id = ANY(:runs)
 """)
 
-#: A lane that was killed may have begun something after its last heartbeat.
 _SLICES = text("""
-    SELECT date_bin(CAST(:stride AS interval), greatest(least(intended_at, :last), :first), :origin) AS begins, tier,
-           count(*) AS attempts, coalesce(sum(cost_pico), 0) AS cost_pico, sum(unknown_pico) AS unknown_pico,
-           coalesce(sum(hit), 0) AS hit_tokens, coalesce(sum(miss), 0) AS miss_tokens
-    FROM attempt WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
+    SELECT date_bin(CAST(:stride AS interval), begins, :origin) AS begins, tier,
+           CAST(sum(attempts) AS bigint) AS attempts, sum(cost_pico) AS cost_pico, sum(unknown_pico) AS unknown_pico,
+           sum(hit_tokens) AS hit_tokens, sum(miss_tokens) AS miss_tokens
+    FROM spend_over_time WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
 """)
 
 #: No edge has more than three digits, and so many of each cost are known there.
@@ -83,10 +82,8 @@ _COSTS = text("""
 """)
 
 _CONFIDENCES = text("""
-    SELECT tier, least(greatest(width_bucket(confidence, 0, 1, :parts), 1), :parts) - 1 AS part, count(*) AS answers,
-           count(*) FILTER (WHERE confidence < o.escalates_below) AS unsure
-    FROM answer_confidence JOIN attempt USING (run_id, document_no, attempt_no) JOIN run_overview o USING (run_id)
-    WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
+    SELECT tier, part, CAST(sum(answers) AS bigint) AS answers, CAST(sum(unsure) AS bigint) AS unsure
+    FROM confidence_spread WHERE run_id = ANY(:runs) GROUP BY 1, 2 ORDER BY 1, 2
 """)
 
 
@@ -111,11 +108,10 @@ async def read_shape(connection: AsyncConnection, runs: Sequence[int]) -> Shape 
         return None
     span = (await _ask(connection, _SPAN, runs)).one()
     stride = pick_stride(span.first, span.last)
-    time = {"stride": stride, "first": span.first, "last": span.last, "origin": ORIGIN}
     async with hashed(connection):
-        slices = (await _ask(connection, _SLICES, runs, **time)).mappings()
+        slices = (await _ask(connection, _SLICES, runs, stride=stride, origin=ORIGIN)).mappings()
         costs = await _ask(connection, _COSTS, runs, edges=list(COST_EDGES))
-        confidences = (await _ask(connection, _CONFIDENCES, runs, parts=CONFIDENCES)).mappings()
+        confidences = (await _ask(connection, _CONFIDENCES, runs)).mappings()
     return Shape(
         first=span.first,
         last=span.last,

@@ -14,7 +14,7 @@ from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from sqlalchemy import CursorResult, RowMapping, text
+from sqlalchemy import CursorResult, RowMapping, TextClause, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from schemas.announcements import RunEvent
@@ -38,6 +38,10 @@ Row = TypeVar("Row")
 
 #: Events that a progress view shows, the newest first.
 RECENT_EVENTS = 10
+#: Different documents of several runs are counted by their ids, a second or two for each million. Up to so many ended
+#: ones are counted unasked.
+COUNTED_UNASKED = 100_000
+
 #: Of the dearest and the slowest documents an audit names so many, where nobody asks for more.
 DEAREST = 5
 
@@ -179,6 +183,7 @@ class Audit:
     """The spend of a run, of a job's runs, or of the whole ledger.
 
     `documents` is a sum over runs. `distinct_documents` is how many ended: over several runs, each id counts once.
+    It is None where these are too many to count them unasked.
 
     `run`, `job`, `state` and the like are filled in where the scope has exactly one. `results` counts reused ones
     too, so results + dead_letters + duplicates == documents once every run of the scope is done. Total cost is in
@@ -226,7 +231,7 @@ class Audit:
     accuracy: tuple[Accuracy, ...]
     waste: tuple[Waste, ...]
     dead_letters_by_reason: dict[str, int]
-    distinct_documents: int
+    distinct_documents: int | None
     expected_hit_tokens: int
     real_hit_tokens: int
     lost_whole_pico: int
@@ -259,7 +264,8 @@ class Audit:
 
     @property
     def pico_per_1000_documents(self) -> int | None:
-        """Known cost of a thousand documents that ended, rounded to the nearest pico unit. None before the first.
+        """Known cost of a thousand documents that ended, rounded to the nearest pico unit. None before the first,
+        and where nobody counted them.
 
         Several runs of the same documents cost what they cost together, over documents that are still the same.
         """
@@ -594,21 +600,28 @@ _ALL_EVENTS = text("""
 
 
 async def audit(
-    ledger: Ledger, *, run: int | None = None, job: str | None = None, by: Sequence[Side] = (), top: int = DEAREST
+    ledger: Ledger,
+    *,
+    run: int | None = None,
+    job: str | None = None,
+    by: Sequence[Side] = (),
+    top: int = DEAREST,
+    distinct: bool = False,
 ) -> Audit:
     """What a run, a job's runs, or (neither given) the whole ledger cost, from one snapshot of the rows.
 
     `by` asks for the spend split by these sides, too, and `top` for so many of the dearest and of the slowest
-    documents. Raises ConfigurationError where there is no such run or job, and where the scope mixes currencies or
-    simulated with real money: sums of those would mean nothing.
+    documents. `distinct` has documents of several runs counted by their ids however many there are. Raises
+    ConfigurationError where there is no such run or job, and where the scope mixes currencies or simulated with real
+    money: sums of those would mean nothing.
     """
     async with ledger.transaction() as connection:
         await connection.execute(SNAPSHOT)
-        return await read_audit(connection, run=run, job=job, by=by, top=top)
+        return await read_audit(connection, run=run, job=job, by=by, top=top, distinct=distinct)
 
 
 async def read_audit(
-    connection: AsyncConnection, *, run: int | None, job: str | None, by: Sequence[Side], top: int
+    connection: AsyncConnection, *, run: int | None, job: str | None, by: Sequence[Side], top: int, distinct: bool
 ) -> Audit:
     """The same inside of a transaction that reads more from its SNAPSHOT."""
     scope = (await connection.execute(_SCOPE, {"run": run, "job": job})).all()
@@ -629,7 +642,7 @@ async def read_audit(
         **await _read_totals(connection, runs),
         **spent,
         certificates=await _read_rows(connection, _CERTIFICATES, CertifiedRun, {"runs": runs}),
-        distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}),
+        distinct_documents=await _count_distinct(connection, {row.run_id: row.job for row in scope}, distinct),
         balances=await read_paid(connection, runs),
         slowest=await read_slowest(connection, runs, top),
     )
@@ -803,14 +816,22 @@ async def _read_spend(connection: AsyncConnection, runs: list[int]) -> dict[str,
     }
 
 
-async def _count_distinct(connection: AsyncConnection, jobs: Mapping[int, str]) -> int:
+async def _count_distinct(connection: AsyncConnection, jobs: Mapping[int, str], distinct: bool) -> int | None:
     """Documents that ended in these runs. One of several runs of a job counts once: only their ids tell."""
     runs_of = Counter(jobs.values())
     alone = [run for run, job in jobs.items() if runs_of[job] == 1]
     together = [run for run, job in jobs.items() if runs_of[job] > 1]
-    once = (await connection.execute(_ONCE, {"runs": alone, "is_one": len(jobs) == 1})).scalar_one()
-    distinct = (await connection.execute(_DISTINCT, {"runs": together})).scalar_one() if together else 0
-    return int(once) + int(distinct)
+    once = await _count(connection, _ONCE, runs=alone, is_one=len(jobs) == 1)
+    if not together:
+        return once
+    most = await _count(connection, _ONCE, runs=together, is_one=False)
+    if most > COUNTED_UNASKED and not distinct:
+        return None
+    return once + await _count(connection, _DISTINCT, runs=together)
+
+
+async def _count(connection: AsyncConnection, query: TextClause, **key: Any) -> int:
+    return int((await connection.execute(query, key)).scalar_one())
 
 
 def _total(cells: Sequence[Cell]) -> dict[str, Any]:

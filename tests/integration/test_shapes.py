@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from datetime import timedelta
 from decimal import Decimal
+from itertools import pairwise
 
 from pydantic import SecretStr
 
-from schemas.buckets import COST_EDGES
+from schemas.buckets import COST_EDGES, pick_stride
 from schemas.records import Record
 from tasks.ledger import runs
 from tasks.ledger.breakdowns import SlowDocument
@@ -21,7 +22,9 @@ async def read(url: str, **scope: int | str) -> tuple[Audit, Shape]:
     """As an auditor, who reads nothing but views."""
     async with opened(SecretStr(url), Role.AUDITOR) as ledger, ledger.transaction() as connection:
         await connection.execute(SNAPSHOT)
-        found = await read_audit(connection, **{"run": None, "job": None, "by": (), "top": 5} | scope)
+        found = await read_audit(
+            connection, **{"run": None, "job": None, "by": (), "top": 5, "distinct": False} | scope
+        )
         shape = await read_shape(connection, found.runs)
         assert shape is not None
         return found, shape
@@ -61,6 +64,7 @@ async def test_answers_are_counted_by_how_sure_they_were_and_against_the_thresho
     await run_everything(ledger)
     sql(ledger_url, "UPDATE document SET confidence = 1 WHERE document_no = 2")
     sql(ledger_url, "UPDATE document SET confidence = 0.85 WHERE document_no = 4")  # as sure as it must be
+    sql(ledger_url, "DELETE FROM run_sums")
     _, shape = await read(ledger_url, run=1)
     assert shape.threshold == Decimal("0.85")
     assert shape.confidences == (
@@ -89,11 +93,35 @@ async def test_the_slowest_documents_waited_longest_for_replies_over_all_attempt
     assert (await read(ledger_url, run=1))[0].slowest == ()
 
 
+async def test_postgres_cuts_the_time_of_a_run_as_the_page_does_and_shorter_strides_make_up_longer_ones(
+    ledger: Ledger, ledger_url: str
+) -> None:
+    await runs.open_run(ledger, opening())
+    strides = set()
+    for days in (Decimal(10) ** power * digit for power in range(-5, 4) for digit in range(1, 10)):
+        sql(ledger_url, f"UPDATE run SET finished_at = opened_at + interval '{days} days'")
+        [(first, last, stride)] = sql(ledger_url, "SELECT first, last, stride FROM run_span")
+        assert stride == pick_stride(first, last)
+        strides.add(stride)
+    ordered = sorted(strides)
+    assert len(ordered) > 10
+    assert all(longer % shorter == timedelta() for shorter, longer in pairwise(ordered))
+
+
+async def test_sums_are_the_same_in_any_time_zone(ledger: Ledger, ledger_url: str) -> None:
+    await run_everything(ledger)
+    [(stored,)] = sql(ledger_url, "SELECT over_time FROM run_sums")
+    sql(ledger_url, "DELETE FROM run_sums")
+    sql(ledger_url, "SET TIME ZONE 'Asia/Shanghai'; SELECT sum_up(1)")
+    assert sql(ledger_url, "SELECT over_time FROM run_sums") == [(stored,)]
+
+
 async def test_a_run_of_weeks_has_few_slices_and_nothing_falls_out_of_them(ledger: Ledger, ledger_url: str) -> None:
     await run_everything(ledger)
     sql(ledger_url, "UPDATE run SET opened_at = opened_at - interval '20 days'")
     sql(ledger_url, "UPDATE attempt_intent SET intended_at = intended_at - interval '30 days' WHERE document_no = 0")
     sql(ledger_url, "UPDATE attempt_intent SET intended_at = intended_at + interval '9 days' WHERE document_no = 1")
+    sql(ledger_url, "DELETE FROM run_sums")
     found, shape = await read(ledger_url, run=1)
     assert shape.stride == timedelta(hours=6)
     assert sum(each.attempts for each in shape.slices) == found.attempts

@@ -193,7 +193,7 @@ async def test_an_export_adds_up_to_the_audit_and_holds_no_formula(
 
 
 async def test_a_job_is_the_sum_of_its_runs_and_the_ledger_the_sum_of_its_jobs(
-    ledger: Ledger, ledger_url: str
+    ledger: Ledger, ledger_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await run_everything(ledger)
     hand = await Hand.join(ledger, await runs.open_run(ledger, opening(selection={"second": True})))
@@ -207,6 +207,11 @@ async def test_a_job_is_the_sum_of_its_runs_and_the_ledger_the_sum_of_its_jobs(
     assert (job.documents, job.results, job.reused, job.cost_pico) == (12, 5, 1, 5 * COST + PRO_COST)
     assert job.distinct_documents == 5  # that of the second run is one of the first, and so is the duplicate
     assert job.pico_per_1000_documents == round(1000 * job.cost_pico / 5)
+    monkeypatch.setattr(spend, "COUNTED_UNASKED", 5)  # six ended, one of them in both runs
+    uncounted = await audit(ledger_url, job="colours")
+    assert uncounted == replace(job, distinct_documents=None)
+    assert uncounted.pico_per_1000_documents is None
+    assert await audit(ledger_url, job="colours", distinct=True) == job
     everything = await audit(ledger_url)
     assert (everything.run, everything.job, everything.runs) == (None, None, (1, 2, 3))
     assert (everything.documents, everything.cost_pico) == (18, job.cost_pico)

@@ -16,7 +16,7 @@ from tasks import enrichment
 from tasks.ledger import leases, runs, spend
 from tasks.ledger.breakdowns import STORED_DEAREST
 from tasks.ledger.connection import Ledger, Role, opened
-from tasks.ledger.shapes import read_shape
+from tasks.ledger.shapes import Shape, read_shape
 from tests.ledgers import COST, RESERVED, Hand, opening, run_everything, sql, value
 
 #: Rows as nobody would make them: any tier, purpose, signal, price and cost with any other, known, lost or open.
@@ -69,6 +69,12 @@ async def audit(url: str, **scope: Any) -> dict[str, Any]:
         return (await spend.audit(ledger, by=tuple(Side), **scope)).to_json()
 
 
+async def shape(url: str, found: dict[str, Any]) -> Shape | None:
+    """How the spend of an audit's runs lies, as an auditor."""
+    async with opened(SecretStr(url), Role.AUDITOR) as auditor, auditor.transaction() as connection:
+        return await read_shape(connection, found["runs"])
+
+
 async def run_anything(ledger: Ledger, url: str, seed: float, documents: int) -> RunId:
     """A run that is done, whose rows chance made."""
     run = await runs.open_run(ledger, opening(selection={"seed": str(seed)}))
@@ -87,12 +93,17 @@ async def test_an_audit_from_sums_is_the_audit_from_rows(ledger: Ledger, ledger_
     scopes = [{"run": run} for run in seeds] + [{"job": "colours"}, {}]
     wanted = [scope | {"top": top} for scope in scopes for top in (7, STORED_DEAREST + 20)]
     stored = [await audit(ledger_url, **scope) for scope in wanted]
+    shapes = [await shape(ledger_url, each) for each in stored]
     assert value(ledger_url, "SELECT count(*) FROM summed") == len(seeds)
     assert value(ledger_url, "SELECT max(jsonb_array_length(dearest)) FROM run_sums") == STORED_DEAREST
     assert all(stored[4][name] for name in ("attempts", "unknown_pico", "escalations", "accuracy", "waste"))
+    assert shapes[4] is not None
+    assert shapes[4].slices
+    assert shapes[4].confidences
     for gone in (1, len(seeds)):
         sql(ledger_url, f"DELETE FROM run_sums WHERE run_id <= {gone}")
         assert [await audit(ledger_url, **scope) for scope in wanted] == stored
+        assert [await shape(ledger_url, each) for each in stored] == shapes
 
 
 #: Where chance begins, and the number of documents: fewer than are named as the dearest, and more.
@@ -101,8 +112,16 @@ SIZES = ((0.1, 1), (0.2, 30), (0.3, 90))
 
 async def test_sums_are_read_in_place_of_rows(ledger: Ledger, ledger_url: str) -> None:
     run = await run_everything(ledger)
-    sql(ledger_url, "UPDATE run_sums SET spend = '[]'")
-    assert (await audit(ledger_url, run=run.run_id))["attempts"] == 0
+    sql(ledger_url, "UPDATE run_sums SET spend = '[]', over_time = '[]', confidences = '[]'")
+    found = await audit(ledger_url, run=run.run_id)
+    assert found["attempts"] == 0
+    lies = await shape(ledger_url, found)
+    assert lies is not None
+    assert (lies.slices, lies.confidences) == ((), ())
+    sql(ledger_url, "UPDATE run_sums SET over_time = NULL, confidences = NULL")  # summed before shapes were
+    lies = await shape(ledger_url, found)
+    assert lies is not None
+    assert (len(lies.slices) > 0, len(lies.confidences) > 0) == (True, True)
 
 
 async def leave_in_flight(ledger: Ledger) -> Hand:
@@ -164,9 +183,7 @@ async def test_a_run_that_postgres_has_not_counted_is_audited_without_comparing_
     run = await run_anything(ledger, ledger_url, 0.4, 6000)
     sql(ledger_url, "DELETE FROM run_sums WHERE run_id = 2")
     async with asyncio.timeout(20):  # a second; pair by pair, minutes
-        await audit(ledger_url, run=run)
-        async with opened(SecretStr(ledger_url), Role.AUDITOR) as auditor, auditor.transaction() as connection:
-            assert await read_shape(connection, [run])
+        assert await shape(ledger_url, await audit(ledger_url, run=run))
 
 
 async def test_a_run_that_is_not_done_is_not_summed(ledger: Ledger, ledger_url: str) -> None:
