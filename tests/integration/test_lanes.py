@@ -176,12 +176,18 @@ async def test_a_request_that_hangs_is_unknown_and_then_tried_again(world: World
     assert_kept(world, run.run_id)
 
 
-async def test_three_lost_replies_end_a_document_as_a_dead_letter(world: World) -> None:
+async def test_three_lost_replies_end_a_document_as_a_dead_letter_which_the_next_run_asks_again(world: World) -> None:
     world.plan_mishaps({"kind": "reset_after", "every": 1, "match": "1.7."})
     run, _ = await world.run()
     assert run.state == "done"
     assert world.sql("SELECT document_no, reason FROM dead_letter") == [(7, "lost")]
     assert world.value("SELECT count(*) FROM attempt WHERE document_no = 7") == 3
+    world.plan_mishaps()
+    again, _ = await world.run()
+    attempts = f"SELECT DISTINCT document_no FROM attempt WHERE run_id = {again.run_id}"
+    assert world.sql(attempts) == [(7,)]
+    ended = f"SELECT state, count(*) FROM document WHERE run_id = {again.run_id} GROUP BY state ORDER BY state"
+    assert world.sql(ended) == [("result", 1), ("reused", 59)]
 
 
 def take_time(world: World) -> None:
