@@ -701,10 +701,16 @@ async def _check(request: RunRequest, job: Job, settings: Settings) -> list[tupl
     from tasks.bulkhead import Bulkhead
     from tasks.ledger import spend
     from tasks.ledger.leases import USUAL_TIMES
+    from tasks.report import calendar_warning
 
     engines.require(request.engine(settings))
     now = _now(settings, in_sandbox=settings.sandbox)
-    enrichment.check_prices(job, load_price_book(settings.prices), request.cap(job).currency, now, request.hours(job))
+    book, currency = load_price_book(settings.prices), request.cap(job).currency
+    enrichment.check_prices(job, book, currency, now, request.hours(job))
+    if not settings.sandbox and (
+        warning := calendar_warning(book, [(tier.model, currency) for tier in job.ladder], now)
+    ):
+        tell(warning)
     async with (
         enrichment.completions_for(job, settings) as completions,
         enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s, pool_size=1) as ledger,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cache
@@ -254,6 +254,17 @@ class PriceBook:
     def next_change(self, model: str, currency: Currency, instant: datetime) -> datetime | None:
         """When, after `instant`, the price next changes or stops being known; None if no change is foreseen."""
         return self._card(model, currency).next_change(_utc(instant))
+
+    def known_until(self, model: str, currency: Currency, instant: datetime, within: timedelta) -> datetime | None:
+        """From when on the price is not known any more, if that is less than `within` after `instant`; else None."""
+        change = self.next_change(model, currency, instant)
+        while change is not None and change < instant + within:
+            try:
+                self.at(model, currency, change)
+            except UnknownPrice:
+                return change
+            change = self.next_change(model, currency, change)
+        return None
 
     def _card(self, model: str, currency: Currency) -> _Card:
         name = self.canonical(model)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import ceil
 from typing import TYPE_CHECKING, Any, Self
 
@@ -132,7 +132,23 @@ def _price_notes(prices: Sequence[Price], book: PriceBook, at: datetime) -> str 
         until = f"until {end:%H:%M}" if end.date() == start.date() else f"until {_instant(end)}"
         begin = "peak hours now" if start <= at else f"next peak hours {_instant(start)}"
         notes.insert(0, f"{begin} {until} UTC")
+    notes += filter(None, [calendar_warning(book, [(price.model, price.currency) for price in prices], at)])
     return "\n".join(notes) or None
+
+
+#: A year's Chinese holidays are published in the November before it.
+WARNED_BEFORE = timedelta(days=60)
+
+
+def calendar_warning(book: PriceBook, cards: Iterable[tuple[str, Currency]], at: datetime) -> str | None:
+    """From when on nothing has a price, if that is soon, and what to do before."""
+    ends = [end for card in set(cards) if (end := book.known_until(*card, at, WARNED_BEFORE)) is not None]
+    if not ends:
+        return None
+    return (
+        f"no price is known from {_instant(min(ends))} UTC, when the holiday calendar ends: runs will be refused. "
+        "Before that `pip install --upgrade chinesecalendar`, or write a [[calendar]] (README: Prices)"
+    )
 
 
 def find_peak(book: PriceBook, price: Price, at: datetime) -> tuple[datetime, datetime] | None:

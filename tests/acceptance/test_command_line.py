@@ -15,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,8 @@ def test_prices_are_shown_per_million_tokens_with_the_next_peak(farthing: Termin
     left = farthing("prices", "--at", "2026-11-25T05:00:00Z", "--currency", "usd")
     assert "$0.150" in left.stdout
     assert "next peak hours Wed 2026-11-25 06:00 until 10:00 UTC" in left.stdout
+    assert "no price is known from Thu 2026-12-31 16:00 UTC" in left.stdout
+    assert "no price is known" not in farthing("prices", "--at", "2026-09-25T05:00:00Z").stdout
     assert "claude" not in left.stdout
 
 
@@ -416,6 +418,16 @@ def test_a_model_without_a_price_is_refused(farthing: Terminal, tickets: Path) -
     assert left.exit_code == 2
     assert "no price for model 'deepseek-v9'" in left.stderr
     assert f"job.yaml:{text.partition('tiers:')[0].count(chr(10)) + 1}: pro: " in left.stderr
+
+
+def test_a_real_run_says_when_the_holiday_calendar_will_have_ended(
+    farthing: Terminal, tickets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.report.WARNED_BEFORE", timedelta(days=500))
+    at = {"FARTHING_DATABASE_URL": "postgresql://u@127.0.0.1:1/x", "DEEPSEEK_API_KEY": SECRET}
+    left = farthing("run", "tickets", **at)
+    assert "cannot be reached" in left.stderr
+    assert "write a [[calendar]]" in left.stderr
 
 
 def test_a_missing_column_is_refused(farthing: Terminal, tickets: Path) -> None:

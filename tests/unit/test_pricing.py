@@ -240,6 +240,14 @@ def test_a_calendar_of_ones_own_goes_on_where_the_package_s_ends(tmp_path: Path)
         book.at(FLASH, USD, utc("2027-12-31T16:00"))
 
 
+def test_the_end_of_the_calendar_is_foreseen(book: PriceBook) -> None:
+    end, soon = utc("2026-12-31T16:00"), timedelta(days=60)
+    assert book.known_until(FLASH, USD, end - soon, soon) is None
+    assert book.known_until(FLASH, USD, end - soon + SECOND, soon) == end
+    assert book.known_until(FLASH, USD, end - SECOND, soon) == end
+    assert book.known_until("self-hosted-flash-2xh100", USD, end, soon) is None
+
+
 def test_a_calendar_of_ones_own_is_believed_before_the_package_s(tmp_path: Path) -> None:
     """The State Council has changed a year's holidays in mid-year before, as in 2020."""
     (tmp_path / "mine.toml").write_text(NEXT_YEAR.replace("2027", "2026"), "utf-8")
