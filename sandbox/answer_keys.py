@@ -93,8 +93,8 @@ def obligations_line(licence: Licence) -> Json:
     A quote that does not occur in the text, a category that is not the expert's (valid, but wrong), and a field
     that is missing.
     """
-    answer = _obligations_answer(licence)
     quotes = find_obligations(licence.text)
+    answer = _obligations_answer(licence, quotes)
     ungrounded = answer | {"obligations": [_misquote(licence.text, quotes), *quotes[1:]]}
     mistaken = answer | {"category": _CONFUSABLE[licence.category][1][0]}
     incomplete = {field: value for field, value in answer.items() if field != "category"}
@@ -118,13 +118,13 @@ def find_obligations(text: str) -> list[dict[str, str]]:
     return found
 
 
-def _obligations_answer(licence: Licence) -> Json:
+def _obligations_answer(licence: Licence, quotes: list[dict[str, str]]) -> Json:
     return {
         "name": licence.name,
         "owner": licence.owner,
         "spdx_key": licence.spdx,
         "category": licence.category,
-        "obligations": find_obligations(licence.text),
+        "obligations": quotes,
     }
 
 

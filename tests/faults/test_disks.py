@@ -110,7 +110,6 @@ def refusing(postgres: Server, template: str, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("befall", [work_until_full, pytest.param(stop_while_full, marks=pytest.mark.long)])
-@pytest.mark.xdist_group("disks")  # its stage takes longer to set up than it takes
 def test_what_postgres_says_of_a_full_disk_makes_a_run_wait_and_loses_nothing(
     befall: Callable[..., None], refusing: Stage, tally: Tally
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import time
@@ -38,30 +37,28 @@ from tasks.lanes import LANE_DIED, Ended
 from tasks.ledger import leases, runs, spend
 from tasks.ledger.backfills import Wanted, change_backfill, find_backfill, open_backfill
 from tasks.ledger.connection import Ledger
-from tasks.ledger.leases import LeaseTimes
 from tasks.ledger.proof import prove
 from tasks.ledger.runs import Run
 from tasks.partitions import Elsewhere
 from tasks.steps import ignore_interrupts
+from tests import partition_worker
 from tests.faults.checker import Beside, check
-from tests.forked_readers import forked_readers
+from tests.faults.stage import CONTEXT
 from tests.ledgers import CAP, JOB, opening, sql
+from tests.partition_worker import TIMES
 from tests.world import World, make_world
 
 DAYS = [f"2026-01-0{number}" for number in range(1, 7)]
 DOCUMENTS = 20
 #: Requests in flight at each tier, as the job says.
 CEILING = 6
-TIMES = LeaseTimes(beat_every_s=0.1, grace_s=0.5)
 NOW = datetime(2026, 9, 26, 0, 10, tzinfo=UTC)
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.integration.test_backfills"])
 Capture = pytest.CaptureFixture[str]
 #: Every answer is taken as it comes, so that a document is one attempt.
 SURE = ("below: 0.6", "below: 0")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def warm() -> None:
     """The server that workers are forked from takes seconds to come up, in which no event loop should wait for it."""
     first = CONTEXT.Process(target=ignore_interrupts)
@@ -104,12 +101,6 @@ def write_day(world: World, day: str, changed: int = 0, documents: int = DOCUMEN
     pq.write_table(pa.table({"id": [f"{day}-{n}" for n in range(documents)], "text": texts}), folder / "a.parquet")
 
 
-def do(request: RunRequest, settings: Settings) -> PartitionEnded:
-    """A partition's run in a worker's process."""
-    with forked_readers():
-        return asyncio.run(backfills.work_partition(request, settings, TIMES))
-
-
 @dataclass
 class Worker:
     """A process as a backfill wants one."""
@@ -119,7 +110,7 @@ class Worker:
 
     async def work(self, request: RunRequest) -> PartitionEnded:
         try:
-            return await asyncio.wrap_future(self.pool.submit(do, request, self.settings))
+            return await asyncio.wrap_future(self.pool.submit(partition_worker.work, request, self.settings))
         except BrokenProcessPool:
             raise WorkerDied from None
 
@@ -316,6 +307,7 @@ async def test_what_another_run_works_on_is_left_to_it(world: World) -> None:
     assert (await plan(world)).due != ()
 
 
+@pytest.mark.usefixtures("warm")
 @pytest.mark.parametrize(
     ("partitions", "documents", "reply_s", "most"),
     [(6, DOCUMENTS, 0.2, None), pytest.param(30, 3 * DOCUMENTS, 1.0, 1.15, marks=pytest.mark.long)],
@@ -369,6 +361,7 @@ async def test_the_last_partition_has_the_whole_ceiling_for_itself(world: World)
     assert world.server.house.account.peak[FLASH] == CEILING
 
 
+@pytest.mark.usefixtures("warm")
 async def test_an_interrupted_backfill_pauses_its_runs_and_the_same_request_goes_on_with_what_is_left(
     world: World,
 ) -> None:

@@ -32,17 +32,20 @@ from tests.integration.test_samples import NOW, tell
 from tests.ledgers import sql
 from tests.world import World, make_world
 
+DOCUMENTS = 150
 USUAL = Promise.parse("0.95", "0.05")
 
 
 @pytest.fixture
 async def world(tmp_path: Path, ledger_url: str) -> AsyncIterator[World]:
-    """300 documents, of which every third has a label; a pilot's tiers are the ends of a ladder of three."""
+    """Documents of which every third has a label; a pilot's tiers are the ends of a ladder of three."""
     async with make_world(tmp_path, ledger_url) as made:
         columns = {
-            "id": [f"d{number}" for number in range(300)],
-            "text": [f"document {number} is about a colour {'and more ' * (number % 7)}" for number in range(300)],
-            "label": ["red" if number % 3 == 0 else None for number in range(300)],
+            "id": [f"d{number}" for number in range(DOCUMENTS)],
+            "text": [
+                f"document {number} is about a colour {'and more ' * (number % 7)}" for number in range(DOCUMENTS)
+            ],
+            "label": ["red" if number % 3 == 0 else None for number in range(DOCUMENTS)],
         }
         pq.write_table(pa.table(columns), tmp_path / "documents.parquet", row_group_size=50)
         file = tmp_path / "jobs/colours/job.yaml"
@@ -96,7 +99,7 @@ async def test_a_pilot_asks_both_ends_of_the_ladder_and_says_what_its_rows_say(w
             WHERE a.document_no = i.document_no AND f.tier = 'flash' AND coalesce(a.confidence >= 0.9, false))
     """)[0][0]
     assert 0 < sum(each.documents for each in past.groups if each.rung) == unsure < told["pro", "calibration"]
-    assert found.pilot.documents == 300
+    assert found.pilot.documents == DOCUMENTS
     assert found.pilot.paid_pico == bill
     assert [each.name for each in found.signals][:1] == ["confidence"]
     assert found == await recall_calibration(asked, world.settings, run.run_id, USUAL)
@@ -140,7 +143,7 @@ async def test_a_pilot_is_paid_for_once_and_the_run_that_follows_reuses_it(world
     assert (again.state, again.run_id != first.run_id, world.bill()) == ("done", True, bill)
     assert (await read(world, ledger, again.run_id)).agreement == (await read(world, ledger, first.run_id)).agreement
     told = await tell(world, "calibrate", "colours", "--sample", "60", "--json")
-    assert (told["run"], told["sampled"], told["documents"], told["paid_pico"]) == (again.run_id, 60, 300, 0)
+    assert (told["run"], told["sampled"], told["documents"], told["paid_pico"]) == (again.run_id, 60, DOCUMENTS, 0)
     assert [each["name"] for each in told["policies"]][:2] == ["flash only", "pro only"]
     assert world.bill() == bill
 
@@ -175,7 +178,7 @@ async def test_what_another_rule_measured_or_nobody_has_any_more_is_asked_again(
     assert await find_sample(ledger, drawn.opening) is None
     anew, _ = await world.run(**asked)
     assert await find_sample(ledger, drawn.opening) == anew.run_id
-    assert (await find_pilot(ledger, anew.run_id, job, 300)).last_cost is not None
+    assert (await find_pilot(ledger, anew.run_id, job, DOCUMENTS)).last_cost is not None
 
 
 async def test_a_pilot_that_was_cut_short_goes_on(world: World, ledger: Ledger) -> None:

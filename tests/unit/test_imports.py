@@ -77,6 +77,7 @@ class Import:
         return f"{self.path}:{self.line} imports {self.module}"
 
 
+@cache  # all that is read under ROOT takes seconds, and several tests ask
 def imports(root: Path) -> list[Import]:
     """Every import of the product's files, in order of path."""
     files = [*(path for part in sorted(OURS) for path in sorted((root / part).rglob("*.py"))), root / "farthing.py"]

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_writing_again_changes_nothing(corpus: Corpus) -> None:
 
 def test_of_two_processes_at_once_only_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one finds no stamp, waits for its turn, and then finds the first one's documents."""
-    monkeypatch.setattr(licences, "read_licences", lambda: iter(list(read_licences())[:10]))
+    monkeypatch.setattr(licences, "read_licences", lambda: islice(read_licences(), 10))
     first: list[Corpus] = []
 
     def look(folder: Path, source: str) -> Corpus | None:
