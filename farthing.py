@@ -12,13 +12,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, TypeAlias, TypeVar, cast
 
 import typer
 
@@ -44,11 +44,12 @@ if TYPE_CHECKING:
     from schemas.projections import Polled
     from schemas.promises import Promise
     from schemas.public_prices import PublicMap
-    from schemas.requests import BackfillRequest, RunRequest
+    from schemas.requests import BackfillRequest, CompareRequest, RunRequest
     from schemas.settings import Settings
     from schemas.spending import Side
     from tasks.backfills import Plan
     from tasks.bookkeeping import Outcome
+    from tasks.comparisons import Field
     from tasks.ledger.books import Scope
     from tasks.ledger.connection import Ledger, Role
     from tasks.ledger.proof import Proof
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     from tasks.whatif import Comparison
 
 T = TypeVar("T")
+#: What begins the flow that a request asks for.
+Begin: TypeAlias = "Callable[[RunRequest], Callable[[], Awaitable[State[Any]]]]"
 
 ROOT = Path(".")
 CORPUS = Path("data/licences")
@@ -603,14 +606,20 @@ def _load_job(name: str, is_in_sandbox: bool = False) -> Job:
 
 
 def _enrich(
-    request: RunRequest, job: Job, settings: Settings, view: View, promise: Promise | None = None
+    request: RunRequest,
+    job: Job,
+    settings: Settings,
+    view: View,
+    begin: Begin | None = None,
+    selections: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The run itself, under Prefect, which is imported only when nothing is known to be wrong.
 
-    With a promise it is a pilot for that.
+    Or what else `begin` does, whose runs are of these selections.
     """
+    selections = selections or [request.selection(job)]
     view.phase("checking the job, the account and the ledger")
-    _tell_unfinished(wait_for(_check(request, job, settings)), request, job, settings)
+    _tell_unfinished(wait_for(_check(request, job, settings)), selections, job, settings)
     if job.promise is not None and request.sample is None:
         size, known = wait_for(_measure(job, request)), _find_history(job, settings.sandbox)
         _tell_promise(job, _compute(job, request, size, known, settings, _now(settings, settings.sandbox)))
@@ -623,13 +632,13 @@ def _enrich(
     server = start_temporary_server()
     from tasks.final_states import outcome_of  # meanwhile: both take seconds
 
-    begin = _begin_run(request) if promise is None else _begin_pilot(request, promise)
+    flow_run = (begin or _begin_run)(request)
     if server is not None:
         server.wait()
-    view.follow(_database(settings), budget=job.budget, selection=request.selection(job))
+    view.follow(_database(settings), budget=job.budget, selections=selections)
 
     async def flow() -> dict[str, Any]:
-        return await outcome_of(await begin())
+        return await outcome_of(await flow_run())
 
     return _despite_prefect(flow, settings, view)
 
@@ -648,6 +657,15 @@ def _begin_pilot(request: RunRequest, promise: Promise) -> Callable[[], Awaitabl
 
     asked = _asked_of_flow(request) | {"target": str(promise.target), "delta": str(promise.delta)}
     return lambda: calibrate(**asked, sample=request.sample, return_state=True)
+
+
+def _begin_comparison(request: RunRequest, asked: CompareRequest) -> Callable[[], Awaitable[State[Any]]]:
+    """What begins a comparison, under Prefect; `request` is of the first that is to be asked."""
+    from flows.compare import compare as flow
+
+    lists = {name: list(getattr(asked, name)) for name in ("variants", "against", "partitions")}
+    values = asked.model_dump() | lists | {"root": str(asked.root)}
+    return lambda: flow(**values, return_state=True)
 
 
 def _asked_of_flow(request: RunRequest) -> dict[str, Any]:
@@ -683,13 +701,13 @@ def _despite_prefect(
 
 
 def _tell_unfinished(
-    paused: list[tuple[int, dict[str, Any]]], request: RunRequest, job: Job, settings: Settings
+    paused: list[tuple[int, dict[str, Any]]], selections: Sequence[Mapping[str, Any]], job: Job, settings: Settings
 ) -> None:
     """Name the newest run that this command does not resume, since it is about other documents."""
     from schemas.requests import spell_command
 
     for run, selection in paused:
-        if selection != request.selection(job):
+        if selection not in selections:
             command = spell_command(job.name, selection, is_simulated=settings.sandbox)
             return tell(f"run {run} of {job.name} is unfinished and stays so: `{command}` goes on with that")
 
@@ -951,6 +969,12 @@ def _agree_to_sample(
     if job.budget_name is not None:
         most = f"and no more than {job.budget_name}, the budget that this job shares, has left"
     what = f"{expected.to_send} documents will be asked, {cost} expected, {most}"
+    _agree_to_ask(what, is_agreed)
+    return capped
+
+
+def _agree_to_ask(what: str, is_agreed: bool) -> None:
+    """Ask whether to send documents. Raises ConfigurationError where nobody is there to ask."""
     if is_agreed:
         tell(what)
     elif sys.stdin.isatty():
@@ -959,7 +983,6 @@ def _agree_to_sample(
         raise ConfigurationError(
             f"{what}, and nobody is here to ask whether to: nothing was sent; say --yes if you do"
         )
-    return capped
 
 
 def _require_same(asked: RunId, drawn: RunId | None) -> None:
@@ -975,8 +998,9 @@ def _ask_sample(
     request: RunRequest, job: Job, settings: Settings, is_quiet: bool, promise: Promise | None = None
 ) -> RunId:
     """The number of the sample's run, once it is done. Raises RunPaused."""
+    begin = None if promise is None else partial(_begin_pilot, promise=promise)
     with _view(job.name, is_quiet) as view:
-        outcome = _resumably(lambda: _enrich(request, job, settings, view, promise), lambda: view.has_seen_run)
+        outcome = _resumably(lambda: _enrich(request, job, settings, view, begin), lambda: view.has_seen_run)
     if outcome["state"] != "done":
         raise RunPaused(f"the sample's run {outcome['run_id']} paused: {outcome['advice']}")
     return cast("RunId", outcome["run_id"])
@@ -1038,6 +1062,138 @@ def _promise(target: str, delta: str) -> Promise:
         return Promise.parse(target, delta)
     except (ValueError, ZeroDivisionError) as error:
         raise ConfigurationError(f"--target, --delta: {error}") from None
+
+
+@app.command()
+def compare(
+    job: JobName,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="FILE",
+            help="Another prompt, or YAML with those of the job's keys that it changes; may be repeated.",
+        ),
+    ] = None,
+    against: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--against", metavar="RUN", help="A run of the job, by what it was answered and paid; may be repeated."
+        ),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option("--sample", metavar="N", help="Documents, 10 to 1000. Default: 200.", show_default=False),
+    ] = None,
+    partition: Partitions = None,
+    limit: Limit = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SUM",
+            help="A hard cap on all of it. Default: the most that you are told, or the job's if that is less.",
+        ),
+    ] = None,
+    off_peak: OffPeak = None,
+    in_sandbox: InSandbox = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before the sample is sent.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a job and variants of it answer one sample, once, and say what the differences are worth."""
+    from schemas.requests import USUAL_PILOT
+    from tasks import comparison_report, comparisons
+
+    request = _compare_request(
+        job=job,
+        variants=tuple(variant or ()),
+        against=tuple(against or ()),
+        sample=USUAL_PILOT if sample is None else sample,
+        partitions=tuple(partition or ()),
+        limit=limit,
+        budget=budget,
+        when=_hours(off_peak),
+    )
+    loaded = _load_job(job, in_sandbox)
+    _check_cap(request.runs()[0], loaded)
+    with ExitStack() as stack:
+        stack.enter_context(_stdout_kept())
+        settings = _settings()
+        if in_sandbox:
+            settings = stack.enter_context(_sandbox(settings, tell))
+        field = wait_for(comparisons.find_field(request, settings))
+        if field.missing:
+            agreed = _agree_to_compare(field, settings, _now(settings, in_sandbox), is_agreed=yes or settings.sandbox)
+            field = _ask_field(field, agreed, settings, quiet)
+        found = wait_for(comparisons.conclude(field, settings))
+    if as_json:
+        print_json(comparison_report.comparison_json(found))
+    else:
+        show(*comparison_report.comparison_report(found))
+
+
+def _compare_request(**asked: Any) -> CompareRequest:
+    """What was asked for, as a value. Raises ConfigurationError where it makes no sense."""
+    from pydantic import ValidationError
+
+    from schemas.requests import CompareRequest
+
+    try:
+        return CompareRequest(**asked)
+    except ValidationError as error:
+        raise ConfigurationError(*_explain(error, "--")) from None
+
+
+def _agree_to_compare(field: Field, settings: Settings, now: datetime, *, is_agreed: bool) -> CompareRequest:
+    """Ask whether to spend; the request with what was agreed to as its cap.
+
+    Raises ConfigurationError where nobody is there to ask.
+    """
+    from schemas.estimates import bound_sample
+    from schemas.money import Money
+    from schemas.pricing import load_price_book
+
+    book = load_price_book(settings.prices)
+    cost, most = 0, field.spent
+    for each in field.missing:
+        expected = _compute(each.job, each.request, each.drawn.asks, None, settings, now)
+        cost += expected.cost.pico
+        most += bound_sample(each.job, expected, max(each.drawn.lengths), book).pico
+    first = field.entrants[0]
+    currency = first.job.budget.currency
+    capped = first.request.capped(first.job, Money(most, currency))
+    told = f"{capped.cap(first.job)} at most"
+    if first.job.budget_name is not None:
+        told = f"and no more than {first.job.budget_name}, the budget that this job shares, has left"
+    names = ", ".join(each.name for each in field.missing)
+    before = f", with {Money(field.spent, currency)} that were paid before" if field.spent else ""
+    documents = f"{first.drawn.asks.to_send:,} documents will be asked for each of {len(field.missing)} ({names})"
+    what = f"{documents}, {Money(cost, currency)} expected, {told}{before}"
+    _agree_to_ask(what, is_agreed)
+    return field.request.model_copy(update={"budget": capped.budget})
+
+
+def _ask_field(field: Field, agreed: CompareRequest, settings: Settings, is_quiet: bool) -> Field:
+    """The same once all of it was asked. Raises RunPaused."""
+    from tasks.comparisons import look_again
+
+    first = field.missing[0]
+    selections = [each.request.selection(each.job) for each in field.missing]
+    begin = partial(_begin_comparison, asked=agreed)
+    with _view(first.job.name, is_quiet) as view:
+        outcome = _resumably(
+            lambda: _enrich(first.request, first.job, settings, view, begin, selections), lambda: view.has_seen_run
+        )
+    if outcome["state"] != "done":
+        raise RunPaused(f"run {outcome['run_id']} of the comparison paused: {outcome['advice']}")
+    field = wait_for(look_again(field, settings))
+    if field.missing:
+        raise RunPaused(
+            f"{field.missing[0].name} was not asked the documents that were drawn: the input or the job changed "
+            "meanwhile, or Prefect went away; its answers stay on the ledger: run the same command again"
+        )
+    return field
 
 
 @app.command()

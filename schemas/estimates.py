@@ -327,14 +327,14 @@ def measure_answer(schema: Mapping[str, Any], tier: Tier) -> int:
     return min(tier.max_tokens, tokens + (THINKING_TOKENS if tier.thinking else 0))
 
 
-def design_of(job: Job, size: int) -> Design:
+def design_of(job: Job, size: int, *, is_even: bool = False) -> Design:
     """How to draw a sample of so many: by what a document costs at the first tier, in bytes that miss the cache.
 
-    A pilot's documents are drawn evenly.
+    Evenly, it is the same sample for every variant of a job.
     """
     answer = measure_answer(job.answer.schema, job.ladder[0])
     fixed = FRAME_TOKENS + measure_prefix(job) // _HIT_PART + _OUTPUT_TIMES * answer
-    return Design(size, BYTES_PER_TOKEN * fixed, job.name, is_even=job.is_pilot)
+    return Design(size, BYTES_PER_TOKEN * fixed, job.name, is_even=is_even)
 
 
 def _assumed(job: Job, size: Size) -> list[TierTokens]:

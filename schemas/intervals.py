@@ -6,6 +6,7 @@ Pure, and reproducible: the random numbers come in. Floats are in here only; sum
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -43,12 +44,15 @@ def bound_mean(values: Sequence[float], least: float, most: float, random: Rando
     that a sample of 50 has not seen is inside, which a bootstrap of these 50 would deny.
     """
     highs, lows = [], []
+    kinds = Counter(values)
     for _ in range(_DRAWS):
-        weights = [random.expovariate(1.0) for _ in range(len(values) + 1)]
-        total = sum(weights)
-        seen = sum(weight * value for weight, value in zip(weights, values, strict=False))
-        lows.append((seen + weights[-1] * least) / total)
-        highs.append((seen + weights[-1] * most) / total)
+        # Weights of equal values are added up: a sum of exponential variables is a gamma variable.
+        weights = [random.gammavariate(count, 1.0) for count in kinds.values()]
+        unseen = random.expovariate(1.0)
+        total = sum(weights) + unseen
+        seen = sum(weight * value for weight, value in zip(weights, kinds, strict=True))
+        lows.append((seen + unseen * least) / total)
+        highs.append((seen + unseen * most) / total)
     tail = _DRAWS * _TAIL // 100
     return Interval(sorted(lows)[tail], sorted(highs)[-1 - tail])
 

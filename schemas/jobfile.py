@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 DEFAULT_CONCURRENCY = 256
 _LONGEST_SHARD = 5000
+#: The keys in which a variant of a job may differ. One with another ladder has the usual concurrency, or its own.
+VARIES = ("prompt", "ladder", "tiers", "escalate", "confidence", "concurrency")
 _SHOWN_PROBLEMS = 30
 _SHOWN_CHARACTERS = 400  # of one problem: it repeats what was written, which may be anything
 _LAST = 1 << 30  # problems of other files follow those of the job file
@@ -58,6 +60,25 @@ class Draft:
         known = next(loc[:size] for size in range(len(loc), -1, -1) if loc[:size] in self._lines or not size)
         name = ".".join(map(str, loc))
         self._note(self._lines.get(known, 1), f"{name}: {what}" if name else what)
+
+    def lay_over(self, base: Draft) -> None:
+        """Make the file of a variant the whole file of a job: what `base` says, but for what this one does.
+
+        Tiers are laid over key by key. A key that a variant cannot have is noted.
+        """
+        for name in self.values:
+            if name not in VARIES:
+                what = "is the job's, for all its variants" if name in JobFile.model_fields else "unknown key"
+                self.add((name,), f"{what}; a variant may say {', '.join(VARIES)}")
+        below = {
+            name: base.values[name] for name in base.values if name != "concurrency" or "ladder" not in self.values
+        }
+        if isinstance(given := self.values.get("tiers"), dict):
+            self.values["tiers"] = base._mapping("tiers") | {
+                name: {**base._mapping("tiers").get(name, {}), **changed} if isinstance(changed, dict) else changed
+                for name, changed in given.items()
+            }
+        self.values = below | self.values
 
     def _mapping(self, key: str) -> dict[str, Any]:
         """The top-level mapping at `key`, even if it is wrong; {} where it is no mapping."""

@@ -61,7 +61,7 @@ class RunRequest(BaseModel):
     its zone) lets it wait for off-peak prices, and pay peak prices only as it must to be done by then. `backfill` is
     the number of the backfill that the run is a part of, whose budget it draws on. `sample` takes so many documents,
     drawn at random, for an estimate of what all of them cost, or as a pilot: each is answered by the first and the
-    last tier.
+    last tier. Or, with `is_compared`, to compare the job as it stands, or that of the file `variant`, with others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,9 +78,21 @@ class RunRequest(BaseModel):
     backfill: int | None = None
     sample: int | None = Field(default=None, ge=MIN_SAMPLE, le=MAX_SAMPLE)
     is_pilot: bool = False
+    is_compared: bool = False
+    variant: str | None = None
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the sample gives each document the same chance: it is asked how often something is so."""
+        return self.is_pilot or self.is_compared
 
     def adapt(self, job: Job) -> Job:
         """The job as this request runs it. Raises ConfigurationError where a pilot of it has nothing to compare."""
+        if self.is_compared and job.promise is not None:
+            raise ConfigurationError(
+                f"{job.name} has a promise, which is about all documents of a run, so that a sample says nothing of "
+                "what it takes: compare with a threshold, like `escalate: {below: 0.85}`"
+            )
         if self.is_pilot and len(job.ladder) < 2:
             raise ConfigurationError(
                 f"the ladder of {job.name} has one tier, and a pilot compares two: write `ladder: [flash, pro]`"
@@ -102,8 +114,10 @@ class RunRequest(BaseModel):
 
     @model_validator(mode="after")
     def _pilots_a_sample(self) -> Self:
-        if self.is_pilot and self.sample is None:
+        if self.is_even and self.sample is None:
             raise ValueError("a pilot is a sample: say of how many documents")
+        if self.variant is not None and not self.is_compared:
+            raise ValueError("a variant is compared with its job: no run of the job is one")
         return self
 
     @model_validator(mode="after")
@@ -134,7 +148,9 @@ class RunRequest(BaseModel):
     def selection(self, job: Job) -> dict[str, Any]:
         """Which documents are meant, as plain values: runs of the same selection resume one another."""
         drawn: dict[str, Any] = {} if self.sample is None else {"sample": self.sample}
-        return (drawn | {"pilot": True} if self.is_pilot else drawn) | {
+        drawn |= {"pilot": True} if self.is_pilot else {}
+        drawn |= {"variant": self.variant} if self.is_compared else {}
+        return drawn | {
             "path": job.input.path,
             "id": job.input.id,
             "text": job.input.text,
@@ -164,8 +180,10 @@ class LaneRequest(BaseModel):
 
 def spell_command(job: str, selection: Mapping[str, Any], *, is_simulated: bool) -> str:
     """The command that resumes the run of a selection, as a shell takes it."""
-    command = "calibrate" if "pilot" in selection else "estimate" if "sample" in selection else "run"
-    words = ["farthing", command, job]
+    asks = {"variant": "compare", "pilot": "calibrate", "sample": "estimate"}
+    words = ["farthing", next((command for key, command in asks.items() if key in selection), "run"), job]
+    if "variant" in selection:  # whichever others it is compared with
+        words += ["--variant", selection["variant"] or "FILE"]
     for partition in selection.get("partitions", ()):
         words += ["--partition", partition]
     if selection.get("limit") is not None:
@@ -245,3 +263,61 @@ class BackfillRequest(BaseModel):
             when=self.when,
             backfill=backfill,
         )
+
+
+#: How many variants and runs a job is compared with: the more there are, the more pairs chance can mislead.
+MOST_VARIANTS = 5
+
+
+class CompareRequest(BaseModel):
+    """A comparison as it is asked for: a job as it stands, and `variants` of it, on one sample of its input.
+
+    A variant is a file: another prompt, or YAML with those of the job's own keys that it changes. `against` are runs
+    of the job that were paid for. `budget` caps what all of it costs, also over several starts (default: the job's).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    job: str = Field(min_length=1)
+    variants: tuple[str, ...] = ()
+    against: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    sample: int = Field(default=USUAL_PILOT, ge=MIN_SAMPLE, le=MAX_SAMPLE)
+    partitions: tuple[str, ...] = ()
+    limit: int | None = Field(default=None, ge=1)
+    budget: Sum = None
+    root: Path = Path(".")
+    when: When | None = None
+
+    @model_validator(mode="after")
+    def _compares_something(self) -> Self:
+        if not 1 <= len(self.variants) + len(self.against) <= MOST_VARIANTS:
+            raise ValueError(
+                f"a job is compared with 1 to {MOST_VARIANTS} variants of it, or runs: name them with --variant FILE "
+                "and --against RUN"
+            )
+        names = [*map(name_variant, self.variants), *self.against]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two variants are called {twice[0]}: rename the file of one, or leave it out")
+        return self
+
+    def runs(self) -> list[RunRequest]:
+        """What is asked, the job as it stands first."""
+        return [
+            RunRequest(
+                job=self.job,
+                partitions=self.partitions,
+                limit=self.limit,
+                budget=self.budget,
+                root=self.root,
+                when=self.when,
+                sample=self.sample,
+                is_compared=True,
+                variant=variant,
+            )
+            for variant in (None, *self.variants)
+        ]
+
+
+def name_variant(variant: str) -> str:
+    """What a variant is called: its file, without folders and what kind of file it is."""
+    return Path(variant).stem

@@ -28,6 +28,8 @@ from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import report
 from tasks.calibration_report import calibration_markdown
+from tasks.comparison_report import comparison_markdown
+from tasks.comparisons import Field, conclude
 from tasks.enrichment import require_database
 from tasks.ledger import spend
 from tasks.ledger.connection import Ledger, Role, opened
@@ -101,6 +103,17 @@ async def show_calibration(request: RunRequest, run_id: RunId, promise: Promise,
             calibration_markdown(found),
             key=f"run-{run_id}-calibration",
             description=f"What the pilot, run {run_id}, says",
+        )
+
+
+async def show_comparison(field: Field, settings: Settings) -> None:
+    """Publish what variants come to that have all been asked. It is all that its flow is for."""
+    with fit_to_be_stored():
+        found = await conclude(field, settings)
+        await acreate_markdown_artifact(
+            comparison_markdown(found),
+            key=f"compare-{found.job}".replace("_", "-"),
+            description=escape_markdown(f"Variants of {found.job}, compared"),
         )
 
 

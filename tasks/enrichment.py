@@ -46,7 +46,7 @@ from schemas.settings import Settings
 from tasks import spill, telemetry
 from tasks.bulkhead import Bulkhead
 from tasks.completions import Completions, utc_now
-from tasks.jobs import find_place, load_job
+from tasks.jobs import find_place, load_asked
 from tasks.lanes import ADVICE, GOODBYE_S, INTERRUPTED, Ended, Lane, LanePlan, Show, show_nothing
 from tasks.ledger import backfills, balances, leases, runs, spend
 from tasks.ledger.backfills import Backfill
@@ -84,7 +84,7 @@ class Provider:
 async def open_run(request: RunRequest, settings: Settings, times: LeaseTimes = USUAL_TIMES) -> Run:
     """Check everything, then resume or open the run. Raises ConfigurationError, UnknownPrice and the like: exit 2."""
     telemetry.require(settings)
-    job = request.adapt(load_job(request.job, request.root))
+    job = load_asked(request)
     book = load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
@@ -139,7 +139,8 @@ async def plan(bulkhead: Bulkhead, job: Job, request: RunRequest) -> Manifest:
     )
     if request.sample is None:
         return manifest
-    return pick(manifest, await bulkhead.draw(job.input, manifest, design_of(job, request.sample), root=request.root))
+    design = design_of(job, request.sample, is_even=request.is_even)
+    return pick(manifest, await bulkhead.draw(job.input, manifest, design, root=request.root))
 
 
 def part_of(backfill: Backfill, opening: Opening) -> Opening:
@@ -176,7 +177,7 @@ async def work_lane(
 
     `shown_as` is what the lane is called by whoever started it elsewhere, and looks for it in the ledger.
     """
-    job, book = request.adapt(load_job(request.job, request.root)), load_price_book(settings.prices)
+    job, book = load_asked(request), load_price_book(settings.prices)
     async with (
         completions_for(job, settings) as completions,
         lane_ledger(settings, times.answer_within_s, pool_size=LANE_CONNECTIONS) as ledger,
@@ -244,7 +245,7 @@ async def work_elsewhere(
 
 async def _join_run(asked: LaneRequest, settings: Settings) -> Run:
     """The run, once it is certain that this machine may work on it, and what earlier lanes left here is recorded."""
-    job = asked.run.adapt(load_job(asked.run.job, asked.run.root))
+    job = load_asked(asked.run)
     async with lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger, Bulkhead() as bulkhead:
         run = await runs.find_run(ledger, RunId(asked.run_id))
         if run.job != job.name or await runs.find_mark(ledger, run.run_id) != asked.mark:

@@ -12,6 +12,7 @@ import json
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -20,8 +21,9 @@ from pydantic import BaseModel
 
 from schemas.answers import Answer
 from schemas.errors import ConfigurationError, Problem
-from schemas.jobfile import Draft, JobFile, suggest
+from schemas.jobfile import VARIES, Draft, JobFile, suggest
 from schemas.jobs import Job, check_job_name, check_prompt
+from schemas.requests import RunRequest
 from tasks.job_template import ANSWER_PY, JOB_YAML, PROMPT_MD
 
 FOLDER = "jobs"
@@ -35,9 +37,46 @@ def load_job(name_or_path: str, root: Path = Path(".")) -> Job:
     """
     path = _find(name_or_path, root)
     draft = Draft(_read_text(path, root), _shown(path, root))
+    return _load(draft, path.parent, path.parent, root)
+
+
+def load_variant(name_or_path: str, variant: str, root: Path = Path(".")) -> Job:
+    """The same job with what the file `variant`, under `root` or in the job's folder, says: YAML, or else a prompt.
+
+    Raises ConfigurationError with every problem of the job's files, or else of the variant's.
+    """
+    job = load_job(name_or_path, root)
+    path = _find_variant(variant, job.folder, root)
+    if path.suffix not in (".yaml", ".yml"):
+        return replace(job, prompt=_read_prompt(path, root, path.as_posix()))
+    job_file = _find(name_or_path, root)
+    draft = Draft(_read_text(path, root), _shown(path, root))
+    has_prompt = "prompt" in draft.values
+    draft.lay_over(Draft(_read_text(job_file, root), _shown(job_file, root)))
+    return _load(draft, job.folder, path.parent if has_prompt else job.folder, root)
+
+
+def load_asked(request: RunRequest) -> Job:
+    """The job as a request runs it. Raises what `load_variant` and `RunRequest.adapt` raise."""
+    if request.variant is None:
+        return request.adapt(load_job(request.job, request.root))
+    return request.adapt(load_variant(request.job, request.variant, request.root))
+
+
+def _find_variant(variant: str, folder: Path, root: Path) -> Path:
+    for path in (root / variant, folder / variant):
+        if _is_file(path):
+            return path
+    raise ConfigurationError(
+        f"--variant: there is no file {variant}, here or in {_shown(folder, root)}; name a prompt, or YAML with "
+        f"those of the job's keys that the variant changes: {', '.join(VARIES)}"
+    )
+
+
+def _load(draft: Draft, folder: Path, prompts: Path, root: Path) -> Job:
+    """The job of a file that was read, with its prompt in `prompts`."""
     file = draft.validate()
-    folder = path.parent
-    prompt = draft.gather(lambda: _load_prompt(draft, folder, root))
+    prompt = draft.gather(lambda: _load_prompt(draft, prompts, root))
     answer = draft.gather(lambda: _load_answer(draft, folder, root))
     if file is not None:
         _check_name(draft, file, folder)
@@ -135,12 +174,15 @@ def _load_prompt(draft: Draft, folder: Path, root: Path) -> str | None:
     name = draft.text("prompt", "prompt.md")
     if name is None:
         return None  # noted already
-    path = folder / name
+    return _read_prompt(folder / name, root, draft.place("prompt"))
+
+
+def _read_prompt(path: Path, root: Path, named_at: str) -> str:
     where = _shown(path, root)
     try:
         prompt = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise _problem(draft.place("prompt"), f"prompt: {where} cannot be read: {_reason(error)}") from None
+        raise _problem(named_at, f"prompt: {where} cannot be read: {_reason(error)}") from None
     if wrong := check_prompt(prompt):
         raise ConfigurationError(*(Problem(f"{where}:{line}", what) for line, what in wrong))
     return prompt

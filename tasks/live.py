@@ -11,7 +11,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -193,7 +193,7 @@ class View:
         self._is_of_backfill = False
         self._progress: Progress | None = None
         self._budget: Money | None = None
-        self._selection: Mapping[str, Any] | None = None
+        self._selections: Sequence[Mapping[str, Any]] = ()
         self._looked_at = tick()
         self._pace = Pace()
         self._closing, self._ended = threading.Event(), threading.Event()
@@ -233,14 +233,14 @@ class View:
         run_id: int | None = None,
         *,
         budget: Money | None = None,
-        selection: Mapping[str, Any] | None = None,
+        selections: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Show the progress of this run, or of the job's run of that selection that has a lane at work, once there is
-        one.
+        """Show the progress of this run, or of the job's run of such a selection that has a lane at work, once there
+        is one. Of several selections, whose runs follow one another, of each in its turn.
 
         `budget` is the job's, which a run that is resumed need not have.
         """
-        self._selection = selection
+        self._selections = selections
         self._run_id, self._budget, self._looked_at, self._url = run_id, budget, self._tick(), url
 
     def follow_backfill(self, url: SecretStr) -> None:
@@ -322,6 +322,8 @@ class View:
             self._print(said)
         if self._is_settling(progress):
             progress = replace(progress, waiting_because=None)
+        if progress.run != self._run_id:
+            self._pace = Pace()
         self._run_id = progress.run
         self._pace.see(self._tick(), progress.done)
         self._progress = progress
@@ -331,7 +333,12 @@ class View:
     async def _ask(self, ledger: Ledger) -> Progress | None:
         if self._is_of_backfill:
             return await spend.progress_of_backfill(ledger, self._job)
-        return await self._find(ledger) if self._run_id is None else await spend.progress(ledger, self._run_id)
+        if self._run_id is None:
+            return await self._find(ledger)
+        seen = await spend.progress(ledger, self._run_id)
+        if seen.state == "done" and len(self._selections) > 1:
+            return await self._find(ledger) or seen
+        return seen
 
     def _is_settling(self, progress: Progress) -> bool:
         """Whether the lanes of this command have left. A run that is only watched has none and waits for a start."""
@@ -346,6 +353,6 @@ class View:
         for listed in await spend.list_runs(ledger, self._job):
             if listed.state == "running":
                 progress = await spend.progress(ledger, listed.run)
-                if progress.lanes and progress.selection == self._selection:
+                if progress.lanes and progress.selection in self._selections:
                     return progress
         return None

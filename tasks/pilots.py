@@ -10,7 +10,7 @@ from schemas.promises import Promise
 from schemas.requests import RunRequest
 from schemas.settings import Settings
 from tasks import enrichment, samples
-from tasks.jobs import load_job
+from tasks.jobs import load_asked
 from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_sample
 from tasks.ledger.leases import USUAL_TIMES
@@ -27,7 +27,7 @@ async def find_calibration(
 
 async def find_done(request: RunRequest, settings: Settings) -> RunId | None:
     """The run that has asked what this request would, and is done. None: there is none."""
-    job = request.adapt(load_job(request.job, request.root))
+    job = load_asked(request)
     drawn = await samples.draw(job, request, settings)
     async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
         return await find_sample(ledger, drawn.opening)
@@ -35,7 +35,7 @@ async def find_done(request: RunRequest, settings: Settings) -> RunId | None:
 
 async def recall_calibration(request: RunRequest, settings: Settings, run_id: RunId, promise: Promise) -> Calibration:
     """The same for whoever knows only what was asked for: draws again. Raises InputChanged where that is another."""
-    job = request.adapt(load_job(request.job, request.root))
+    job = load_asked(request)
     drawn = await samples.draw(job, request, settings)
     async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
         if await find_sample(ledger, drawn.opening) != run_id:

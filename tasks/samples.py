@@ -59,7 +59,7 @@ async def draw(job: Job, request: RunRequest, settings: Settings) -> DrawnSample
         raise AssertionError("a request without a sample draws none")
     async with Bulkhead() as bulkhead:
         whole = await enrichment.plan(bulkhead, job, request.model_copy(update={"sample": None}))
-        design = design_of(job, request.sample)
+        design = design_of(job, request.sample, is_even=request.is_even)
         sample = await bulkhead.draw(job.input, whole, design, root=request.root)
         if not sample.drawn:
             raise ConfigurationError("no document of this selection can be sent: all are empty, or have no id")

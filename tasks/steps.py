@@ -20,9 +20,10 @@ from schemas.attempts import RunId
 from schemas.engines import Engine
 from schemas.errors import FarthingError, Unforeseen
 from schemas.fleets import Absence
-from schemas.requests import LaneRequest, RunRequest
+from schemas.requests import CompareRequest, LaneRequest, RunRequest
 from schemas.settings import Settings
-from tasks import engines, enrichment, pilots
+from tasks import comparisons, engines, enrichment, pilots
+from tasks.comparisons import Entrant, Field
 from tasks.crew import Crew, Future, await_lane
 from tasks.fleet import require_workers, work_on_workers
 from tasks.lanes import DIED_ADVICE, INTERRUPTED, LANE_DIED, Ended
@@ -190,6 +191,18 @@ async def recall_pilot(request: RunRequest) -> dict[str, Any] | None:
         async with enrichment.lane_ledger(settings, USUAL_TIMES.once_within_s, pool_size=1) as ledger:
             run = await runs.find_run(ledger, run_id)
         return outcome(run, [], await enrichment.find_excess(settings, run))
+
+
+async def draw_field(request: CompareRequest) -> Field:
+    """Who is compared on which documents. Raises ConfigurationError with what is wrong, before anything is asked."""
+    with fit_to_be_stored():
+        return await comparisons.find_field(request, Settings())
+
+
+async def cap_entrant(field: Field, entrant: Entrant) -> RunRequest:
+    """What asks one of them, with what the others have left of the budget by now. Raises BudgetExhausted."""
+    with fit_to_be_stored():
+        return (await comparisons.look_again(field, Settings())).capped(entrant)
 
 
 async def settle_unseen(run_id: int, settings: Settings) -> dict[str, Any]:

@@ -79,13 +79,14 @@ _SPREAD = text(f"""
     ) spent
 """)  # noqa: S608 (made of our own constants)
 
-#: A pilot compares answers. Where those of one were blanked since, as retention does, it is asked anew.
+#: A pilot compares answers, and so does a variant of a job. Where some were blanked since, as retention does, it is
+#: asked anew.
 _SAMPLE = text("""
     SELECT run_id FROM run
     WHERE job = :job AND selection = CAST(:selection AS jsonb) AND state = 'done'
       AND prompt_version = :prompt_version AND policy = CAST(:policy AS jsonb)
       AND manifest_digest = :manifest_digest AND currency = :currency AND is_simulated = :is_simulated
-      AND NOT (:is_pilot AND EXISTS (
+      AND NOT (:compares_answers AND EXISTS (
           SELECT FROM document d JOIN document s ON s.run_id = coalesce(d.of_run_id, d.run_id)
                AND s.document_no = coalesce(d.of_document_no, d.document_no)
           WHERE d.run_id = run.run_id AND s.state = 'result' AND s.answer IS NULL))
@@ -147,7 +148,7 @@ def _past_tier(row: RowMapping) -> PastTier:
 
 async def find_sample(ledger: Ledger, opening: Opening) -> RunId | None:
     """The newest run that has asked these very documents and is done. None: there is none."""
-    key = identify(opening) | {"is_pilot": opening.job.is_pilot}
+    key = identify(opening) | {"compares_answers": bool({"pilot", "variant"} & opening.selection.keys())}
     async with ledger.transaction() as connection:
         return (await connection.execute(_SAMPLE, key)).scalar_one_or_none()
 

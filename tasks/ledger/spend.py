@@ -343,8 +343,10 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """What it is the progress of: `run 7`, `backfill 2`."""
-        return f"run {self.run}" if self.partitions is None else f"backfill {self.partitions.backfill}"
+        """What it is the progress of: `run 7`, `run 8 (b.md)`, `backfill 2`."""
+        variant = self.selection.get("variant")
+        what = f"run {self.run} ({variant})" if variant else f"run {self.run}"
+        return what if self.partitions is None else f"backfill {self.partitions.backfill}"
 
     @property
     def is_limited(self) -> bool:

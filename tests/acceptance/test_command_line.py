@@ -93,7 +93,7 @@ def test_help_names_every_command(farthing: Terminal) -> None:
     left = farthing("--help")
     assert left.exit_code == 0
     told = set(re.findall(r"^  ([a-z]+)  ", left.stdout, flags=re.MULTILINE))
-    reading = {"estimate", "calibrate", "audit", "whatif", "status", "verify", "prices"}
+    reading = {"estimate", "calibrate", "compare", "audit", "whatif", "status", "verify", "prices"}
     books = {"reconcile", "close"}
     assert told == {"demo", "run", "backfill", "pause", "limit", "budget", *reading, *books, "sandbox", "db", "new"}
 

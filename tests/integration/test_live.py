@@ -19,7 +19,7 @@ async def test_the_view_shows_the_run_of_what_was_asked_for_and_no_other(ledger:
     for selection in ({"partitions": [], "sample": 50}, {"partitions": []}):
         await Hand.join(ledger, await runs.open_run(ledger, opening(selection=selection)))
     with View(Console(file=StringIO()), "colours") as view:
-        view.follow(SecretStr(ledger_url), selection={"sample": 50, "partitions": []})
+        view.follow(SecretStr(ledger_url), selections=[{"sample": 50, "partitions": []}])
         for _ in range(200):
             if view.has_seen_run:
                 break

@@ -157,6 +157,8 @@ def test_a_whole_path_means_that_file_alone() -> None:
         ),
         ({"sample": 50}, False, "farthing estimate colours --sample 50"),
         ({"sample": 200, "pilot": True}, False, "farthing calibrate colours --sample 200"),
+        ({"sample": 200, "variant": "b.md"}, False, "farthing compare colours --variant b.md --sample 200"),
+        ({"sample": 200, "variant": None}, False, "farthing compare colours --variant FILE --sample 200"),
     ],
 )
 def test_a_run_is_resumed_by_the_command_that_selects_the_same(
