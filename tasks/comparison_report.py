@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
+from math import ceil, floor
 from typing import Any
 
 from rich.console import RenderableType
@@ -47,7 +48,7 @@ def _in_lines(part: Section) -> Section:
 
 
 def comparison_json(found: Comparison) -> dict[str, Any]:
-    """A comparison as scripts rely on it; sums in pico units, of one document where they are means."""
+    """A comparison as scripts rely on it; sums in pico units."""
     return {
         "job": found.job,
         "documents": found.documents,
@@ -63,7 +64,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
                 "without_result": each.without_result,
                 "paid_pico": each.variant.paid_pico,
                 "right": _share_json(each.right),
-                "cost_pico": _mean_json(each.pico),
+                "pico_per_1000_documents": _pico_json(each.pico),
                 "cached": _mean_json(each.cached),
                 "seconds": _mean_json(each.seconds),
             }
@@ -79,7 +80,7 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
                 "only_second_right": each.better,
                 "only_first_right": each.worse,
                 "needed": None if each.needed is None else {"right": each.needed[0], "documents": each.needed[1]},
-                "cost_pico": _mean_json(each.pico),
+                "pico_per_1000_documents": _pico_json(each.pico),
                 "seconds": _mean_json(each.seconds),
             }
             for each in found.differences
@@ -90,6 +91,18 @@ def comparison_json(found: Comparison) -> dict[str, Any]:
 
 def _share_json(found: Share | None) -> dict[str, Any] | None:
     return None if found is None else {"count": found.count, "of": found.of, "low": found.low, "high": found.high}
+
+
+def _pico_json(found: Mean | None) -> dict[str, int] | None:
+    """What a thousand documents cost, in whole pico units; ends of an interval are rounded outwards."""
+    if found is None:
+        return None
+    return {
+        "mean": round(found.mean * PER),
+        "of": found.of,
+        "low": floor(found.low * PER),
+        "high": ceil(found.high * PER),
+    }
 
 
 def _mean_json(found: Mean | None) -> dict[str, Any] | None:

@@ -146,4 +146,4 @@ def test_a_comparison_of_three_is_shown_whole_and_names_that_chance_has_three_ch
     told = comparison_json(found)
     assert [each["name"] for each in told["variants"]] == ["job", "b", "c|d"]
     assert told["variants"][0]["right"]["count"] == 20
-    assert told["differences"][0]["cost_pico"]["mean"] == 0
+    assert told["differences"][0]["pico_per_1000_documents"]["mean"] == 0
