@@ -22,7 +22,7 @@ from schemas.settings import Settings
 from tasks import enrichment, samples
 from tasks.bulkhead import Bulkhead
 from tasks.jobs import load_asked
-from tasks.ledger.comparisons import count_shared, find_spent, find_variant, require_comparable
+from tasks.ledger.comparisons import find_shared_count, find_spent, find_variant, require_comparable
 from tasks.ledger.connection import Ledger
 from tasks.ledger.history import find_sample
 from tasks.ledger.leases import USUAL_TIMES
@@ -150,7 +150,7 @@ async def _check_stored(ledger: Ledger, request: CompareRequest, first: Entrant,
     for number in request.against:
         currency = first.drawn.opening.currency
         await require_comparable(ledger, RunId(number), first.job, currency, is_simulated=settings.sandbox)
-        if not await count_shared(ledger, RunId(number), digests):
+        if not await find_shared_count(ledger, RunId(number), digests):
             raise ConfigurationError(
                 f"--against: run {number} has had none of the {len(digests)} documents that were drawn, as they are "
                 "now: draw them from what it has had, with --partition or --limit"

@@ -70,7 +70,7 @@ async def find_spent(ledger: Ledger, opening: Opening) -> int:
         return int((await connection.execute(_SPENT, identify(opening))).scalar_one())
 
 
-async def count_shared(ledger: Ledger, run_id: RunId, digests: Sequence[bytes]) -> int:
+async def find_shared_count(ledger: Ledger, run_id: RunId, digests: Sequence[bytes]) -> int:
     """Of these texts, how many a run has had to its end."""
     async with ledger.transaction() as connection:
         asked = {"run_id": run_id, "digests": list(digests)}
