@@ -16,12 +16,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from schemas.backfills import Price as BackfillPrice
-from schemas.backfills import State
 from schemas.balance import Paid
 from schemas.ceilings import spell_ceilings
 from schemas.errors import UnknownPrice
-from schemas.estimates import Estimate, OffPeakEstimate
 from schemas.inert import escape_markdown, plain, plain_lines
 from schemas.money import Currency, Money
 from schemas.off_peak import spell
@@ -29,14 +26,15 @@ from schemas.pricing import Band, Price, PriceBook
 from schemas.public_prices import Amounts as PublicAmounts
 from schemas.public_prices import Comparison as PriceComparison
 from schemas.public_prices import Difference
-from schemas.requests import spell_command
 from schemas.spending import MILLION, Line, Sums, per_million
-from tasks.ledger.proof import Proof
 from tasks.ledger.spend import Audit, PartitionSpend, Progress, RunSummary, SharedBudget, TierSpend, Waste
-from tasks.steering import Capped, Limited, Steered
 
-if TYPE_CHECKING:
-    from tasks.backfills import Plan  # which brings in all that a run needs
+if TYPE_CHECKING:  # each brings in much that an audit has no use for: a third of a second
+    from schemas.backfills import Price as BackfillPrice
+    from schemas.estimates import Estimate, OffPeakEstimate
+    from tasks.backfills import Plan
+    from tasks.ledger.proof import Proof
+    from tasks.steering import Capped, Limited, Steered
 
 #: Said wherever figures of a sandbox run are shown.
 SIMULATED = (
@@ -914,6 +912,8 @@ def capped_lines(capped: Capped) -> str:
 
 
 def _goes_on(seen: Progress) -> str:
+    from schemas.requests import spell_command  # the file brings in all of a job, which an audit has no use for
+
     if seen.backfill_id is not None:
         return f"the same `farthing backfill {seen.job}` command goes on"
     return f"`{spell_command(seen.job, seen.selection, is_simulated=seen.is_simulated)}` goes on"
@@ -978,6 +978,8 @@ def _cheaper_later(price: BackfillPrice) -> list[str]:
 
 def _not_due(plan: Plan) -> list[str]:
     """How to run what is left out."""
+    from schemas.backfills import State  # only where there is a plan, which has brought it in
+
     due = {each.partition for each in plan.due}
     left = [each.state for each in plan.standings if each.partition not in due and each.at_work is None]
     changed = sum(state in (State.CHANGED_TEXT, State.CHANGED_PROMPT, State.CHANGED_MODEL) for state in left)

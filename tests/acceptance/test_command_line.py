@@ -98,15 +98,26 @@ def test_help_names_every_command(farthing: Terminal) -> None:
     assert told == {"demo", "run", "backfill", "pause", "limit", "budget", *reading, *books, "sandbox", "db", "new"}
 
 
-def test_help_imports_nothing_heavy() -> None:
-    heavy = ("prefect", "sqlalchemy", "pyarrow", "openai", "rich", "pydantic", "asyncio")
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "heavy"),
+    [
+        (("--help",), 0, ("prefect", "sqlalchemy", "pyarrow", "openai", "rich", "pydantic", "asyncio")),
+        (("audit", "1"), 2, ("prefect", "pyarrow", "openai", "tasks.ledger.proof", "schemas.estimates")),
+    ],
+)
+def test_a_command_imports_nothing_heavy_that_it_does_not_use(
+    arguments: tuple[str, ...], exit_code: int, heavy: tuple[str, ...]
+) -> None:
     script = (
         "import atexit, sys, farthing\n"
         f"atexit.register(lambda: print([name for name in {heavy!r} if name in sys.modules]))\n"
-        "sys.argv = ['farthing', '--help']\nfarthing.main()"
+        f"sys.argv = ['farthing', *{arguments!r}]\nfarthing.main()"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
+    nowhere = os.environ | {"FARTHING_DATABASE_URL": "postgresql://u@127.0.0.1:1/x"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=nowhere, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == exit_code
     assert done.stdout.splitlines()[-1] == "[]"
 
 
