@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractAsyncContextManager, ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, cast
@@ -92,7 +93,10 @@ def _engage(engine: Engine, runner: TaskRunner[Any] | None, settings: Settings, 
     absence = Absence(settings.workers_within_s)  # one for all: who waits behind another is not forgotten
     if runner is None:
         return partial(fleet_of, settings=settings, absence=absence)
-    return partial(crew_of, engine, runner, settings=settings, threads=threads, absence=absence)
+    # A task's context goes along with what is submitted in it, and that of a partition's task is fit for no other
+    # process: so lanes are submitted as the flow's.
+    submit = partial(copy_context().run, runner.submit)
+    return partial(crew_of, engine, submit, settings=settings, threads=threads, absence=absence)
 
 
 @dataclass

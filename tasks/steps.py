@@ -110,7 +110,7 @@ async def _work_in_cluster(
     engine: Engine, runner: TaskRunner[Any], request: RunRequest, run: Run, settings: Settings, threads: Executor
 ) -> Sequence[Ended | Exception]:
     absence = Absence(settings.workers_within_s)
-    async with crew_of(engine, runner, request, run, settings, threads, absence) as crew:
+    async with crew_of(engine, runner.submit, request, run, settings, threads, absence) as crew:
         with enrichment.pausing_on_signals(settings, run, crew.give_up):  # only now: Ray had put its own answer there
             return await crew.watch()
 
@@ -118,20 +118,20 @@ async def _work_in_cluster(
 @asynccontextmanager
 async def crew_of(
     engine: Engine,
-    runner: TaskRunner[Any],
+    submit: Callable[..., Future],
     request: RunRequest,
     run: Run,
     settings: Settings,
     threads: Executor,
     absence: Absence,
 ) -> AsyncIterator[Crew]:
-    """The run's crew in a cluster, to be watched."""
+    """The run's crew in a cluster, to be watched. `submit` is the task runner's."""
     absence.begin()
     asked = await enrichment.ask_lanes(request, settings, run)
     async with enrichment.lane_ledger(settings, USUAL_TIMES.answer_within_s) as ledger:
         crew = Crew(engine, Witness(ledger, run.run_id), absence, threads)
         for each in asked:
-            crew.add(each.number, runner.submit(join_lane, {"asked": each}))
+            crew.add(each.number, submit(join_lane, {"asked": each}))
         yield crew
 
 
