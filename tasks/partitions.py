@@ -93,9 +93,12 @@ def _engage(engine: Engine, runner: TaskRunner[Any] | None, settings: Settings, 
     absence = Absence(settings.workers_within_s)  # one for all: who waits behind another is not forgotten
     if runner is None:
         return partial(fleet_of, settings=settings, absence=absence)
-    # A task's context goes along with what is submitted in it, and that of a partition's task is fit for no other
-    # process: so lanes are submitted as the flow's.
-    submit = partial(copy_context().run, runner.submit)
+    of_flow = copy_context()
+
+    def submit(lane: Any, parameters: dict[str, Any]) -> Any:
+        """As the flow: a task's context goes along, and that of a partition's task is fit for no other process."""
+        return of_flow.run(runner.submit, lane, parameters)
+
     return partial(crew_of, engine, submit, settings=settings, threads=threads, absence=absence)
 
 
