@@ -28,6 +28,8 @@ from tasks.witness import Witness
 log = structlog.get_logger("farthing.crew")
 
 EVERY_S = 1.0
+#: So long the reply is waited for of a lane that has left, by the ledger: its process may have ended before it told.
+REPLY_WITHIN_S = 10.0
 #: A lane that works in another process.
 Future = PrefectWrappedFuture[Coroutine[Any, Any, Ended], Any]
 
@@ -45,6 +47,8 @@ class Crew:
     awaited: dict[int, asyncio.Future[Ended | Exception]] = field(default_factory=dict)
     #: What is known here to be over, whatever comes of its task.
     _over: dict[int, Ended] = field(default_factory=dict)
+    #: When it was first seen that a lane had left.
+    _left_at: dict[int, float] = field(default_factory=dict)
     #: How often it was asked to end, and whether the lanes at work were told.
     _asks: int = 0
     _are_told: bool = False
@@ -74,8 +78,8 @@ class Crew:
             is_absent = self.absence.is_over(time.monotonic(), is_at_work=seen.is_at_work)
             if self._asks > 1 or (self._asks and self.witness.is_run_over):
                 await self._end(self._pending, Ended(runs.INTERRUPTED, INTERRUPTED), by_force=True)
-            elif seen.late:
-                await self._end(seen.late, self.witness.unneeded)
+            elif unneeded := [*seen.late, *self._silent()]:
+                await self._end(unneeded, self.witness.unneeded)
             elif is_absent:
                 await self._end(seen.waiting, Ended("no_slot", self._explain_wait()))
             elif self._asks and not self._are_told:
@@ -94,6 +98,12 @@ class Crew:
         has_begun = kept in (Kept.ALIVE, Kept.LEFT)
         is_over = number not in self._pending
         return LaneSeen(number, Shown.OVER if is_over else Shown.WORKING if has_begun else Shown.WAITING, kept)
+
+    def _silent(self) -> list[int]:
+        """Lanes that left long ago, and whose replies have not come: what they did is on the ledger."""
+        now = time.monotonic()
+        left = [each for each in self._pending if self.witness.of(self.tasks[each].task_run_id) is Kept.LEFT]
+        return [each for each in left if now - self._left_at.setdefault(each, now) > REPLY_WITHIN_S]
 
     async def _end(self, numbers: Collection[int], ended: Ended, *, by_force: bool = False) -> None:
         """Take these back, and wait for them no more, whether the cluster could take them back or not."""
