@@ -96,6 +96,29 @@ async def test_while_a_lane_is_at_work_the_others_wait_for_a_slot_until_the_run_
     assert tasks[1].wrapped_future.cancelled()
 
 
+async def test_a_lane_that_has_left_is_waited_for_only_so_long(
+    ledger: Ledger,
+    ledger_url: str,
+    run: Run,
+    lanes: Crew,
+    tasks: list[Task],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its process may end before it has told how it ended; Dask's do, interrupted."""
+    monkeypatch.setattr(crew, "REPLY_WITHIN_S", WITHIN_S)
+    for task in tasks:
+        await begin(ledger, run, task)
+        assert task.wrapped_future.set_running_or_notify_cancel()
+    await runs.change_state(ledger, run.run_id, "paused", runs.INTERRUPTED)
+    watching, since_s = asyncio.create_task(watch(lanes, tasks)), time.monotonic()
+    await asyncio.sleep(2 * WITHIN_S)
+    assert not watching.done(), "they drain"
+    for (lane_id,) in sql(ledger_url, "SELECT lane_id FROM lane"):
+        await leases.leave(ledger, run.run_id, lane_id, "paused")
+    assert await watching == [Ended("paused", INTERRUPTED)] * 2
+    assert time.monotonic() - since_s > 3 * WITHIN_S
+
+
 async def test_a_pause_ends_the_wait_for_a_slot(ledger: Ledger, run: Run, lanes: Crew, tasks: list[Task]) -> None:
     """As by Ctrl-C: there is no lane to hear it."""
     lanes.absence.within_s = 60
